@@ -1,0 +1,1 @@
+"""onnxcomp: makes a trained ONNX model smaller and faster, and proves it."""
