@@ -1,0 +1,134 @@
+"""The contract of a compression technique: `Pass` in, `Outcome` out.
+
+A pass is a frozen dataclass: its settings are its fields, so its `repr` is the recipe. Authors write `apply` and edit
+the graph they are handed; calling the pass clones, applies, and checks what every result must satisfy.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import onnx_ir as ir
+
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.model import all_nodes
+from onnxcomp.runtime import Target
+
+if TYPE_CHECKING:
+    from onnxcomp.data import Dataset
+
+
+@dataclass(frozen=True)
+class Change:
+    """What was done to one node.
+
+    Attributes:
+        node: name of the node in the model as it came to the pass.
+        what: the change in a few words, e.g. `int8, per-channel weights`.
+    """
+
+    node: str
+    what: str
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A node left as it was although the pass treats its kind, and why."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The model after a pass, and the truth about what happened to it."""
+
+    model: ir.Model
+    changes: tuple[Change, ...] = ()
+    skips: tuple[Skip, ...] = ()
+
+    @property
+    def modified(self) -> bool:
+        """Whether anything changed."""
+        return bool(self.changes)
+
+
+def no_progress(done: int, total: int, what: str) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may use beside the model.
+
+    Attributes:
+        data: calibration samples, or None: then techniques that need data skip with that reason.
+        target: where the model will run.
+        batch: samples per run that latency is optimised for.
+        seed: of everything random.
+        memory: cap in bytes on what calibration keeps.
+        exclude: nodes whose name matches are left alone.
+        progress: called with (done, total, what) during long work.
+    """
+
+    data: "Dataset | None" = None
+    target: Target = field(default_factory=Target)
+    batch: int = 1
+    seed: int = 0
+    memory: int = 2 * 10**9
+    exclude: re.Pattern[str] | None = None
+    progress: Callable[[int, int, str], None] = no_progress
+
+    def excludes(self, node: ir.Node) -> bool:
+        """Whether the user asked to leave this node alone."""
+        return self.exclude is not None and self.exclude.search(node.name or "") is not None
+
+
+class Pass(ABC):
+    """One technique. Subclasses are frozen dataclasses with `name` and `summary`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    exact: ClassVar[bool] = False
+    """Whether outputs stay equal up to float rounding."""
+
+    @abstractmethod
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        """Edit `model` in place (it is the pass's own clone) or return another; report every change and skip."""
+
+    def __call__(self, model: ir.Model, context: Context = Context()) -> Outcome:
+        """Apply to a clone and check the result; the given model is not touched.
+
+        Raises:
+            OnnxcompError: the pass broke its contract, a defect of the pass.
+        """
+        signature = _signature(model)
+        clone = model.clone()
+        name_nodes(clone)
+        outcome = self.apply(clone, context)
+        if _signature(outcome.model) != signature:
+            raise OnnxcompError(f"pass '{self.name}' changed the model's inputs or outputs", "a defect of the pass")
+        names = [node.name for node in outcome.model.graph]
+        if len(set(names)) != len(names):
+            raise OnnxcompError(f"pass '{self.name}' left nodes without a unique name", "a defect of the pass")
+        return outcome
+
+
+def _signature(model: ir.Model) -> tuple[object, ...]:
+    """Names, types, order and axes of what a caller feeds and fetches."""
+    inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    return tuple((value.name, str(value.type), str(value.shape)) for value in [*inputs, *model.graph.outputs])
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Give each unnamed or doubly named node a unique name, so that reports can speak of it."""
+    seen: set[str] = set()
+    for node in all_nodes(model):
+        base = node.name or f"{node.op_type}_{node.outputs[0].name or 'unnamed' if node.outputs else 'unnamed'}"
+        name, count = base, 1
+        while name in seen:
+            name, count = f"{base}_{count}", count + 1
+        seen.add(name)
+        node.name = name

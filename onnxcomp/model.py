@@ -1,0 +1,366 @@
+"""Models in, models out: load, check, fingerprint, and write atomically.
+
+The model is an `onnx_ir.Model` throughout. Its tensors are shared between clones: replace them, never write into them.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx.external_data_helper
+import onnx_ir as ir
+from onnx_ir import external_data
+
+from onnxcomp.errors import ModelError
+
+ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
+
+PROTOBUF_LIMIT = 2**31 - 2**24
+"""Bytes of tensors that still fit one protobuf message of 2 GiB, with room for the graph."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a model says of one input or output.
+
+    Attributes:
+        name: the tensor's name.
+        dtype: NumPy dtype (`object` for strings; ml_dtypes for bfloat16 and the like).
+        shape: an int per fixed axis, a name or None per dynamic one; None where even the rank is unknown.
+    """
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str | None, ...] | None
+
+
+def spec_of(value: ir.Value) -> TensorSpec | None:
+    """The spec of a tensor value, or None for sequences, optionals and untyped values."""
+    if not isinstance(value.type, ir.TensorType) or value.dtype is None:
+        return None
+    dtype = np.dtype(object) if value.dtype == ir.DataType.STRING else value.dtype.numpy()
+    shape = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
+    return TensorSpec(value.name or "", dtype, shape)
+
+
+def free_inputs(model: ir.Model) -> list[ir.Value]:
+    """The graph inputs that a caller must feed: those without an initializer."""
+    return [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+
+
+def input_specs(model: ir.Model) -> tuple[TensorSpec, ...]:
+    """Specs of the inputs that a caller must feed.
+
+    Raises:
+        ModelError: an input is not a tensor.
+    """
+    specs = []
+    for value in free_inputs(model):
+        spec = spec_of(value)
+        if spec is None:
+            raise ModelError(
+                f"input '{value.name}' is not a tensor but {value.type}",
+                "sequence, optional and map inputs cannot come from a data file",
+                "export the model with tensor inputs",
+            )
+        specs.append(spec)
+    return tuple(specs)
+
+
+def load(source: ModelSource) -> ir.Model:
+    """Read a model; what was given is never modified.
+
+    Args:
+        source: a path, the bytes of a file, an `onnx.ModelProto` or an `onnx_ir.Model`.
+
+    Raises:
+        ModelError: not a model, truncated, external data missing or outside the model's folder.
+    """
+    if isinstance(source, ir.Model):
+        return source.clone()
+    folder: Path | None = None
+    if isinstance(source, onnx.ModelProto):
+        name, proto = "the model", source
+    elif isinstance(source, bytes):
+        name, proto = "the model", _parse(source, "the model")
+    else:
+        path = Path(source)
+        name, folder = str(path), path.resolve().parent
+        proto = _parse(_read(path), name)
+    _check_external(proto, folder, name)
+    if _has_sparse(proto):
+        proto = _densified(proto)
+    try:
+        model = ir.from_proto(proto)
+    except Exception as error:
+        raise ModelError(f"{name} is not a valid ONNX graph: {error}", "the exporter wrote a broken file") from error
+    if folder is not None:
+        external_data.set_base_dir(model.graph, folder)
+    return model
+
+
+def fingerprint(source: ModelSource) -> str:
+    """SHA-256 (hex) of the model as given, external data included."""
+    digest = hashlib.sha256()
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        proto = _parse(_read(path), str(path))
+        digest.update(proto.SerializeToString(deterministic=True))
+        for file in sorted({path.parent / location for location, _, _ in _external_parts(proto)}):
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+    else:
+        proto = source if isinstance(source, onnx.ModelProto) else None
+        data = source if isinstance(source, bytes) else None
+        if isinstance(source, ir.Model):
+            digest.update(ir.to_proto(source).SerializeToString(deterministic=True))
+        elif proto is not None:
+            digest.update(proto.SerializeToString(deterministic=True))
+        elif data is not None:
+            digest.update(onnx.ModelProto.FromString(data).SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def tensor_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers and constant attributes, subgraphs and functions included."""
+    total = sum(value.const_value.nbytes for value in _initializers(model) if value.const_value is not None)
+    for node in all_nodes(model):
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
+                total += attribute.as_tensor().nbytes
+    return total
+
+
+def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
+    """Every node of the graph, its control-flow bodies and its model-local functions."""
+    yield from model.graph.all_nodes()
+    for function in model.functions.values():
+        yield from function.all_nodes()
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The model as one self-contained protobuf message, the same bytes for the same model.
+
+    Raises:
+        ModelError: the tensors do not fit one message of 2 GiB; `save` has no such limit.
+    """
+    if tensor_bytes(model) > PROTOBUF_LIMIT:
+        raise ModelError("the model is larger than one protobuf message can be (2 GiB)", remedy="save it to a file")
+    return ir.to_proto(_in_memory(model)).SerializeToString(deterministic=True)
+
+
+def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> tuple[Path, ...]:
+    """Write a model atomically: temporary file, fsync, rename.
+
+    Tensors go to `PATH.data` beside it where they do not fit one protobuf message.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ModelError: the folder does not exist or is not writable, or the file exists and `overwrite` is off.
+    """
+    target = Path(path)
+    check_target(target, overwrite=overwrite)
+    if tensor_bytes(model) <= PROTOBUF_LIMIT:
+        with _replacing(target) as temporary:
+            temporary.write_bytes(to_bytes(model))
+        return (target,)
+    data = target.with_name(target.name + ".data")
+    check_target(data, overwrite=overwrite)
+    with _replacing(data) as temporary_data, _replacing(target) as temporary:
+        stored = external_data.unload_from_model(
+            model.clone(), target.parent, temporary_data.name, size_threshold_bytes=1024
+        )
+        proto = ir.to_proto(stored)
+        for tensor in _all_tensors(proto):
+            for entry in tensor.external_data:
+                if entry.key == "location":
+                    entry.value = data.name
+        temporary.write_bytes(proto.SerializeToString(deterministic=True))
+    return (target, data)
+
+
+def check_target(path: str | os.PathLike[str], *, overwrite: bool, inputs: tuple[ModelSource, ...] = ()) -> None:
+    """Refuse a target that could not be written, before any work is done.
+
+    Raises:
+        ModelError: as for `save`, or the target is one of `inputs`.
+    """
+    target = Path(path)
+    folder = target.parent
+    if not folder.is_dir():
+        raise ModelError(f"the output folder '{folder}' does not exist", remedy=f"mkdir -p '{folder}'")
+    for source in inputs:
+        if isinstance(source, (str, os.PathLike)) and Path(source).resolve() == target.resolve():
+            raise ModelError(f"'{target}' is the input itself", "inputs are never modified", "give another -o")
+    if target.is_dir():
+        raise ModelError(f"'{target}' is a folder", remedy="give a file name to -o")
+    if target.exists() and not overwrite:
+        raise ModelError(f"'{target}' exists", remedy="add --overwrite, or give another name to -o")
+    if not os.access(folder, os.W_OK):
+        raise ModelError(f"cannot write to '{folder}'", "the folder is read-only", "give another -o")
+
+
+@contextlib.contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A temporary file beside `target` that takes its place at the end, or is removed on any error."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    except OSError as error:
+        raise ModelError(f"cannot write to '{target.parent}': {error.strerror}", remedy="give another -o") from error
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(target)
+    except OSError as error:
+        raise ModelError(f"cannot write '{target}': {error.strerror}", "the disk is full or read-only") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a report atomically; an existing file is replaced.
+
+    Raises:
+        ModelError: the folder does not exist or is not writable.
+    """
+    target = Path(path)
+    check_target(target, overwrite=True)
+    with _replacing(target) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise ModelError(f"no such file: '{path}'", remedy="check the path") from error
+    except IsADirectoryError as error:
+        raise ModelError(f"'{path}' is a folder, not a model", remedy="give the .onnx file inside") from error
+    except OSError as error:
+        raise ModelError(f"cannot read '{path}': {error.strerror}") from error
+
+
+def _parse(data: bytes, name: str) -> onnx.ModelProto:
+    cause = "the file is truncated, or is not an ONNX model (a Git LFS pointer, a checkpoint)"
+    try:
+        proto = onnx.ModelProto.FromString(data)
+    except google.protobuf.message.DecodeError as error:
+        raise ModelError(f"{name} is not an ONNX model: it does not parse", cause, "export or copy it again") from error
+    if not proto.HasField("graph") or not proto.ir_version or not proto.opset_import:
+        raise ModelError(f"{name} is not an ONNX model: it has no graph", cause, "export or copy it again")
+    return proto
+
+
+def _all_graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
+    def below(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
+        for node in nodes:
+            for attribute in node.attribute:
+                graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
+                for graph in graphs:
+                    yield graph
+                    yield from below(iter(graph.node))
+
+    yield proto.graph
+    yield from below(iter(proto.graph.node))
+    for function in proto.functions:
+        yield from below(iter(function.node))
+
+
+def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    nodes = [node for function in proto.functions for node in function.node]
+    for graph in _all_graphs(proto):
+        yield from graph.initializer
+        nodes.extend(graph.node)
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+
+
+def _external_parts(proto: onnx.ModelProto) -> Iterator[tuple[str, int, int | None]]:
+    """Location, offset and length of each tensor stored outside the file."""
+    for tensor in _all_tensors(proto):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            info = {entry.key: entry.value for entry in tensor.external_data}
+            length = int(info["length"]) if "length" in info else None
+            yield info.get("location", ""), int(info.get("offset", 0)), length
+
+
+def _check_external(proto: onnx.ModelProto, folder: Path | None, name: str) -> None:
+    for location, offset, length in _external_parts(proto):
+        if folder is None:
+            raise ModelError(
+                f"{name} keeps tensors in '{location}', but was not given as a path",
+                "external data are found relative to the model's file",
+                "pass the path, or onnx.load(path) with its external data",
+            )
+        file = (folder / location).resolve()
+        if not location or not file.is_relative_to(folder):
+            raise ModelError(
+                f"{name} points to external data outside its folder: '{location}'",
+                "a hand-made or hostile file",
+                "keep the data beside the model",
+            )
+        if not file.is_file():
+            raise ModelError(
+                f"{name} needs its external data '{location}', which is missing",
+                "the .onnx file was copied without its data file",
+                f"copy '{location}' beside it",
+            )
+        if file.stat().st_size < offset + (length or 0):
+            raise ModelError(f"{name}: its external data '{location}' is truncated", remedy="copy it again")
+
+
+def _has_sparse(proto: onnx.ModelProto) -> bool:
+    return any(graph.sparse_initializer for graph in _all_graphs(proto))
+
+
+def _densified(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with dense initializers, since onnx_ir 1.1 drops sparse ones with only a log line."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    for graph in _all_graphs(copy):
+        for sparse in graph.sparse_initializer:
+            values = onnx.numpy_helper.to_array(sparse.values)
+            indices = onnx.numpy_helper.to_array(sparse.indices)
+            dense = np.zeros(tuple(sparse.dims), values.dtype)
+            if indices.ndim == 1:
+                dense.reshape(-1)[indices] = values
+            else:
+                dense[tuple(indices.T)] = values
+            graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
+        del graph.sparse_initializer[:]
+    return copy
+
+
+def _initializers(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from graph.initializers.values()
+
+
+def _in_memory(model: ir.Model) -> ir.Model:
+    """The model with its external tensors read in, or itself where there are none."""
+    if not any(isinstance(value.const_value, ir.ExternalTensor) for value in _initializers(model)):
+        return model
+    return external_data.load_to_model(model.clone())

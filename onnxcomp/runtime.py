@@ -1,0 +1,236 @@
+"""The one door to ONNX Runtime: sessions, execution providers, timing and profiles."""
+
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from onnxcomp import model as models
+from onnxcomp.errors import ModelError, OnnxcompError, ProviderError
+
+Feeds = Mapping[str, NDArray[np.generic]]
+
+VERSION: str = ort.__version__
+
+_SUFFIX = "ExecutionProvider"
+_SILENT = 4
+ort.set_default_logger_severity(_SILENT)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The place where a model must run.
+
+    Attributes:
+        provider: an ONNX Runtime execution provider by its short name: cpu, cuda, tensorrt, ...
+        threads: threads within an operator; 0 is ONNX Runtime's own choice (one per core).
+    """
+
+    provider: str = "cpu"
+    threads: int = 0
+
+    @property
+    def providers(self) -> list[str]:
+        """Full provider names, most wanted first.
+
+        Raises:
+            ProviderError: this build of ONNX Runtime does not have it; names those that it has.
+        """
+        available = ort.get_available_providers()
+        for name in available:
+            if name.removesuffix(_SUFFIX).lower() == self.provider.lower().removesuffix(_SUFFIX.lower()):
+                fallback = ["CUDA" + _SUFFIX] if name.startswith("Tensorrt") and "CUDA" + _SUFFIX in available else []
+                return list(dict.fromkeys([name, *fallback, "CPU" + _SUFFIX]))
+        short = ", ".join(name.removesuffix(_SUFFIX).lower() for name in available)
+        raise ProviderError(
+            f"execution provider '{self.provider}' is not available; available: {short}",
+            f"the installed onnxruntime {VERSION} was built without it",
+            "for CUDA and TensorRT: pip uninstall onnxruntime && pip install onnxruntime-gpu",
+        )
+
+
+class Session:
+    """A model loaded by ONNX Runtime on a target, silent on the terminal.
+
+    Args:
+        model: a model, or the path of one.
+        target: where to run.
+        profile: record the time of each node, read by `profile()`.
+        extended: ONNX Runtime's own graph optimizations; off only to observe a graph as it is.
+
+    Raises:
+        ModelError: ONNX Runtime does not load it.
+        ProviderError: the provider is not available, or fell back to the CPU.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model | str | Path,
+        target: Target = Target(),
+        *,
+        profile: bool = False,
+        extended: bool = True,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="onnxcomp-") if profile or _is_large(model) else None
+        options = ort.SessionOptions()
+        options.log_severity_level = _SILENT
+        options.intra_op_num_threads = target.threads
+        if not extended:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if profile and self._folder:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(self._folder.name) / "profile")
+        start = time.perf_counter()
+        try:
+            self._session = ort.InferenceSession(self._source(model), options, providers=target.providers)
+        except OnnxcompError:
+            raise
+        except Exception as error:
+            raise ModelError(
+                f"ONNX Runtime {VERSION} does not load the model: {_first_line(error)}",
+                "an operator, opset or type that this version does not implement, or an invalid graph",
+                "run `onnxcomp inspect` on it, or upgrade onnxruntime",
+            ) from error
+        self.load_seconds = time.perf_counter() - start
+        wanted = target.providers[0]
+        if wanted not in self._session.get_providers():
+            raise ProviderError(
+                f"ONNX Runtime could not start {wanted} and fell back to {self._session.get_providers()[0]}",
+                "its driver or libraries (CUDA, cuDNN, TensorRT) are missing or of another version",
+                "see `python -c 'import onnxruntime as o; o.print_debug_info()'`",
+            )
+        self.outputs = tuple(value.name for value in self._session.get_outputs())
+        self.inputs = tuple(value.name for value in self._session.get_inputs())
+
+    def _source(self, model: ir.Model | str | Path) -> bytes | str:
+        if not isinstance(model, ir.Model):
+            return str(model)
+        if self._folder is None or not _is_large(model):
+            return models.to_bytes(model)
+        return str(models.save(model, Path(self._folder.name) / "model.onnx")[0])
+
+    def run(self, feeds: Feeds, names: Sequence[str] | None = None) -> dict[str, NDArray[np.generic]]:
+        """Run once.
+
+        Args:
+            feeds: arrays by input name.
+            names: the outputs wanted; all by default.
+
+        Raises:
+            OnnxcompError: ONNX Runtime failed on these inputs.
+        """
+        wanted = list(self.outputs if names is None else names)
+        try:
+            return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
+        except Exception as error:
+            raise OnnxcompError(
+                f"ONNX Runtime failed to run the model: {_first_line(error)}",
+                "the inputs do not fit the model, or an operator lacks this case",
+            ) from error
+
+    def profile(self) -> dict[str, tuple[str, float]]:
+        """Operator type and median microseconds of each executed node, by node name; ends the profile."""
+        times: dict[str, list[float]] = defaultdict(list)
+        types: dict[str, str] = {}
+        suffix = "_kernel_time"
+        for event in json.loads(Path(self._session.end_profiling()).read_text()):
+            if event.get("cat") == "Node" and event["name"].endswith(suffix):
+                name = event["name"].removesuffix(suffix)
+                times[name].append(event["dur"])
+                types[name] = event["args"]["op_name"]
+        return {name: (types[name], statistics.median(values)) for name, values in times.items()}
+
+
+def _is_large(model: ir.Model | str | Path) -> bool:
+    return isinstance(model, ir.Model) and models.tensor_bytes(model) > models.PROTOBUF_LIMIT
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:400]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one model, measured beside others.
+
+    Attributes:
+        median: seconds per run, the median over blocks.
+        low, high: 2.5% and 97.5% quantiles over blocks, seconds.
+        speedup: median over blocks of (first model's time / this model's time) in the same round.
+        speedup_low, speedup_high: quartiles of that ratio.
+    """
+
+    median: float
+    low: float
+    high: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How latency is measured. Blocks keep caches warm; single alternating runs (`cold`) evict them: up to 2x apart."""
+
+    block: int = 20
+    rounds: int = 11
+    warmup: int = 5
+    cold: bool = False
+    seconds: float = 20.0
+    """Stop adding rounds after this long, but never before three."""
+
+    def __str__(self) -> str:
+        if self.cold:
+            return "medians over alternating single runs (caches evicted)"
+        return f"medians over alternating blocks of {self.block} consecutive runs, after warm-up"
+
+
+def compare(sessions: Sequence[Session], feeds: Feeds, protocol: Protocol = Protocol()) -> list[Timing]:
+    """Time models side by side, in turn, so that a drift of the machine's speed hits all alike.
+
+    Args:
+        sessions: the models; ratios are to the first.
+        feeds: one batch, the same for all.
+        protocol: how often, in which order.
+    """
+    for session in sessions:
+        for _ in range(protocol.warmup):
+            session.run(feeds)
+    block = 1 if protocol.cold else protocol.block
+    rounds = protocol.rounds * protocol.block if protocol.cold else protocol.rounds
+    times: list[list[float]] = []
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        while len(times) < rounds and (len(times) < 3 or time.perf_counter() - start < protocol.seconds):
+            times.append([_block_seconds(session, feeds, block) for session in sessions])
+    finally:
+        if collecting:
+            gc.enable()
+    table = np.asarray(times)
+    ratios = table[:, :1] / table
+    return [
+        Timing(
+            *(float(v) for v in np.quantile(table[:, i], (0.5, 0.025, 0.975))),
+            *(float(v) for v in np.quantile(ratios[:, i], (0.5, 0.25, 0.75))),
+        )
+        for i in range(len(sessions))
+    ]
+
+
+def _block_seconds(session: Session, feeds: Feeds, block: int) -> float:
+    start = time.perf_counter()
+    for _ in range(block):
+        session.run(feeds)
+    return (time.perf_counter() - start) / block
