@@ -32,7 +32,7 @@ _LARGEST_RESAMPLE = 1000
 
 
 class Batch(Protocol):
-    """Samples stacked along the leading axis; those from `valid` on are padding."""
+    """Samples stacked along the leading axis: `valid` ones, then `padding`; targets are without padding."""
 
     @property
     def feeds(self) -> Arrays: ...  # noqa: D102
@@ -40,6 +40,8 @@ class Batch(Protocol):
     def targets(self) -> Arrays: ...  # noqa: D102
     @property
     def valid(self) -> int: ...  # noqa: D102
+    @property
+    def padding(self) -> int: ...  # noqa: D102
 
 
 class Dataset(Protocol):
@@ -304,7 +306,6 @@ def _stream(
     parts: list[list[FloatArray]] = [[] for _ in metrics]
     for batch in dataset.batches(batch_size):
         outputs = _valid(predict(batch.feeds), batch)
-        targets = {name: target[: batch.valid] for name, target in batch.targets.items() if target.ndim}
         expected: Arrays = {}
         if any(metric.needs == "reference" for metric in metrics):
             if reference is None:
@@ -312,7 +313,7 @@ def _stream(
             expected = _valid(reference(batch.feeds), batch)
         for metric, part in zip(metrics, parts, strict=True):
             chosen = _select(outputs, metric.output)
-            against = targets if metric.needs == "labels" else _select(expected, metric.output)
+            against = batch.targets if metric.needs == "labels" else _select(expected, metric.output)
             with np.errstate(all="ignore"):  # infinities are dealt with where the score is formed
                 rows = metric.rows(chosen, against)
             part.append(np.broadcast_to(rows, (batch.valid, *rows.shape[1:])))
@@ -327,10 +328,10 @@ def _valid(outputs: Arrays, batch: Batch) -> Arrays:
     An output without that axis (a scalar, or detections of a whole image) is one sample, which `_stream` lets count
     for every sample of its batch.
     """
-    sizes = {len(array) if array.ndim else 0 for array in batch.feeds.values()}
+    size = batch.valid + batch.padding
     arrays = {name: np.asarray(array) for name, array in outputs.items() if isinstance(array, np.ndarray | np.generic)}
     return {
-        name: array[: batch.valid] if array.ndim and sizes == {len(array)} else array[np.newaxis]
+        name: array[: batch.valid] if array.ndim and len(array) == size else array[np.newaxis]
         for name, array in arrays.items()
     }
 

@@ -22,6 +22,7 @@ class FakeBatch:
     feeds: Arrays
     targets: Arrays
     valid: int
+    padding: int
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class FakeData:
         for start in range(0, len(self.x), size):
             valid = min(size, len(self.x) - start)
             rows = np.minimum(np.arange(start, start + size), start + valid - 1)
-            yield FakeBatch({"x": self.x[rows]}, {k: v[start : start + size] for k, v in self.targets.items()}, valid)
+            targets = {name: target[start : start + size] for name, target in self.targets.items()}
+            yield FakeBatch({"x": self.x[rows]}, targets, valid, size - valid)
 
 
 def echo(feeds: Arrays) -> Arrays:
