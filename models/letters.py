@@ -1,6 +1,6 @@
 """Train the small text model of the tests: a two-layer BERT that counts how often a letter occurs.
 
-Run `python -m models.letters` (after `pip install -e .[train]`; under a minute on two cores) to write, beside this file:
+Run `python -m models.letters` (after `pip install -e .[train]`; a minute on two cores) to write, beside this file:
 
 - `letters.onnx`: opset 17, `input_ids` and `attention_mask` [batch, length] int64 -> `logits` [batch, 16];
 - `letters_calib.npz`: 512 questions, padded to 32 tokens;
