@@ -10,7 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol, SupportsFloat, cast
 
@@ -90,8 +90,8 @@ class StreamedMetric(Metric):
         output: compare only this output.
     """
 
-    rows: Callable[[Arrays, Arrays], FloatArray]
-    combine: Callable[[FloatArray], FloatArray]
+    rows: Callable[[Arrays, Arrays], FloatArray] = field(repr=False)
+    combine: Callable[[FloatArray], FloatArray] = field(repr=False)
     output: str | None = None
 
     def value(self, means: FloatArray) -> FloatArray:
@@ -262,9 +262,7 @@ def parse_metric(text: str) -> Metric:
     metric = METRICS[plain[_plain(name)]]
     if not output:
         return metric
-    return StreamedMetric(
-        f"{metric.name}:{output}", metric.needs, metric.best, metric.worst, metric.rows, metric.combine, output
-    )
+    return replace(metric, name=f"{metric.name}:{output}", output=output)
 
 
 def default_metric(targets: Arrays, outputs: Arrays) -> tuple[Metric, str]:
@@ -366,7 +364,7 @@ def _bootstrap(rows: FloatArray, statistic: Callable[[FloatArray], FloatArray]) 
     grouped = rows[order].reshape(groups, size, *rows.shape[1:]).mean(1)
     counts = random.multinomial(groups, np.full(groups, 1 / groups), _RESAMPLES)
     with np.errstate(all="ignore"):
-        values = statistic(np.tensordot(counts / groups, grouped, 1))
+        values = statistic(np.tensordot(counts, grouped, 1) / groups)
     finite = values[np.isfinite(values)]
     return (float(np.quantile(finite, 0.025)), float(np.quantile(finite, 0.975))) if finite.size else None
 
