@@ -1,0 +1,267 @@
+"""What a sample is, and how samples become the model's runs.
+
+Every source of data becomes a `Dataset`: a count, and a function that reads the i-th sample as the model takes it.
+Views, batches, padding and fingerprints follow from those two and are written once. Nothing is kept between reads, so
+memory does not grow with the number of samples.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxcomp.errors import DataError
+from onnxcomp.model import TensorSpec
+
+Feeds: TypeAlias = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One run of the model.
+
+    Attributes:
+        feeds: the model's inputs, padding included.
+        targets: what belongs to the real rows (labels, reference outputs), without padding.
+        valid: rows that are real; 1 where the feeds have no common first axis.
+        padding: rows after them that repeat the last one to fill a fixed batch.
+    """
+
+    feeds: Feeds
+    targets: Feeds
+    valid: int
+    padding: int = 0
+
+    def trim(self, outputs: Mapping[str, NDArray[Any]]) -> Feeds:
+        """The model's outputs without the rows that belong to padding."""
+        padded = self.valid + self.padding
+        return {
+            name: array[: self.valid] if self.padding and array.shape[:1] == (padded,) else array
+            for name, array in outputs.items()
+        }
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A finite set of samples that can be read again and again, one at a time.
+
+    Attributes:
+        specs: the model's inputs.
+        size: number of samples.
+        read: gives the i-th sample as a run of its own, checked against the specs.
+        stackable: whether samples of one row may share a run. False where the source says what a run is.
+        constants: keys of the source that do not run along the samples, whole.
+        origin: what error messages call the source.
+    """
+
+    specs: tuple[TensorSpec, ...]
+    size: int
+    read: Callable[[int], Batch] = field(repr=False)
+    stackable: bool = True
+    constants: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+    origin: str = "the data"
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.read, range(self.size))
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Names of what comes with every sample beside the model's inputs; reads one sample."""
+        return tuple(self.read(0).targets) if self.size else ()
+
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """Stream all samples, in order, in runs of at most `size` rows.
+
+        A batch size fixed by the model wins over `size`, and the runs that do not fill it are padded by repeating
+        their last row. Only neighbours of the same shapes share a run. Samples that are not stackable keep the run
+        that their source gave them.
+
+        Args:
+            size: rows per run; None for the source's own runs, which are single rows where it is stackable.
+        """
+        fixed = _fixed_batch(self.specs)
+        limit = fixed or size or 1
+        group: list[Batch] = []
+        for sample in self:
+            if group and not (self.stackable and len(group) < limit and _alike(group[-1], sample)):
+                yield _join(group, fixed)
+                group = []
+            group.append(sample)
+        if group:
+            yield _join(group, fixed)
+
+    def select(self, indices: Iterable[int]) -> "Dataset":
+        """A view on some of the samples, in ascending order."""
+        chosen = sorted(indices)
+        return replace(self, size=len(chosen), read=lambda index: self.read(chosen[index]))
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over names, dtypes, shapes and values of every sample; reads them all."""
+        digest = hashlib.sha256()
+        for sample in self:
+            _digest(digest.update, "feed", sample.feeds)
+            _digest(digest.update, "target", sample.targets)
+        _digest(digest.update, "constant", self.constants)
+        return digest.hexdigest()
+
+
+def _fixed_batch(specs: Sequence[TensorSpec]) -> int | None:
+    """The first axis, where the inputs that fix theirs agree on it."""
+    lengths = {length for spec in specs for length in (spec.shape or ())[:1] if isinstance(length, int)}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def _rows(feeds: Feeds) -> int | None:
+    """The common first axis of all arrays."""
+    lengths = {array.shape[:1] for array in feeds.values()}
+    return next(iter(lengths.pop()), None) if len(lengths) == 1 else None
+
+
+def _alike(left: Batch, right: Batch) -> bool:
+    """Whether both are single rows of the same shapes."""
+
+    def form(arrays: Feeds) -> dict[str, tuple[Any, ...]]:
+        return {name: (array.dtype.kind, array.shape) for name, array in arrays.items()}
+
+    same = form(left.feeds) == form(right.feeds) and form(left.targets) == form(right.targets)
+    return same and _rows(left.feeds) == 1
+
+
+def _join(samples: list[Batch], fixed: int | None) -> Batch:
+    """One run of several samples of one row each, padded to the model's fixed batch."""
+    feeds, targets, valid = samples[0].feeds, samples[0].targets, samples[0].valid
+    if len(samples) > 1:
+        feeds = {name: np.concatenate([sample.feeds[name] for sample in samples]) for name in feeds}
+        targets = {name: np.concatenate([sample.targets[name] for sample in samples]) for name in targets}
+        valid = len(samples)
+    padding = max((fixed or 0) - valid, 0) if _rows(feeds) == valid else 0
+    if padding:
+        feeds = {name: np.concatenate([array, *[array[-1:]] * padding]) for name, array in feeds.items()}
+    return Batch(feeds, targets, valid, padding)
+
+
+def _digest(update: Callable[[bytes], None], role: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    for name, array in sorted(arrays.items()):
+        update(repr((role, name, array.dtype.str, array.shape)).encode())
+        update(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+
+
+class _Problem(NamedTuple):
+    fact: str
+    remedy: str
+
+
+def checked_sample(
+    raw: Mapping[str, NDArray[Any]], targets: Feeds, specs: Sequence[TensorSpec], where: str, *, pads: bool = False
+) -> Batch:
+    """A run of the model from arrays as they were found.
+
+    Args:
+        raw: arrays by name; all inputs must be among them.
+        targets: what is carried along.
+        specs: the model's inputs.
+        where: which sample of what, for messages.
+        pads: whether fewer rows than a fixed batch are fine, as they will be padded.
+
+    Raises:
+        DataError: naming every mismatch.
+    """
+    fixed = _fixed_batch(specs) if pads else None
+    checked = {spec.name: _fit(raw, spec, fixed) for spec in specs}
+    problems = [item for item in checked.values() if isinstance(item, _Problem)]
+    if problems:
+        raise DataError(
+            "\n".join([f"{where} does not fit the model", *(f"  {problem.fact}" for problem in problems)]),
+            remedy="; ".join(dict.fromkeys(problem.remedy for problem in problems)),
+        )
+    feeds = {name: item for name, item in checked.items() if not isinstance(item, _Problem)}
+    return Batch(feeds, targets, valid=_rows(feeds) or 1)
+
+
+def _fit(raw: Mapping[str, NDArray[Any]], spec: TensorSpec, fixed: int | None) -> NDArray[Any] | _Problem:
+    """The array for one input in the input's dtype, or why it cannot be."""
+    if spec.name not in raw:
+        close = difflib.get_close_matches(spec.name, raw, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(map(repr, raw)) or 'none'}"
+        return _Problem(f"there is no key for input {spec.name!r}; {hint}", f"name the array {spec.name!r}")
+    array = np.asarray(raw[spec.name])
+    if spec.shape is not None:
+        expected = _show(spec.shape)
+        fact = f"input {spec.name!r} has shape {_show(array.shape)}, the model takes {expected}"
+        if array.ndim != len(spec.shape):
+            return _Problem(fact, f"give {spec.name!r} the axes {expected}, behind a sample axis where there is one")
+        for axis, (have, want) in enumerate(zip(array.shape, spec.shape, strict=True)):
+            padded = axis == 0 and fixed is not None and want == fixed and have < fixed
+            if isinstance(want, int) and have != want and not padded:
+                return _Problem(f"{fact}: axis {axis} differs", f"make axis {axis} of {spec.name!r} {want} long")
+    if not array.size and 0 not in (spec.shape or ()):
+        return _Problem(
+            f"input {spec.name!r} is empty, of shape {_show(array.shape)}", f"put values into {spec.name!r}"
+        )
+    if (bad := _not_finite(array)) is not None:
+        return _Problem(
+            f"input {spec.name!r} holds {array[bad]} at {list(bad)}", "repair that value or drop the sample"
+        )
+    converted = _convert(array, spec.dtype)
+    if converted is None:
+        wanted = "str" if spec.dtype.hasobject else spec.dtype.name
+        return _Problem(
+            f"input {spec.name!r} is {array.dtype}, the model takes {wanted}",
+            f"give {spec.name!r} as .astype({wanted!r}) if its values mean the same then",
+        )
+    if (bad := _not_finite(converted)) is not None:
+        return _Problem(
+            f"input {spec.name!r} holds {array[bad]} at {list(bad)}, beyond the range of {spec.dtype.name}",
+            f"scale {spec.name!r} into the range of {spec.dtype.name}",
+        )
+    return converted
+
+
+def _convert(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any] | None:
+    """The array in the model's dtype: exact, a wider integer, or another float; None for anything else."""
+    have = array.dtype
+    if dtype.hasobject:
+        return strings(array)
+    wider = have.kind in "iu" and dtype.kind in "iu" and np.can_cast(have, dtype, "safe")
+    if not (have == dtype or wider or (_is_float(have) and _is_float(dtype))):
+        return None
+    with np.errstate(over="ignore"):  # what overflows is reported by name
+        return np.require(array, dtype, requirements="C")
+
+
+def strings(array: NDArray[Any]) -> NDArray[Any] | None:
+    """The array with `str` elements, or None if they are something else."""
+    if array.dtype.kind == "S":
+        try:
+            array = np.char.decode(array, "utf-8")
+        except UnicodeDecodeError:
+            return None
+    if array.dtype.kind == "U" or (array.dtype.hasobject and all(isinstance(item, str) for item in array.flat)):
+        return array.astype(object)
+    return None
+
+
+def _is_float(dtype: np.dtype[Any]) -> bool:
+    """Also true for the floats of ml_dtypes, whose kind is `V`."""
+    return dtype.name.startswith(("float", "bfloat"))
+
+
+def _not_finite(array: NDArray[Any]) -> tuple[int, ...] | None:
+    """Where the first NaN or infinity is."""
+    if not (_is_float(array.dtype) or array.dtype.kind == "c"):
+        return None
+    finite = np.isfinite(array)
+    if finite.all():
+        return None
+    return tuple(map(int, np.unravel_index(int(np.argmin(finite)), array.shape)))
+
+
+def _show(shape: tuple[int | str | None, ...]) -> str:
+    return f"[{', '.join('?' if axis is None else str(axis) for axis in shape)}]"
