@@ -22,7 +22,9 @@ def pack(integers: Ints, bits: int) -> NDArray[np.uint8]:
     """
     _check(bits)
     single = (integers[..., None] >> np.arange(bits, dtype=integers.dtype)) & 1
-    return np.packbits(single.astype(np.uint8).reshape(*integers.shape[:-1], -1), axis=-1, bitorder="little")
+    return np.packbits(
+        single.astype(np.uint8).reshape(*integers.shape[:-1], integers.shape[-1] * bits), axis=-1, bitorder="little"
+    )
 
 
 def unpack(packed: NDArray[np.uint8], bits: int, count: int, *, signed: bool) -> Ints:
@@ -42,11 +44,12 @@ def unpack(packed: NDArray[np.uint8], bits: int, count: int, *, signed: bool) ->
     """
     _check(bits)
     single = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little")
-    weights = 1 << np.arange(bits)
+    powers = 1 << np.arange(bits)
     if signed:
-        weights[-1] *= -1
-    integers = single.reshape(*packed.shape[:-1], count, bits) @ weights
-    return integers.astype(np.int8 if signed else np.uint8)
+        powers[-1] *= -1
+    # Sums modulo 256 are all that is needed, in an eighth of the memory that int64 would take.
+    integers = single.reshape(*packed.shape[:-1], count, bits) @ powers.astype(np.uint8)
+    return integers.view(np.int8) if signed else integers
 
 
 def _check(bits: int) -> None:

@@ -1,5 +1,6 @@
 """Which range of values the integers should cover: of activations from a histogram, of weights from their matrix."""
 
+import math
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -147,13 +148,16 @@ def _searched_parameters(stack: Floats, grid: IntGrid, gram: Floats | None) -> t
 
     low = np.minimum(stack.min(axis=-1), 0.0).astype(np.float64)
     high = np.maximum(stack.max(axis=-1), 0.0).astype(np.float64)
-    return parameters_from_range(*_search(low, high, error, np.geomspace(1.0, 0.35, 12), grid.symmetric), grid)
+    return parameters_from_range(*_search(low, high, error, np.geomspace(1.0, 0.35, 16), grid.symmetric), grid)
 
 
 def _search(
     low: _Array, high: _Array, error: Callable[[_Array, _Array], _Array], factors: _Array, symmetric: bool
 ) -> tuple[_Array, _Array]:
-    """Shrinks ranges so that `error(low, high)`, of the ranges' shape, is least: together, then each end on its own."""
+    """Shrinks ranges so that `error(low, high)`, of the ranges' shape, is least.
+
+    First both ends together, then (unless symmetric) each on its own, then twice a finer look around the best.
+    """
     best_low, best_high, least = low, high, error(low, high)
 
     def attempt(trial_low: _Array, trial_high: _Array) -> None:
@@ -171,16 +175,20 @@ def _search(
         for factor in factors:
             attempt(best_low, high * factor)
     ratio = factors[0] / factors[1]
-    fine = np.geomspace(1 / ratio, ratio, 9)
-    coarse_low, coarse_high = best_low, best_high
-    if symmetric:
-        for factor in fine:
-            attempt(np.maximum(coarse_low * factor, low), np.minimum(coarse_high * factor, high))
-    else:
-        for factor in fine:
-            attempt(np.maximum(coarse_low * factor, low), best_high)
-        for factor in fine:
-            attempt(best_low, np.minimum(coarse_high * factor, high))
+    for _ in range(2):
+        steps = np.geomspace(1 / ratio, ratio, 9)
+        if symmetric:
+            coarse_low, coarse_high = best_low, best_high
+            for step in steps:
+                attempt(np.maximum(coarse_low * step, low), np.minimum(coarse_high * step, high))
+        else:
+            coarse_low = best_low
+            for step in steps:
+                attempt(np.maximum(coarse_low * step, low), best_high)
+            coarse_high = best_high
+            for step in steps:
+                attempt(best_low, np.minimum(coarse_high * step, high))
+        ratio **= 0.25
     return best_low, best_high
 
 
@@ -211,10 +219,12 @@ def _squared_error(values: _Array, low: ArrayLike, high: ArrayLike, grid: IntGri
 
 def _quantile(histogram: Histogram, share: float) -> float:
     """The value below which a share of the values lies, by linear interpolation within its bin."""
+    rank = math.ceil(share * histogram.count - 1e-6)  # a rounding error must not push a whole number to the next one
+    if rank <= 1:
+        return histogram.minimum
     cumulative = np.cumsum(histogram.counts)
-    rank = max(1.0, share * histogram.count)  # at least the first value: rank 0 would stop at an empty bin
-    index = min(int(np.searchsorted(cumulative, rank)), cumulative.size - 1)
-    missing = (cumulative[index] - rank) / max(histogram.counts[index], 1)
+    index = int(np.searchsorted(cumulative, rank))
+    missing = (cumulative[index] - rank) / histogram.counts[index]
     value = float(histogram.edges[index + 1] - missing * histogram.width)
     return min(max(value, histogram.minimum), histogram.maximum)
 

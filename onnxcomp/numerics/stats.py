@@ -1,4 +1,4 @@
-"""How far a metric measured on a few samples can be trusted: percentile bootstrap (Efron and Tibshirani 1993, ch. 13)."""
+"""How far a metric measured on few samples can be trusted: percentile bootstrap (Efron and Tibshirani 1993, ch. 13)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
