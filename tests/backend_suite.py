@@ -44,7 +44,7 @@ class BackendCase:
 
     @property
     def feedable(self) -> bool:
-        """Whether ORT's `run` takes the inputs as they are: arrays of numpy's own dtypes (no bfloat16, float8, int4)."""
+        """Whether ORT's `run` takes the inputs as they are: arrays of numpy's own dtypes (no bfloat16, float8)."""
         return all(isinstance(value, np.ndarray) and value.dtype.isbuiltin == 1 for value in self.inputs.values())
 
 
