@@ -6,18 +6,18 @@ the graph they are handed; calling the pass clones, applies, and checks what eve
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from itertools import islice
+from typing import ClassVar
 
 import onnx_ir as ir
 
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.model import all_nodes
+from onnxcomp.model import all_nodes, input_specs, vocabularies
 from onnxcomp.runtime import Target
-
-if TYPE_CHECKING:
-    from onnxcomp.data import Dataset
+from onnxcomp.samples import Dataset, Feeds
+from onnxcomp.synthetic import synthetic
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,18 @@ class Context:
         progress: called with (done, total, what) during long work.
     """
 
-    data: "Dataset | None" = None
+    data: Dataset | None = None
     target: Target = field(default_factory=Target)
     batch: int = 1
     seed: int = 0
     memory: int = 2 * 10**9
     exclude: re.Pattern[str] | None = None
     progress: Callable[[int, int, str], None] = no_progress
+
+    def examples(self, model: ir.Model, count: int = 2) -> Iterator[Feeds]:
+        """A few batches of the model's inputs: of the data, or synthetic where there are none."""
+        data = self.data if self.data is not None else synthetic(input_specs(model), count * self.batch, self.seed, vocabularies(model))
+        return (batch.feeds for batch in islice(data.batches(self.batch), count))
 
     def excludes(self, node: ir.Node) -> bool:
         """Whether the user asked to leave this node alone."""

@@ -146,6 +146,30 @@ def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from function.all_nodes()
 
 
+def opset(model: ir.Model) -> int:
+    """Version of the standard operator set; 0 where the model does not import it."""
+    return model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0))
+
+
+def vocabularies(model: ir.Model) -> dict[str, int]:
+    """Rows of the constant table that each integer input indexes: its elements must stay below."""
+    result = {}
+    for value in free_inputs(model):
+        for node in _readers(value):
+            if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].const_value is not None:
+                rows = int(node.inputs[0].const_value.shape[node.attributes.get_int("axis", 0)])
+                result[value.name or ""] = min(rows, result.get(value.name or "", rows))
+    return result
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that read a value, seen through what only casts or reshapes it."""
+    for use in value.uses():
+        yield use.node
+        if use.node.op_type in {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze", "Flatten"} and use.idx == 0:
+            yield from _readers(use.node.outputs[0])
+
+
 def to_bytes(model: ir.Model) -> bytes:
     """The model as one self-contained protobuf message, the same bytes for the same model.
 

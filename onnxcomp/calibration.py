@@ -1,0 +1,303 @@
+"""One streaming pass over the data: what goes through each tensor, in statistics that merge.
+
+Activations are reduced inside the graph: per-channel extremes are exact, histograms come from elements at evenly spaced
+positions (all of them where a batch of the tensor is small). Gram matrices take input vectors at random positions, as
+many as their width needs. Nothing is kept per sample, so memory does not depend on how many there are.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.core import Context
+from onnxcomp.errors import DataError
+from onnxcomp.layers import Layer
+from onnxcomp.model import opset
+from onnxcomp.numerics.histogram import Histogram
+from onnxcomp.runtime import Session
+from onnxcomp.samples import Dataset
+
+HISTOGRAM_ELEMENTS = 1 << 13
+"""Elements per batch and tensor that its histogram sees, at least; up to twice as many."""
+
+GRAM_ROWS = 32
+"""Input vectors per column of a Gram matrix: enough to tell it from noise, few enough to stay fast."""
+
+_LEAST_ROWS = 4096
+_UNKNOWN_SIZE = 128
+_BATCH = 32
+
+
+@dataclass(frozen=True, eq=False)
+class TensorStatistics:
+    """What went through one tensor; a monoid under `merge`.
+
+    Attributes:
+        histogram: of all its elements or evenly spaced ones; its extremes are exact.
+        low, high: (channels,) exact extremes per channel, or (1,) where the tensor has no channel axis.
+    """
+
+    histogram: Histogram
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, elements: NDArray[np.floating], low: NDArray[np.floating], high: NDArray[np.floating]) -> Self:
+        """Statistics of one batch."""
+        seen = np.concatenate([np.ravel(elements), [np.min(low), np.max(high)]])
+        return cls(Histogram.of(seen), np.ravel(low).astype(np.float64), np.ravel(high).astype(np.float64))
+
+    def merge(self, other: "TensorStatistics") -> "TensorStatistics":
+        """Statistics of both together."""
+        return TensorStatistics(
+            self.histogram.merge(other.histogram), np.minimum(self.low, other.low), np.maximum(self.high, other.high)
+        )
+
+    @property
+    def absolute_maximum(self) -> NDArray[np.float64]:
+        """(channels,) largest magnitude."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Sum of x x^T over a layer's input vectors x, each with a 1 appended; a monoid under `merge`.
+
+    Attributes:
+        total: (groups, in + 1, in + 1) float64.
+        rows: how many vectors.
+    """
+
+    total: NDArray[np.float64]
+    rows: int
+
+    @classmethod
+    def of(cls, rows: NDArray[np.floating]) -> Self:
+        """The Gram matrix of (groups, rows, in) vectors."""
+        wide = np.ones((*rows.shape[:2], rows.shape[2] + 1))
+        wide[..., :-1] = rows
+        return cls(np.matmul(wide.swapaxes(1, 2), wide), rows.shape[1])
+
+    def merge(self, other: "Gram") -> "Gram":
+        """The Gram matrix of both sets of vectors."""
+        return Gram(self.total + other.total, self.rows + other.rows)
+
+    @property
+    def second_moment(self) -> NDArray[np.float64]:
+        """(groups, in, in): H = E[x x^T]."""
+        result: NDArray[np.float64] = self.total[:, :-1, :-1] / max(self.rows, 1)
+        return result
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """(groups, in): E[x]."""
+        result: NDArray[np.float64] = self.total[:, :-1, -1] / max(self.rows, 1)
+        return result
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Everything one pass learnt; N parts merge to what the whole gives.
+
+    Attributes:
+        tensors: by tensor name.
+        grams: by layer name.
+    """
+
+    tensors: Mapping[str, TensorStatistics] = field(default_factory=dict)
+    grams: Mapping[str, Gram] = field(default_factory=dict)
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Statistics of both data together."""
+        tensors = dict(self.tensors)
+        for name, part in other.tensors.items():
+            tensors[name] = tensors[name].merge(part) if name in tensors else part
+        grams = dict(self.grams)
+        for name, gram in other.grams.items():
+            grams[name] = grams[name].merge(gram) if name in grams else gram
+        return Statistics(tensors, grams)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A tensor to observe, with the axis over which its channels run, if any."""
+
+    value: ir.Value
+    axis: int | None = None
+
+
+def calibrate(
+    model: ir.Model, data: Dataset, context: Context, tensors: Sequence[Observed] = (), layers: Sequence[Layer] = ()
+) -> Statistics:
+    """Run the model over the data and gather what is asked for.
+
+    Args:
+        model: opset 13 or later; not modified.
+        data: the samples.
+        context: target, memory cap, seed, progress. What exceeds the cap is split into groups, a pass over the data each.
+        tensors: tensors of the main graph whose ranges are wanted.
+        layers: layers of the main graph whose Gram matrix is wanted.
+
+    Raises:
+        DataError: the data or activations hold NaN or infinity.
+    """
+    sample_bytes = _activation_bytes(model)
+    size = int(np.clip(context.memory // (4 * max(sample_bytes, 1)), 1, _BATCH))
+    groups = list(_groups(tensors, layers, size, context.memory))
+    result = Statistics()
+    for done, (group_tensors, group_layers) in enumerate(groups):
+        what = "calibrating" if len(groups) == 1 else f"calibrating, part {done + 1} of {len(groups)}"
+        for part in _pass(model, data, context, group_tensors, group_layers, size, what):
+            result = result.merge(part)
+    for name, statistics in result.tensors.items():
+        if statistics.histogram.nonfinite:
+            raise DataError(
+                f"tensor '{name}' is not finite on the calibration data",
+                "the model overflows, divides by zero, or has NaN in its weights",
+                "run the model on the data and look for NaN",
+            )
+    return result
+
+
+def _pass(
+    model: ir.Model,
+    data: Dataset,
+    context: Context,
+    tensors: Sequence[Observed],
+    layers: Sequence[Layer],
+    size: int,
+    what: str,
+) -> Iterator[Statistics]:
+    probe = _Probe(model, tensors, layers)
+    session = Session(probe.model, context.target)
+    generator = np.random.default_rng(context.seed)
+    share = {layer.name: max(_LEAST_ROWS, GRAM_ROWS * layer.input_width) / len(data) for layer in layers}
+    done = 0
+    for batch in data.batches(size):
+        outputs = session.run(batch.feeds, probe.outputs)
+        grams = {}
+        for layer in layers:
+            count = int(np.ceil(share[layer.name] * batch.valid))
+            data_in = batch.trim(outputs)[probe.inputs[layer.name]]
+            grams[layer.name] = Gram.of(layer.rows(data_in, count, generator))
+        yield Statistics({seen.value.name or "": probe.read(seen, outputs) for seen in tensors}, grams)
+        done += batch.valid
+        context.progress(done, len(data), what)
+
+
+class _Probe:
+    """The model with the statistics it must output."""
+
+    def __init__(self, model: ir.Model, tensors: Iterable[Observed], layers: Iterable[Layer]) -> None:
+        self.model = model.clone()
+        self._graph = self.model.graph
+        self._values = {value.name: value for value in self._all_values()}
+        self._version = opset(model)
+        self._names: dict[str, tuple[str, str, str]] = {}
+        self._count = 0
+        originals = {value.name for value in self._graph.outputs}
+        for seen in tensors:
+            self._observe(seen)
+        self.inputs: dict[str, str] = {}
+        for layer in layers:
+            name = layer.data.name or ""
+            self.inputs[layer.name] = name
+            if name not in originals:
+                self._output(self._values[name])
+                originals.add(name)
+        self.outputs = [name for names in self._names.values() for name in names]
+        self.outputs += list(dict.fromkeys(self.inputs.values()))
+
+    def read(self, seen: Observed, outputs: Mapping[str, NDArray[np.generic]]) -> TensorStatistics:
+        """The statistics of one observed tensor, from one run's outputs."""
+        elements, low, high = (outputs[name].astype(np.float32) for name in self._names[seen.value.name or ""])
+        return TensorStatistics.of(elements, low, high)
+
+    def _all_values(self) -> Iterator[ir.Value]:
+        yield from self._graph.inputs
+        for node in self._graph:
+            yield from node.outputs
+
+    def _observe(self, seen: Observed) -> None:
+        value = self._values[seen.value.name or ""]
+        source = value if value.dtype == ir.DataType.FLOAT else self._node("Cast", [value], to=ir.DataType.FLOAT)
+        rank = None if value.shape is None else len(value.shape)
+        axes = None
+        if rank is not None and seen.axis is not None:
+            axes = [axis for axis in range(rank) if axis != seen.axis % rank]
+        low, high = self._reduce("ReduceMin", source, axes), self._reduce("ReduceMax", source, axes)
+        # A step of 1 + size // N takes between N / 2 and N elements; odd, so as not to meet one channel only.
+        size = self._node("Size", [source])
+        step = self._node("Div", [size, self._constant([2 * HISTOGRAM_ELEMENTS])])
+        step = self._node("Add", [self._node("Mul", [step, self._constant([2])]), self._constant([1])])
+        flat = self._node("Reshape", [source, self._constant([-1])])
+        zero, end = self._constant([0]), self._constant([np.iinfo(np.int64).max])
+        sample = self._node("Slice", [flat, zero, end, zero, step])
+        for output in (sample, low, high):
+            self._output(output)
+        self._names[value.name or ""] = (sample.name or "", low.name or "", high.name or "")
+
+    def _reduce(self, operator: str, value: ir.Value, axes: list[int] | None) -> ir.Value:
+        if axes is None or not axes:
+            return value if axes is not None else self._node(operator, [value], keepdims=0)
+        if self._version >= 18:
+            return self._node(operator, [value, self._constant(axes)], keepdims=0)
+        return self._node(operator, [value], axes=axes, keepdims=0)
+
+    def _node(self, operator: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
+        self._count += 1
+        node = ir.node(operator, inputs, attributes=attributes, name=f"onnxcomp_probe_{self._count}")
+        node.outputs[0].name = f"onnxcomp_probe_{self._count}"
+        self._graph.append(node)
+        return node.outputs[0]
+
+    def _constant(self, elements: list[int]) -> ir.Value:
+        name = "onnxcomp_constant_" + "_".join(str(element) for element in elements)
+        if name not in self._graph.initializers:
+            self._graph.register_initializer(
+                ir.val(name, const_value=ir.tensor(np.asarray(elements, np.int64), name=name))
+            )
+        return self._graph.initializers[name]
+
+    def _output(self, value: ir.Value) -> None:
+        if value.dtype is None:
+            value.dtype = ir.DataType.FLOAT
+        self._graph.outputs.append(value)
+
+
+def _groups(
+    tensors: Sequence[Observed], layers: Sequence[Layer], size: int, memory: int
+) -> Iterator[tuple[list[Observed], list[Layer]]]:
+    """Requests in portions whose statistics stay below the cap together."""
+    portion: tuple[list[Observed], list[Layer]] = ([], [])
+    used = 0
+    for request in [*tensors, *layers]:
+        if isinstance(request, Layer):
+            need = 3 * 8 * request.groups * (request.input_width + 1) ** 2 + 8 * size * _elements(request.data)
+        else:
+            need = 4 * 8 * 4096 + 2 * 4 * HISTOGRAM_ELEMENTS
+        if used and used + need > memory // 2:
+            yield portion
+            portion, used = ([], []), 0
+        used += need
+        if isinstance(request, Layer):
+            portion[1].append(request)
+        else:
+            portion[0].append(request)
+    if used:
+        yield portion
+
+
+def _elements(value: ir.Value) -> int:
+    """Elements per sample; the first axis counts as the batch, unknown sizes as a guess."""
+    sizes = [size if isinstance(size, int) else _UNKNOWN_SIZE for size in (value.shape or ())]
+    return int(np.prod(sizes[1:], initial=1))
+
+
+def _activation_bytes(model: ir.Model) -> int:
+    """Bytes per sample of the largest activation and its neighbours: what a run holds at a time."""
+    return 4 * max((sum(_elements(output) for output in node.outputs) for node in model.graph), default=1)

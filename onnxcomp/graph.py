@@ -1,0 +1,109 @@
+"""Small steps of graph surgery: new constants and nodes with free names, in the right place."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.version_converter
+import onnx_ir as ir
+from numpy.typing import ArrayLike
+
+from onnxcomp import model as models
+
+
+class Builder:
+    """Adds constants and nodes to one graph under names that nothing else uses."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self._taken = set(graph.initializers) | {value.name for value in graph.inputs}
+        for node in graph.all_nodes():
+            self._taken |= {value.name for value in node.outputs} | {node.name}
+
+    def name(self, wanted: str) -> str:
+        """A free name like the one wanted, taken from now on."""
+        name, count = wanted, 1
+        while name in self._taken:
+            name, count = f"{wanted}_{count}", count + 1
+        self._taken.add(name)
+        return name
+
+    def constant(self, array: ArrayLike, wanted: str) -> ir.Value:
+        """A new initializer."""
+        name = self.name(wanted)
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        value = ir.val(name, const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value | None],
+        wanted: str,
+        *,
+        like: ir.Value | None = None,
+        dtype: ir.DataType | None = None,
+        domain: str = "",
+        outputs: int = 1,
+        before: ir.Node | None = None,
+        after: ir.Node | None = None,
+        **attributes: Any,
+    ) -> ir.Value:
+        """A new node, and its first output.
+
+        Args:
+            operator: operator type.
+            inputs: its inputs.
+            wanted: name of the node and its output.
+            like: the output takes the shape, and the type unless `dtype` is given, of this value.
+            dtype: element type of the output.
+            domain: operator domain.
+            outputs: number of outputs.
+            before, after: where to insert; at the end of the graph by default.
+            **attributes: the operator's attributes.
+        """
+        name = self.name(wanted)
+        node = ir.node(operator, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for index, value in enumerate(node.outputs):
+            value.name = name if index == 0 else self.name(f"{wanted}_{index}")
+        value = node.outputs[0]
+        if like is not None:
+            value.shape, value.dtype = like.shape, dtype or like.dtype
+        elif dtype is not None:
+            value.dtype = dtype
+        if before is not None:
+            self.graph.insert_before(before, node)
+        elif after is not None:
+            self.graph.insert_after(after, node)
+        else:
+            self.graph.append(node)
+        return value
+
+
+def single_consumer(value: ir.Value) -> ir.Node | None:
+    """The one node that reads a value which nothing else reads, or None."""
+    uses = value.uses()
+    return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def remove_unused(model: ir.Model) -> None:
+    """Remove nodes and initializers that nothing reads."""
+    ir.passes.common.RemoveUnusedNodesPass()(model)
+
+
+def at_least_opset(model: ir.Model, version: int) -> ir.Model | str:
+    """The model converted to a later operator set, itself if it has it, or why that cannot be done."""
+    if models.opset(model) >= version:
+        return model
+    try:
+        proto = onnx.version_converter.convert_version(
+            onnx.ModelProto.FromString(models.to_bytes(model)), version
+        )
+        converted = ir.from_proto(proto)
+    except Exception as error:  # the C++ converter raises anything, and lacks adapters for some operators
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return f"opset {models.opset(model)} cannot be converted to {version}: {reason}"
+    converted.metadata_props.update(model.metadata_props)
+    return converted

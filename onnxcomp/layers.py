@@ -1,0 +1,207 @@
+"""One view of every weighted operator: `Y = W X + b` with W of shape (out, in * kernel)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.model import all_nodes
+
+Array = NDArray[np.floating]
+
+_WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
+FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A node with a constant floating-point weight, seen as a matrix product.
+
+    Attributes:
+        node: Conv, ConvTranspose, Gemm or MatMul.
+        index: which input is the weight.
+    """
+
+    node: ir.Node
+    index: int
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return self.node.name or ""
+
+    @property
+    def weight(self) -> ir.Value:
+        """The weight, a constant."""
+        value = self.node.inputs[self.index]
+        assert value is not None
+        return value
+
+    @property
+    def data(self) -> ir.Value:
+        """The activation that the layer transforms."""
+        value = self.node.inputs[1 - self.index]
+        assert value is not None
+        return value
+
+    @property
+    def bias(self) -> ir.Value | None:
+        """The bias input of the operator itself, where it has one."""
+        return self.node.inputs[2] if len(self.node.inputs) > 2 else None
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; 1 otherwise."""
+        return self.node.attributes.get_int("group", 1) if "Conv" in self.node.op_type else 1
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input channel per group."""
+        return self.node.op_type == "Conv" and self.groups > 1 and self.weight_shape[1] == 1
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """The weight's own shape."""
+        assert self.weight.const_value is not None
+        return tuple(int(size) for size in self.weight.const_value.shape)
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Spatial kernel size; empty for matrix products."""
+        return self.weight_shape[2:] if "Conv" in self.node.op_type else ()
+
+    @property
+    def channel_axis(self) -> int:
+        """The axis of the weight's own layout that runs over output channels (within a group for ConvTranspose)."""
+        if self.node.op_type == "Conv":
+            return 0
+        if self.node.op_type == "ConvTranspose":
+            return 1
+        if self.node.op_type == "Gemm":
+            return 0 if self.node.attributes.get_int("transB", 0) else 1
+        return len(self.weight_shape) - (1 if self.index == 1 else 2)
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of the activation that runs over input channels."""
+        if "Conv" in self.node.op_type:
+            return 1
+        if self.node.op_type == "Gemm":
+            return 0 if self.node.attributes.get_int("transA", 0) else 1
+        return -1 if self.index == 1 else -2
+
+    @property
+    def input_width(self) -> int:
+        """Columns of the matrix: inputs of one group times kernel taps, the side of its Gram matrix."""
+        if self.node.op_type == "Conv":
+            return int(np.prod(self.weight_shape[1:]))
+        if self.node.op_type == "ConvTranspose":
+            return self.weight_shape[0] // self.groups
+        return self.weight_shape[1 - self.channel_axis]
+
+    def matrix(self) -> Array:
+        """The weight as float32 (out, in * kernel); out runs over groups for a grouped convolution.
+
+        ConvTranspose: (groups * out/group * kernel, in/group), each tap a row of its own.
+        """
+        assert self.weight.const_value is not None
+        return self.to_matrix(self.weight.const_value.numpy().astype(np.float32))
+
+    def to_matrix(self, weight: Array) -> Array:
+        """A tensor in the weight's own layout, as `matrix()` gives it."""
+        if self.node.op_type == "Conv":
+            return weight.reshape(len(weight), -1)
+        if self.node.op_type == "ConvTranspose":
+            grouped = weight.reshape(self.groups, len(weight) // self.groups, -1)
+            return np.swapaxes(grouped, 1, 2).reshape(-1, grouped.shape[1])
+        return np.ascontiguousarray(weight.T) if self.channel_axis == 1 else weight
+
+    def from_matrix(self, matrix: NDArray[np.generic]) -> NDArray[np.generic]:
+        """The inverse of `to_matrix`, for floats as for quantized integers."""
+        shape = self.weight_shape
+        if self.node.op_type == "Conv":
+            return matrix.reshape(shape)
+        if self.node.op_type == "ConvTranspose":
+            grouped = matrix.reshape(self.groups, -1, matrix.shape[1])
+            return np.ascontiguousarray(np.swapaxes(grouped, 1, 2)).reshape(shape)
+        return np.ascontiguousarray(matrix.T) if self.channel_axis == 1 else matrix
+
+    def rows(self, data: Array, count: int, generator: np.random.Generator) -> NDArray[np.float32]:
+        """Some of the input vectors that the layer multiplies, drawn at random positions.
+
+        Args:
+            data: the layer's input activation, one batch.
+            count: how many vectors at most; all of them where there are no more.
+            generator: draws the positions.
+
+        Returns:
+            (groups, rows, in/group * kernel).
+        """
+        if self.node.op_type == "Conv":
+            return self._patches(data, count, generator)
+        moved = np.moveaxis(data, self.input_axis, -1)
+        flat = moved.reshape(-1, moved.shape[-1])
+        chosen = np.asarray(flat[_draw(len(flat), count, generator)], np.float32)
+        return np.ascontiguousarray(np.swapaxes(chosen.reshape(len(chosen), self.groups, -1), 0, 1))
+
+    def _patches(self, data: Array, count: int, generator: np.random.Generator) -> NDArray[np.float32]:
+        kernel, attributes = self.kernel, self.node.attributes
+        rank = len(kernel)
+        strides = list(attributes.get_ints("strides", None) or [1] * rank)
+        dilations = list(attributes.get_ints("dilations", None) or [1] * rank)
+        spans = [dilation * (size - 1) + 1 for dilation, size in zip(dilations, kernel, strict=True)]
+        pads = _pads(self.node, data.shape[2:], spans, strides)
+        padded = np.pad(data, [(0, 0), (0, 0), *pads])
+        windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
+        windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
+        windows = windows[(..., *(slice(None, None, d) for d in dilations))]
+        places = np.moveaxis(windows, 1, 1 + rank)  # (batch, *positions, channel, *kernel), still a view
+        shape = places.shape[: 1 + rank]
+        chosen = np.unravel_index(_draw(int(np.prod(shape)), count, generator), shape)
+        patches = np.asarray(places[chosen], np.float32).reshape(len(chosen[0]), self.groups, -1)
+        return np.ascontiguousarray(np.swapaxes(patches, 0, 1))
+
+
+def _draw(total: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    return np.arange(total) if total <= count else np.sort(generator.choice(total, count, replace=False))
+
+
+def _pads(
+    node: ir.Node, sizes: tuple[int, ...], spans: list[int], strides: list[int]
+) -> list[tuple[int, int]]:
+    """Padding before and after each spatial axis, `auto_pad` resolved."""
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    if mode in {"SAME_UPPER", "SAME_LOWER"}:
+        totals = [
+            max((-(-size // stride) - 1) * stride + span - size, 0)
+            for size, span, stride in zip(sizes, spans, strides, strict=True)
+        ]
+        halves = [(total // 2, total - total // 2) for total in totals]
+        return halves if mode == "SAME_UPPER" else [(after, before) for before, after in halves]
+    flat = list(node.attributes.get_ints("pads", None) or [0] * 2 * len(sizes))
+    return list(zip(flat[: len(sizes)], flat[len(sizes) :], strict=True))
+
+
+def layer_of(node: ir.Node) -> Layer | None:
+    """The node as a layer, or None where it has no constant floating-point weight matrix."""
+    if node.domain not in {"", "ai.onnx"} or node.op_type not in _WEIGHT_INPUT:
+        return None
+    indices = (1, 0) if node.op_type == "MatMul" else (1,)
+    for index in indices:
+        value = node.inputs[index] if index < len(node.inputs) else None
+        tensor = value.const_value if value is not None and not value.is_graph_input() else None
+        if tensor is None or tensor.dtype not in FLOATS or tensor.size == 0:
+            continue
+        if ("Conv" in node.op_type and len(tensor.shape) < 3) or (node.op_type == "MatMul" and len(tensor.shape) != 2):
+            continue
+        return Layer(node, index)
+    return None
+
+
+def layers(model: ir.Model) -> Iterator[Layer]:
+    """Every layer of the model, bodies and functions included, in graph order."""
+    for node in all_nodes(model):
+        if (layer := layer_of(node)) is not None:
+            yield layer

@@ -1,0 +1,104 @@
+"""A layer's weights on an integer grid, with as little change of the layer's output as calibration allows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxcomp.calibration import Gram
+from onnxcomp.layers import Layer
+from onnxcomp.numerics.affine import IntGrid, dequantize, quantize, spread_blocks
+from onnxcomp.numerics.gptq import polish, round_gptq
+from onnxcomp.numerics.ranges import blockwise
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How weights meet their grid; each step can be switched off.
+
+    Attributes:
+        gptq: error feedback by the Gram matrix (Frantar 2022) instead of rounding each weight to the nearest.
+        sweeps: of coordinate descent afterwards; 0 for none.
+        bias_correction: the mean of what rounding does to the output goes into the bias.
+    """
+
+    gptq: bool = True
+    sweeps: int = 3
+    bias_correction: bool = True
+
+    @property
+    def needs_gram(self) -> bool:
+        """Whether any step uses calibration data."""
+        return self.gptq or self.sweeps > 0 or self.bias_correction
+
+
+@dataclass(frozen=True, eq=False)
+class RoundedWeights:
+    """Integers and what they stand for.
+
+    Attributes:
+        integers: (out, in) in the grid's dtype.
+        scale: (out, blocks) float32.
+        zero_point: (out, blocks) in the grid's dtype, or None for a symmetric grid.
+        bias_shift: (out,) to add to the layer's bias.
+    """
+
+    integers: NDArray[np.integer]
+    scale: NDArray[np.float32]
+    zero_point: NDArray[np.integer] | None
+    bias_shift: NDArray[np.float64]
+
+
+def round_weights(
+    layer: Layer,
+    grid: IntGrid,
+    rounding: Rounding,
+    gram: Gram | None,
+    *,
+    block: int | None = None,
+    least_scale: NDArray[np.floating] | float = 0.0,
+    matrix: NDArray[np.floating] | None = None,
+) -> RoundedWeights:
+    """Round a layer's matrix, group by group.
+
+    Args:
+        layer: the layer.
+        grid: the integers.
+        rounding: which steps.
+        gram: of the layer's inputs; without it weights are rounded to the nearest, by searched scales.
+        block: inputs that share a scale; None for one scale per output channel.
+        least_scale: (out,) or scalar lower bound of the scales.
+        matrix: (out, in) to round instead of the layer's own.
+    """
+    full = layer.matrix() if matrix is None else matrix
+    rows = len(full) // layer.groups
+    width = block or full.shape[1]
+    bounds = np.broadcast_to(np.asarray(least_scale, np.float32), (len(full),))
+    parts = []
+    for group in range(layer.groups):
+        part = slice(group * rows, (group + 1) * rows)
+        W = full[part]
+        H = None if gram is None else gram.second_moment[group]
+        scale, zero_point = blockwise(W, width, grid, H)
+        scale = np.maximum(scale, bounds[part, None])
+        wide_scale = spread_blocks(scale, width, W.shape[1])
+        wide_zero: NDArray[np.generic] | int = (
+            grid.middle if zero_point is None else spread_blocks(zero_point, width, W.shape[1])
+        )
+        if H is not None and rounding.gptq:
+            integers = round_gptq(W, H, wide_scale, wide_zero, grid)
+        else:
+            integers = quantize(W, wide_scale, wide_zero, grid)
+        if H is not None and rounding.sweeps:
+            integers = polish(W, H, integers, wide_scale, wide_zero, grid, rounding.sweeps)
+        shift = np.zeros(len(W))
+        if gram is not None and rounding.bias_correction:
+            shift = (W - dequantize(integers, wide_scale, wide_zero)).astype(np.float64) @ gram.mean[group]
+        parts.append((integers, scale, zero_point, shift))
+    zero_points = [zero for _, _, zero, _ in parts if zero is not None]
+    return RoundedWeights(
+        np.concatenate([integers for integers, _, _, _ in parts]),
+        np.concatenate([scale for _, scale, _, _ in parts]),
+        np.concatenate(zero_points) if zero_points else None,
+        np.concatenate([shift for _, _, _, shift in parts]),
+    )
