@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnxcomp.core import Context
 from onnxcomp.errors import DataError
 from onnxcomp.layers import Layer
-from onnxcomp.model import opset
+from onnxcomp.model import content_hash, opset
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Dataset
@@ -145,6 +145,10 @@ def calibrate(
     Raises:
         DataError: the data or activations hold NaN or infinity.
     """
+    key = ("statistics", content_hash(model), id(data))
+    known: Statistics = context.cache.get(key, Statistics())
+    tensors = [seen for seen in tensors if seen.value.name not in known.tensors]
+    layers = [layer for layer in layers if layer.name not in known.grams]
     sample_bytes = _activation_bytes(model)
     size = int(np.clip(context.memory // (4 * max(sample_bytes, 1)), 1, _BATCH))
     groups = list(_groups(tensors, layers, size, context.memory))
@@ -160,6 +164,9 @@ def calibrate(
                 "the model overflows, divides by zero, or has NaN in its weights",
                 "run the model on the data and look for NaN",
             )
+    result = known.merge(result)
+    if sum(gram.total.nbytes for gram in result.grams.values()) <= context.memory // 2:
+        context.cache[key] = result
     return result
 
 

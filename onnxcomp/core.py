@@ -6,10 +6,10 @@ the graph they are handed; calling the pass clones, applies, and checks what eve
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -71,6 +71,7 @@ class Context:
         memory: cap in bytes on what calibration keeps.
         exclude: nodes whose name matches are left alone.
         progress: called with (done, total, what) during long work.
+        cache: what passes computed for a model and may need again, by key; shared by all that use this context.
     """
 
     data: Dataset | None = None
@@ -80,6 +81,7 @@ class Context:
     memory: int = 2 * 10**9
     exclude: re.Pattern[str] | None = None
     progress: Callable[[int, int, str], None] = no_progress
+    cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def examples(self, model: ir.Model, count: int = 2) -> Iterator[Feeds]:
         """A few batches of the model's inputs: of the data, or synthetic where there are none."""

@@ -181,6 +181,22 @@ def to_bytes(model: ir.Model) -> bytes:
     return ir.to_proto(_in_memory(model)).SerializeToString(deterministic=True)
 
 
+def content_hash(model: ir.Model) -> str:
+    """SHA-256 (hex) over the graph and its tensors, the same for the same content."""
+    bare = model.clone()
+    digest = hashlib.sha256()
+    for value in _initializers(bare):
+        if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING:
+            digest.update(f"{value.name}:{value.const_value.shape}:".encode())
+            digest.update(value.const_value.tobytes())
+            value.const_value = None
+    for graph in bare.graphs():
+        for name in [name for name, value in graph.initializers.items() if value.const_value is None]:
+            graph.initializers.pop(name)
+    digest.update(ir.to_proto(bare).SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
 def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = False) -> tuple[Path, ...]:
     """Write a model atomically: temporary file, fsync, rename.
 

@@ -138,17 +138,33 @@ class Session:
                 "the inputs do not fit the model, or an operator lacks this case",
             ) from error
 
-    def profile(self) -> dict[str, tuple[str, float]]:
-        """Operator type and median microseconds of each executed node, by node name; ends the profile."""
+    def profile(self) -> "dict[str, NodeTime]":
+        """What each executed node took, by its name in ONNX Runtime's own graph; ends the profile."""
         times: dict[str, list[float]] = defaultdict(list)
-        types: dict[str, str] = {}
+        facts: dict[str, tuple[str, int]] = {}
         suffix = "_kernel_time"
         for event in json.loads(Path(self._session.end_profiling()).read_text()):
             if event.get("cat") == "Node" and event["name"].endswith(suffix):
-                name = event["name"].removesuffix(suffix)
+                name, details = event["name"].removesuffix(suffix), event["args"]
                 times[name].append(event["dur"])
-                types[name] = event["args"]["op_name"]
-        return {name: (types[name], statistics.median(values)) for name, values in times.items()}
+                shapes = [shape for output in details.get("output_type_shape", ()) for shape in output.values()]
+                facts[name] = (details["op_name"], int(np.prod(shapes[0])) if shapes else 0)
+        return {name: NodeTime(*facts[name], statistics.median(values)) for name, values in times.items()}
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """Time of one node in a profile.
+
+    Attributes:
+        operator: type of the node that ran, after ONNX Runtime's fusions.
+        elements: size of its first output.
+        microseconds: median over runs.
+    """
+
+    operator: str
+    elements: int
+    microseconds: float
 
 
 def _is_large(model: ir.Model | str | Path) -> bool:

@@ -1,6 +1,8 @@
 """A layer's weights on an integer grid, with as little change of the layer's output as calibration allows."""
 
+from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +60,7 @@ def round_weights(
     block: int | None = None,
     least_scale: NDArray[np.floating] | float = 0.0,
     matrix: NDArray[np.floating] | None = None,
+    cache: dict[Hashable, Any] | None = None,
 ) -> RoundedWeights:
     """Round a layer's matrix, group by group.
 
@@ -69,7 +72,13 @@ def round_weights(
         block: inputs that share a scale; None for one scale per output channel.
         least_scale: (out,) or scalar lower bound of the scales.
         matrix: (out, in) to round instead of the layer's own.
+        cache: remembers what the Gram matrix was needed for, which takes long.
     """
+    if cache is not None and gram is not None and matrix is None:
+        key = ("rounded", gram, layer.name, grid, rounding, block, np.asarray(least_scale).tobytes())
+        if key not in cache:
+            cache[key] = round_weights(layer, grid, rounding, gram, block=block, least_scale=least_scale)
+        return cast(RoundedWeights, cache[key])
     full = layer.matrix() if matrix is None else matrix
     rows = len(full) // layer.groups
     width = block or full.shape[1]

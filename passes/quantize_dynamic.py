@@ -8,8 +8,9 @@ transformers and recurrent networks. ONNX Runtime fuses the chain into one kerne
 one scale each; they are looked up as integers, so that the table is never expanded.
 """
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -32,7 +33,7 @@ class QuantizeDynamic(Pass):
     Attributes:
         rounding: how weights are rounded; without calibration data to the nearest.
         weight_bits: 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
-        nodes: names of the nodes to quantize; None for every node that can be.
+        keep: names of the nodes that stay in float.
     """
 
     name: ClassVar[str] = "quantize-dynamic"
@@ -40,7 +41,7 @@ class QuantizeDynamic(Pass):
 
     rounding: Rounding = field(default_factory=Rounding)
     weight_bits: int = 8
-    nodes: tuple[str, ...] | None = None
+    keep: tuple[str, ...] = ()
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Quantize every matrix product with a constant weight."""
@@ -48,20 +49,21 @@ class QuantizeDynamic(Pass):
         if isinstance(converted, str):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
-        wanted = None if self.nodes is None else set(self.nodes)
         chosen, skips = [], []
         for layer in layers(converted):
             reason = _obstacle(layer)
             if context.excludes(layer.node):
                 reason = "excluded by the user"
+            elif layer.name in self.keep:
+                reason = "kept in float: faster or more accurate so"
             if reason is not None:
                 skips.append(Skip(layer.name, reason))
-            elif wanted is None or layer.name in wanted:
+            else:
                 chosen.append(layer)
         grams = _grams(converted, chosen, self.rounding, context)
         changes = []
         for layer in chosen:
-            _quantize(layer, IntGrid(self.weight_bits, signed=True, symmetric=True), self.rounding, grams.get(layer.name))
+            _quantize(layer, IntGrid(self.weight_bits, signed=True, symmetric=True), self.rounding, grams.get(layer.name), context.cache)
             changes.append(Change(layer.name, "int8 weights per channel, dynamic uint8 activations"))
         remove_unused(converted)
         return Outcome(converted if changes else model, tuple(changes), tuple(skips))
@@ -92,12 +94,12 @@ def _obstacle(layer: Layer) -> str | None:
     return None
 
 
-def _quantize(layer: Layer, grid: IntGrid, rounding: Rounding, gram: Gram | None) -> None:
+def _quantize(layer: Layer, grid: IntGrid, rounding: Rounding, gram: Gram | None, cache: dict[Hashable, Any]) -> None:
     node, weight = layer.node, layer.weight
     graph = node.graph
     assert isinstance(graph, ir.Graph)
     builder = Builder(graph)
-    rounded = round_weights(layer, grid, rounding, gram)
+    rounded = round_weights(layer, grid, rounding, gram, cache=cache)
     integers = builder.constant(np.ascontiguousarray(rounded.integers.T), f"{weight.name}_int")
     scale = builder.constant(rounded.scale[:, 0], f"{weight.name}_scale")
     zeros = builder.constant(np.zeros(len(rounded.scale), np.int8), f"{weight.name}_zero")

@@ -14,10 +14,10 @@ Networks for Efficient Integer-Arithmetic-Only Inference".) Rules:
 5. A MatMul or Gemm whose output nothing quantized reads gives float.
 """
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -74,7 +74,7 @@ class QuantizeStatic(Pass):
         signed: int8 activations instead of uint8. On x86 CPUs ONNX Runtime has fast kernels for uint8 only.
         weight_bits: 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
         rounding: how weights are rounded.
-        nodes: names of the nodes to quantize; None for every node that can be.
+        keep: names of the nodes that stay in float.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -84,7 +84,7 @@ class QuantizeStatic(Pass):
     signed: bool = False
     weight_bits: int = 8
     rounding: Rounding = field(default_factory=Rounding)
-    nodes: tuple[str, ...] | None = None
+    keep: tuple[str, ...] = ()
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Choose the nodes, calibrate, insert the pairs."""
@@ -94,17 +94,17 @@ class QuantizeStatic(Pass):
         if isinstance(converted, str):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
-        chosen, skips = quantizable(converted, context)
-        if self.nodes is not None:
-            chosen = {name: node for name, node in chosen.items() if name in set(self.nodes)}
-        surgery = _Surgery(converted, chosen, self)
+        chosen, skips = quantizable(converted, context, frozenset(self.keep))
+        surgery = _Surgery(converted, chosen, self, context.cache)
         grams = [layer for layer in surgery.layers if self.rounding.needs_gram]
         statistics = calibrate(converted, context.data, context, surgery.observed(), grams)
         changes = surgery.run(statistics)
         return Outcome(converted if changes else model, changes, skips)
 
 
-def quantizable(model: ir.Model, context: Context) -> tuple[dict[str, ir.Node], tuple[Skip, ...]]:
+def quantizable(
+    model: ir.Model, context: Context, keep: frozenset[str] = frozenset()
+) -> tuple[dict[str, ir.Node], tuple[Skip, ...]]:
     """The nodes of the main graph with an INT8 form, by name, and why weighted ones have none."""
     chosen: dict[str, ir.Node] = {}
     skips = []
@@ -113,6 +113,8 @@ def quantizable(model: ir.Model, context: Context) -> tuple[dict[str, ir.Node], 
         reason = _obstacle(node, scores)
         if reason is None and context.excludes(node):
             reason = "excluded by the user"
+        if reason is None and node.name in keep:
+            reason = "kept in float: faster or more accurate so"
         if reason is None:
             chosen[node.name or ""] = node
         elif reason and node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN"}:
@@ -237,10 +239,11 @@ class _Surgery:
     Nodes are handled in graph order, and each rewires only its own inputs: until then they are the original values.
     """
 
-    def __init__(self, model: ir.Model, chosen: dict[str, ir.Node], settings: QuantizeStatic) -> None:
+    def __init__(self, model: ir.Model, chosen: dict[str, ir.Node], settings: QuantizeStatic, cache: dict[Hashable, Any]) -> None:
         self._model = model
         self._chosen = chosen
         self._settings = settings
+        self._cache = cache
         self._grid = IntGrid(8, settings.signed, symmetric=settings.signed)
         self._dtype = ir.DataType.from_numpy(self._grid.dtype)
         self._builder = Builder(model.graph)
@@ -452,7 +455,7 @@ class _Surgery:
         if key not in self._weights:
             grid = IntGrid(self._settings.weight_bits, signed=True, symmetric=True)
             gram = self._statistics.grams.get(layer.name)
-            rounded = round_weights(layer, grid, self._settings.rounding, gram, least_scale=least)
+            rounded = round_weights(layer, grid, self._settings.rounding, gram, least_scale=least, cache=self._cache)
             tensor = layer.from_matrix(rounded.integers)
             self._weights[key] = (self._builder.constant(tensor, f"{layer.weight.name}_int"), rounded)
         return self._weights[key]

@@ -1,0 +1,204 @@
+"""Which nodes run as integers: a minimum cut over measured times.
+
+Every node that could be quantized has a measured time in float and in INT8, and every tensor between the two worlds
+costs a conversion. The cheapest assignment of nodes to worlds is a minimum s-t cut (Picard and Ratliff 1975): cutting
+the arc from the source pays a node's float time, cutting the arc to the sink its INT8 time, and a tensor that is
+produced in one world and read in the other pays its conversion once, however many read it.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+from onnxcomp.graph import single_consumer
+from onnxcomp.runtime import Feeds, Session, Target
+
+_NEVER = 2**30
+_NANOSECONDS = 1000
+_DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed)+$")
+_CONVERSION_SIZES = (1_000, 10_000, 100_000, 1_000_000)
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """Time to bring a tensor from one world into the other, in microseconds by number of elements.
+
+    Attributes:
+        sizes: elements measured.
+        quantize: float to integers, with the change of memory layout that convolutions want.
+        dequantize: the way back.
+    """
+
+    sizes: tuple[int, ...]
+    quantize: tuple[float, ...]
+    dequantize: tuple[float, ...]
+
+    def cost(self, elements: int, *, to_integers: bool) -> float:
+        """Interpolated between the sizes measured, proportional beyond them."""
+        times = self.quantize if to_integers else self.dequantize
+        largest = self.sizes[-1]
+        scale = max(1.0, elements / largest)
+        return scale * float(np.interp(min(elements, largest), self.sizes, times))
+
+
+def node_times(model: ir.Model, target: Target, feeds: Feeds, runs: int = 20) -> tuple[dict[str, float], dict[str, int]]:
+    """Microseconds by node name, and elements of each node's first output, as profiled on the target.
+
+    ONNX Runtime renames what it fuses or moves to another layout; names are traced back through its suffixes and
+    through the outputs that a fused node writes. A node without a time was fused into a neighbour.
+    """
+    session = Session(model, target, profile=True)
+    for _ in range(runs):
+        session.run(feeds)
+    by_output = {value.name: node.name or "" for node in model.graph for value in node.outputs}
+    names = {node.name for node in model.graph}
+    times: dict[str, float] = {}
+    elements: dict[str, int] = {}
+    for event, time in session.profile().items():
+        plain = _DECORATION.sub("", event)
+        name = plain if plain in names else by_output.get(plain)
+        if name is not None:
+            times[name] = times.get(name, 0.0) + time.microseconds
+            elements[name] = time.elements
+    return times, elements
+
+
+def measure_crossing(target: Target, runs: int = 20) -> Crossing:
+    """Time QuantizeLinear, DequantizeLinear and the transposes between channel-first and channel-last on the target."""
+    nodes: list[ir.Node] = []
+    inputs, outputs, constants = [], [], []
+    scale = ir.val("scale", const_value=ir.tensor(np.float32(0.1), name="scale"))
+    zero = ir.val("zero", const_value=ir.tensor(np.uint8(128), name="zero"))
+    constants += [scale, zero]
+    feeds = {}
+    for size in _CONVERSION_SIZES:
+        name = f"x{size}"
+        channels = 16
+        shape = (1, channels, size // channels)
+        value = ir.val(name, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape))
+        inputs.append(value)
+        feeds[name] = np.zeros(shape, np.float32)
+        for operator, source, attributes in (
+            ("QuantizeLinear", value, {}),
+            ("Transpose", None, {"perm": [0, 2, 1]}),
+            ("DequantizeLinear", None, {}),
+        ):
+            previous = source or nodes[-1].outputs[0]
+            parameters = [scale, zero] if operator != "Transpose" else []
+            node = ir.node(operator, [previous, *parameters], attributes, name=f"{operator}_{size}")
+            node.outputs[0].name = f"{operator}_{size}"
+            nodes.append(node)
+        final = nodes[-1].outputs[0]
+        final.type = ir.TensorType(ir.DataType.FLOAT)
+        outputs.append(final)
+    graph = ir.Graph(inputs, outputs, nodes=nodes, initializers=constants, opset_imports={"": 13}, name="crossing")
+    session = Session(ir.Model(graph, ir_version=8), target, profile=True, extended=False)
+    for _ in range(runs):
+        session.run(feeds)
+    profile = session.profile()
+
+    def time(operator: str, size: int) -> float:
+        return profile[f"{operator}_{size}"].microseconds
+
+    transposes = [time("Transpose", size) for size in _CONVERSION_SIZES]
+    return Crossing(
+        _CONVERSION_SIZES,
+        tuple(time("QuantizeLinear", size) + move for size, move in zip(_CONVERSION_SIZES, transposes, strict=True)),
+        tuple(time("DequantizeLinear", size) + move for size, move in zip(_CONVERSION_SIZES, transposes, strict=True)),
+    )
+
+
+def place(
+    model: ir.Model,
+    candidates: Iterable[str],
+    float_times: Mapping[str, float],
+    integer_times: Mapping[str, float],
+    elements: Mapping[str, int],
+    crossing: Crossing,
+    scale: float = 1.0,
+) -> frozenset[str]:
+    """The nodes that should run as integers.
+
+    Args:
+        model: the float model.
+        candidates: names of the nodes with an INT8 form; all others stay in float.
+        float_times: microseconds by node name in the float model.
+        integer_times: microseconds by node name in the fully quantized model.
+        elements: size of each node's first output.
+        crossing: conversion times.
+        scale: factor on the conversion times, to vary the answer.
+    """
+    network = _Network()
+    names = set(candidates)
+    for node in model.graph:
+        name = node.name or ""
+        if name in names:
+            network.arc(network.SOURCE, name, float_times.get(name, 0.0))
+            network.arc(name, network.SINK, integer_times.get(name, 0.0))
+        else:
+            network.arc(name, network.SINK, None)
+        # A node without a time of its own was fused into the one that reads it, or into the one before: a unit.
+        reader = single_consumer(node.outputs[0])
+        if reader is not None and name in names and reader.name in names:
+            if name not in float_times or (reader.name not in integer_times and reader.name in float_times):
+                network.arc(name, reader.name or "", None)
+                network.arc(reader.name or "", name, None)
+    for value in [*model.graph.inputs, *(node.outputs[0] for node in model.graph)]:
+        producer = value.producer()
+        origin = (producer.name or "") if producer is not None else network.SINK
+        readers = {use.node.name or "" for use in value.uses()}
+        if value.is_graph_output():
+            readers.add(network.SINK)
+        size = elements.get(origin) or _static_elements(value)
+        if origin in names:
+            leaving = f"{value.name} leaves"
+            network.arc(origin, leaving, scale * crossing.cost(size, to_integers=False))
+            for reader in readers:
+                network.arc(leaving, reader, None)
+        if readers & names:
+            entering = f"{value.name} enters"
+            network.arc(entering, origin, scale * crossing.cost(size, to_integers=True))
+            for reader in readers & names:
+                network.arc(reader, entering, None)
+    return frozenset(network.source_side() & names)
+
+
+def _static_elements(value: ir.Value) -> int:
+    return int(np.prod([size if isinstance(size, int) else 1 for size in value.shape or ()], initial=1))
+
+
+@dataclass
+class _Network:
+    """A flow network with nodes by name; capacities in microseconds, None for arcs that must not be cut."""
+
+    SOURCE = "\0integers"
+    SINK = "\0floats"
+    _index: dict[str, int] = field(default_factory=dict)
+    _arcs: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def arc(self, tail: str, head: str, microseconds: float | None) -> None:
+        if tail == head:
+            return
+        capacity = _NEVER if microseconds is None else round(microseconds * _NANOSECONDS)
+        key = (self._number(tail), self._number(head))
+        self._arcs[key] = min(self._arcs.get(key, 0) + capacity, _NEVER)
+
+    def _number(self, name: str) -> int:
+        return self._index.setdefault(name, len(self._index))
+
+    def source_side(self) -> set[str]:
+        """The names on the source's side of a minimum cut; of several cuts the one with the fewest names there."""
+        source, sink = self._number(self.SOURCE), self._number(self.SINK)
+        rows, columns = np.asarray(list(self._arcs), np.int32).reshape(-1, 2).T
+        size = len(self._index)
+        capacities = csr_array((np.asarray(list(self._arcs.values()), np.int32), (rows, columns)), shape=(size, size))
+        residual = capacities - maximum_flow(capacities, source, sink).flow
+        residual.data = np.maximum(residual.data, 0)
+        residual.eliminate_zeros()
+        reached = set(breadth_first_order(residual, source, return_predecessors=False).tolist())
+        return {name for name, number in self._index.items() if number in reached}
