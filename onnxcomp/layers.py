@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from onnxcomp.model import all_nodes
 
@@ -65,7 +65,7 @@ class Layer:
     def weight_shape(self) -> tuple[int, ...]:
         """The weight's own shape."""
         assert self.weight.const_value is not None
-        return tuple(int(size) for size in self.weight.const_value.shape)
+        return tuple(self.weight.const_value.shape.numpy())
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -106,8 +106,7 @@ class Layer:
 
         ConvTranspose: (groups * out/group * kernel, in/group), each tap a row of its own.
         """
-        assert self.weight.const_value is not None
-        return self.to_matrix(self.weight.const_value.numpy().astype(np.float32))
+        return self.to_matrix(self._array().astype(np.float32))
 
     def to_matrix(self, weight: Array) -> Array:
         """A tensor in the weight's own layout, as `matrix()` gives it."""
@@ -127,6 +126,41 @@ class Layer:
             grouped = matrix.reshape(self.groups, -1, matrix.shape[1])
             return np.ascontiguousarray(np.swapaxes(grouped, 1, 2)).reshape(shape)
         return np.ascontiguousarray(matrix.T) if self.channel_axis == 1 else matrix
+
+    def by_output(self, weight: Array | None = None) -> Array:
+        """The weights of each output channel: (out, ...), of all groups."""
+        return self._by_channel(self.channel_axis, weight)
+
+    def by_input(self, weight: Array | None = None) -> Array:
+        """The weights that each input channel meets: (in, ...), of all groups."""
+        return self._by_channel(1 - self.channel_axis, weight)
+
+    def scaled(self, outputs: ArrayLike = 1.0, inputs: ArrayLike = 1.0) -> Array:
+        """The weight, in its own layout and float64, with each channel multiplied by its factor.
+
+        Args:
+            outputs: (out,) or scalar.
+            inputs: (in,) or scalar.
+        """
+        result = self._blocks(self._array().astype(np.float64))
+        for factors, axis in ((outputs, self.channel_axis), (inputs, 1 - self.channel_axis)):
+            sides = [self.groups, 1, 1, 1]
+            sides[1 + axis] = -1
+            grouped = np.asarray(factors, np.float64)
+            result = result * (grouped.reshape(sides) if grouped.ndim else grouped)
+        return result.reshape(self.weight_shape)
+
+    def _by_channel(self, axis: int, weight: Array | None) -> Array:
+        blocks = np.moveaxis(self._blocks(self._array() if weight is None else weight), 1 + axis, 1)
+        return blocks.reshape(blocks.shape[0] * blocks.shape[1], -1)
+
+    def _blocks(self, weight: Array) -> Array:
+        """(groups, ., ., taps), the two in the middle the weight's own first axes within a group."""
+        return weight.reshape(self.groups, len(weight) // self.groups, weight.shape[1], -1)
+
+    def _array(self) -> Array:
+        assert self.weight.const_value is not None
+        return self.weight.const_value.numpy()
 
     def rows(self, data: Array, count: int, generator: np.random.Generator) -> NDArray[np.float32]:
         """Some of the input vectors that the layer multiplies, drawn at random positions.
@@ -149,14 +183,15 @@ class Layer:
     def _patches(self, data: Array, count: int, generator: np.random.Generator) -> NDArray[np.float32]:
         kernel, attributes = self.kernel, self.node.attributes
         rank = len(kernel)
-        strides = list(attributes.get_ints("strides", None) or [1] * rank)
-        dilations = list(attributes.get_ints("dilations", None) or [1] * rank)
+        strides = list(attributes.get_ints("strides", [1] * rank))
+        dilations = list(attributes.get_ints("dilations", [1] * rank))
         spans = [dilation * (size - 1) + 1 for dilation, size in zip(dilations, kernel, strict=True)]
         pads = _pads(self.node, data.shape[2:], spans, strides)
         padded = np.pad(data, [(0, 0), (0, 0), *pads])
         windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
-        windows = windows[(slice(None), slice(None), *(slice(None, None, s) for s in strides))]
-        windows = windows[(..., *(slice(None, None, d) for d in dilations))]
+        keep = slice(None)
+        apart = [slice(None, None, step) for step in (*strides, *dilations)]
+        windows = windows[(keep, keep, *apart)]
         places = np.moveaxis(windows, 1, 1 + rank)  # (batch, *positions, channel, *kernel), still a view
         shape = places.shape[: 1 + rank]
         chosen = np.unravel_index(_draw(int(np.prod(shape)), count, generator), shape)
@@ -168,9 +203,7 @@ def _draw(total: int, count: int, generator: np.random.Generator) -> NDArray[np.
     return np.arange(total) if total <= count else np.sort(generator.choice(total, count, replace=False))
 
 
-def _pads(
-    node: ir.Node, sizes: tuple[int, ...], spans: list[int], strides: list[int]
-) -> list[tuple[int, int]]:
+def _pads(node: ir.Node, sizes: tuple[int, ...], spans: list[int], strides: list[int]) -> list[tuple[int, int]]:
     """Padding before and after each spatial axis, `auto_pad` resolved."""
     mode = node.attributes.get_string("auto_pad", "NOTSET")
     if mode in {"SAME_UPPER", "SAME_LOWER"}:
@@ -180,7 +213,7 @@ def _pads(
         ]
         halves = [(total // 2, total - total // 2) for total in totals]
         return halves if mode == "SAME_UPPER" else [(after, before) for before, after in halves]
-    flat = list(node.attributes.get_ints("pads", None) or [0] * 2 * len(sizes))
+    flat = list(node.attributes.get_ints("pads", [0] * 2 * len(sizes)))
     return list(zip(flat[: len(sizes)], flat[len(sizes) :], strict=True))
 
 
