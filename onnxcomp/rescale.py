@@ -76,7 +76,7 @@ def sites(model: ir.Model) -> Iterator[tuple[Layer, Site | str]]:
 
 
 def _site(value: ir.Value) -> Site | str:
-    readers = readers_of(value)
+    readers = _readers(value)
     if isinstance(readers, str):
         return readers
     if value.is_graph_output():
@@ -88,16 +88,26 @@ def _site(value: ir.Value) -> Site | str:
     return source if isinstance(source, str) else Site(value, readers, *source)
 
 
-def readers_of(value: ir.Value) -> tuple[Layer, ...] | str:
+def obstacle(layer: Layer) -> str | None:
+    """Why the channels of a layer cannot be scaled, as a reader or before one."""
+    if layer.index == 0:
+        return "its weight is on the left"
+    value = layer.weight
+    if len(value.uses()) > 1 or value.is_graph_output():
+        return f"its weight '{value.name}' is shared"
+    if not value.is_initializer():
+        return f"its weight '{value.name}' is not an initializer"
+    return None if np.isfinite(layer.matrix()).all() else "its weights are not finite"
+
+
+def _readers(value: ir.Value) -> tuple[Layer, ...] | str:
     """The layers that read an activation if nothing else does and their weights are their own, or why not."""
     readers = []
     for node in _uses(value):
         layer = layer_of(node)
         if layer is None or layer.data is not value:
             return f"its input is also read by {node.op_type} '{node.name}'"
-        if layer.index == 0:
-            return "its weight is on the left"
-        if (problem := _weight_problem(layer)) is not None:
+        if (problem := obstacle(layer)) is not None:
             return problem
         if node.graph is not (value.producer() or node).graph:
             return "its input comes from outside the control-flow body"
@@ -155,7 +165,7 @@ def _bias(layer: Layer, axis: int, channels: int) -> tuple[Slot, ...] | str:
     """The operator's own bias, if the layer's output channels lie along the axis."""
     if _output_axis(layer) != axis or len(layer.by_output()) != channels:
         return f"its input channels are not the output channels of '{layer.name}'"
-    if (problem := _weight_problem(layer)) is not None:
+    if (problem := obstacle(layer)) is not None:
         return f"'{layer.name}' before it cannot be scaled: {problem}"
     if layer.bias is None:
         return ()
@@ -163,15 +173,6 @@ def _bias(layer: Layer, axis: int, channels: int) -> tuple[Slot, ...] | str:
     if bias is None or bias.size != channels or bias.shape[-1] != channels:
         return f"'{layer.name}' before it cannot be scaled: its bias is not one constant per channel"
     return ((layer.node, 2),)
-
-
-def _weight_problem(layer: Layer) -> str | None:
-    value = layer.weight
-    if len(value.uses()) > 1 or value.is_graph_output():
-        return f"its weight '{value.name}' is shared"
-    if not value.is_initializer():
-        return f"its weight '{value.name}' is not an initializer"
-    return None if np.isfinite(layer.matrix()).all() else "its weights are not finite"
 
 
 def _norm_vectors(node: ir.Node, axis: int, channels: int) -> tuple[Slot, ...] | str:
