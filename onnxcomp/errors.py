@@ -52,6 +52,11 @@ class ProviderError(InputError):
 
 
 class BudgetError(OnnxcompError):
-    """No result within the budget was found."""
+    """No result within the budget was found.
+
+    Attributes:
+        result: the best effort, an `optimize.Result`, where there is one.
+    """
 
     exit_code = 3
+    result: object = None
