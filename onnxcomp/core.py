@@ -7,14 +7,14 @@ the graph they are handed; calling the pass clones, applies, and checks what eve
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar
 
 import onnx_ir as ir
 
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.model import all_nodes, input_specs, vocabularies
+from onnxcomp.model import all_nodes, free_inputs, input_specs, spec_of, vocabularies
 from onnxcomp.runtime import Target
 from onnxcomp.samples import Dataset, Feeds
 from onnxcomp.synthetic import synthetic
@@ -84,8 +84,15 @@ class Context:
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def examples(self, model: ir.Model, count: int = 2) -> Iterator[Feeds]:
-        """A few batches of the model's inputs: of the data, or synthetic where there are none."""
-        data = self.data if self.data is not None else synthetic(input_specs(model), count * self.batch, self.seed, vocabularies(model))
+        """A few batches of the model's inputs: of the data, or synthetic where there are none.
+
+        None at all where an input is no tensor, for then neither data nor synthetic values fit it.
+        """
+        if any(spec_of(value) is None for value in free_inputs(model)):
+            return iter(())
+        data = self.data
+        if data is None:
+            data = synthetic(input_specs(model), count * self.batch, self.seed, vocabularies(model))
         return (batch.feeds for batch in islice(data.batches(self.batch), count))
 
     def excludes(self, node: ir.Node) -> bool:
@@ -108,6 +115,9 @@ class Pass(ABC):
     def __call__(self, model: ir.Model, context: Context = Context()) -> Outcome:
         """Apply to a clone and check the result; the given model is not touched.
 
+        Returns:
+            The outcome. Without changes its model is the one given, byte for byte: not even nodes were named.
+
         Raises:
             OnnxcompError: the pass broke its contract, a defect of the pass.
         """
@@ -120,22 +130,27 @@ class Pass(ABC):
         names = [node.name for node in outcome.model.graph]
         if len(set(names)) != len(names):
             raise OnnxcompError(f"pass '{self.name}' left nodes without a unique name", "a defect of the pass")
-        return outcome
+        return outcome if outcome.modified else replace(outcome, model=model)
 
 
 def _signature(model: ir.Model) -> tuple[object, ...]:
     """Names, types, order and axes of what a caller feeds and fetches."""
-    inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
-    return tuple((value.name, str(value.type), str(value.shape)) for value in [*inputs, *model.graph.outputs])
+    values = [*free_inputs(model), *model.graph.outputs]
+    return tuple((value.name, str(value.type), str(value.shape)) for value in values)
 
 
 def name_nodes(model: ir.Model) -> None:
     """Give each unnamed or doubly named node a unique name, so that reports can speak of it."""
-    seen: set[str] = set()
+    taken = {node.name for node in all_nodes(model) if node.name}
+    kept: set[str] = set()
     for node in all_nodes(model):
-        base = node.name or f"{node.op_type}_{node.outputs[0].name or 'unnamed' if node.outputs else 'unnamed'}"
-        name, count = base, 1
-        while name in seen:
+        if node.name and node.name not in kept:
+            kept.add(node.name)
+            continue
+        name = base = node.name or f"{node.op_type}_{(node.outputs[0].name if node.outputs else '') or 'unnamed'}"
+        count = 1
+        while name in taken:
             name, count = f"{base}_{count}", count + 1
-        seen.add(name)
+        taken.add(name)
+        kept.add(name)
         node.name = name

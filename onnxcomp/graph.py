@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 import onnx.version_converter
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 from numpy.typing import ArrayLike
 
 from onnxcomp import model as models
@@ -17,9 +18,13 @@ class Builder:
 
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
-        self._taken = set(graph.initializers) | {value.name for value in graph.inputs}
-        for node in graph.all_nodes():
-            self._taken |= {value.name for value in node.outputs} | {node.name}
+        self._taken: set[str | None] = set()
+        # ONNX forbids a body to reuse a name of the graphs around it, whose values it may capture.
+        captured = (value.graph for node in graph.all_nodes() for value in node.inputs if value is not None)
+        for scope in {graph, *graph.subgraphs(), *(scope for scope in captured if scope is not None)}:
+            self._taken |= set(scope.initializers) | {value.name for value in scope.inputs}
+            for node in scope:
+                self._taken |= {value.name for value in node.outputs} | {node.name}
 
     def name(self, wanted: str) -> str:
         """A free name like the one wanted, taken from now on."""
@@ -61,7 +66,8 @@ class Builder:
             dtype: element type of the output.
             domain: operator domain.
             outputs: number of outputs.
-            before, after: where to insert; at the end of the graph by default.
+            before: insert there; at the end of the graph by default.
+            after: insert there.
             **attributes: the operator's attributes.
         """
         name = self.name(wanted)
@@ -70,8 +76,8 @@ class Builder:
             value.name = name if index == 0 else self.name(f"{wanted}_{index}")
         value = node.outputs[0]
         if like is not None:
-            value.shape, value.dtype = like.shape, dtype or like.dtype
-        elif dtype is not None:
+            value.shape, dtype = like.shape, dtype or like.dtype
+        if dtype is not None:
             value.dtype = dtype
         if before is not None:
             self.graph.insert_before(before, node)
@@ -90,7 +96,7 @@ def single_consumer(value: ir.Value) -> ir.Node | None:
 
 def remove_unused(model: ir.Model) -> None:
     """Remove nodes and initializers that nothing reads."""
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedNodesPass()(model)
 
 
 def at_least_opset(model: ir.Model, version: int) -> ir.Model | str:
@@ -98,12 +104,25 @@ def at_least_opset(model: ir.Model, version: int) -> ir.Model | str:
     if models.opset(model) >= version:
         return model
     try:
-        proto = onnx.version_converter.convert_version(
-            onnx.ModelProto.FromString(models.to_bytes(model)), version
-        )
-        converted = ir.from_proto(proto)
-    except Exception as error:  # the C++ converter raises anything, and lacks adapters for some operators
+        proto = onnx.ModelProto.FromString(models.to_bytes(model))
+        # Before IR version 4 every initializer had to be an input too, and the converter insists on it.
+        proto.ir_version = max(proto.ir_version, 4)
+        converted = ir.from_proto(onnx.version_converter.convert_version(proto, version))
+    except Exception as error:  # noqa: BLE001  (the C++ converter raises anything, and lacks some adapters)
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         return f"opset {models.opset(model)} cannot be converted to {version}: {reason}"
     converted.metadata_props.update(model.metadata_props)
+    return converted
+
+
+def prepared(model: ir.Model, version: int) -> ir.Model | str:
+    """The model at a later operator set if need be, with types and shapes inferred and Constant nodes as initializers.
+
+    Returns:
+        The model, or why it cannot be converted.
+    """
+    converted = at_least_opset(model, version)
+    if isinstance(converted, ir.Model):
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
+        common.ShapeInferencePass()(converted)
     return converted

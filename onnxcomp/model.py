@@ -5,6 +5,7 @@ The model is an `onnx_ir.Model` throughout. Its tensors are shared between clone
 
 import contextlib
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -43,7 +44,7 @@ class TensorSpec:
 
 def spec_of(value: ir.Value) -> TensorSpec | None:
     """The spec of a tensor value, or None for sequences, optionals and untyped values."""
-    if not isinstance(value.type, ir.TensorType) or value.dtype is None:
+    if not isinstance(value.type, ir.TensorType) or value.dtype in {None, ir.DataType.UNDEFINED}:
         return None
     dtype = np.dtype(object) if value.dtype == ir.DataType.STRING else value.dtype.numpy()
     shape = None if value.shape is None else tuple(d if isinstance(d, int) else d.value for d in value.shape)
@@ -86,46 +87,56 @@ def load(source: ModelSource) -> ir.Model:
     if isinstance(source, ir.Model):
         return source.clone()
     folder: Path | None = None
+    name = "the model"
     if isinstance(source, onnx.ModelProto):
-        name, proto = "the model", source
+        proto = onnx.ModelProto()
+        proto.CopyFrom(source)  # onnx_ir reads tensors in place, and writes new names into them
     elif isinstance(source, bytes):
-        name, proto = "the model", _parse(source, "the model")
+        proto = _parse(source, name)
     else:
         path = Path(source)
         name, folder = str(path), path.resolve().parent
         proto = _parse(_read(path), name)
     _check_external(proto, folder, name)
+    if folder is not None:
+        _load_attributes(proto, folder)
     if _has_sparse(proto):
         proto = _densified(proto)
     try:
         model = ir.from_proto(proto)
     except Exception as error:
-        raise ModelError(f"{name} is not a valid ONNX graph: {error}", "the exporter wrote a broken file") from error
+        raise ModelError(
+            f"{name} is not a valid ONNX graph: {_innermost(error)}", "the exporter wrote a broken file"
+        ) from error
     if folder is not None:
         external_data.set_base_dir(model.graph, folder)
     return model
 
 
 def fingerprint(source: ModelSource) -> str:
-    """SHA-256 (hex) of the model as given, external data included."""
+    """SHA-256 (hex) of the model as given, external data of a path included.
+
+    Raises:
+        ModelError: as for `load`.
+    """
     digest = hashlib.sha256()
-    if isinstance(source, (str, os.PathLike)):
-        path = Path(source)
-        proto = _parse(_read(path), str(path))
-        digest.update(proto.SerializeToString(deterministic=True))
-        for file in sorted({path.parent / location for location, _, _ in _external_parts(proto)}):
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+    files: list[Path] = []
+    if isinstance(source, ir.Model):
+        proto = _to_proto(source)
+    elif isinstance(source, onnx.ModelProto):
+        proto = source
+    elif isinstance(source, bytes):
+        proto = _parse(source, "the model")
     else:
-        proto = source if isinstance(source, onnx.ModelProto) else None
-        data = source if isinstance(source, bytes) else None
-        if isinstance(source, ir.Model):
-            digest.update(ir.to_proto(source).SerializeToString(deterministic=True))
-        elif proto is not None:
-            digest.update(proto.SerializeToString(deterministic=True))
-        elif data is not None:
-            digest.update(onnx.ModelProto.FromString(data).SerializeToString(deterministic=True))
+        path = Path(source)
+        proto, folder = _parse(_read(path), str(path)), path.resolve().parent
+        _check_external(proto, folder, str(path))
+        files = sorted({folder / location for location, _, _ in _external_parts(proto, str(path))})
+    digest.update(proto.SerializeToString(deterministic=True))
+    for file in files:
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
 
 
@@ -153,11 +164,11 @@ def opset(model: ir.Model) -> int:
 
 def vocabularies(model: ir.Model) -> dict[str, int]:
     """Rows of the constant table that each integer input indexes: its elements must stay below."""
-    result = {}
+    result: dict[str, int] = {}
     for value in free_inputs(model):
         for node in _readers(value):
             if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].const_value is not None:
-                rows = int(node.inputs[0].const_value.shape[node.attributes.get_int("axis", 0)])
+                rows = node.inputs[0].const_value.shape.numpy()[node.attributes.get_int("axis", 0)]
                 result[value.name or ""] = min(rows, result.get(value.name or "", rows))
     return result
 
@@ -178,7 +189,8 @@ def to_bytes(model: ir.Model) -> bytes:
     """
     if tensor_bytes(model) > PROTOBUF_LIMIT:
         raise ModelError("the model is larger than one protobuf message can be (2 GiB)", remedy="save it to a file")
-    return ir.to_proto(_in_memory(model)).SerializeToString(deterministic=True)
+    content: bytes = _to_proto(_in_memory(model)).SerializeToString(deterministic=True)
+    return content
 
 
 def content_hash(model: ir.Model) -> str:
@@ -193,7 +205,7 @@ def content_hash(model: ir.Model) -> str:
     for graph in bare.graphs():
         for name in [name for name, value in graph.initializers.items() if value.const_value is None]:
             graph.initializers.pop(name)
-    digest.update(ir.to_proto(bare).SerializeToString(deterministic=True))
+    digest.update(_to_proto(bare).SerializeToString(deterministic=True))
     return digest.hexdigest()
 
 
@@ -216,11 +228,12 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = Fal
         return (target,)
     data = target.with_name(target.name + ".data")
     check_target(data, overwrite=overwrite)
-    with _replacing(data) as temporary_data, _replacing(target) as temporary:
+    # The data are renamed first: whoever finds a model at `target` finds its data too.
+    with _replacing(target) as temporary, _replacing(data) as temporary_data:
         stored = external_data.unload_from_model(
             model.clone(), target.parent, temporary_data.name, size_threshold_bytes=1024
         )
-        proto = ir.to_proto(stored)
+        proto = _to_proto(stored)
         for tensor in _all_tensors(proto):
             for entry in tensor.external_data:
                 if entry.key == "location":
@@ -303,12 +316,17 @@ def _read(path: Path) -> bytes:
 def _parse(data: bytes, name: str) -> onnx.ModelProto:
     cause = "the file is truncated, or is not an ONNX model (a Git LFS pointer, a checkpoint)"
     try:
-        proto = onnx.ModelProto.FromString(data)
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except google.protobuf.message.DecodeError as error:
         raise ModelError(f"{name} is not an ONNX model: it does not parse", cause, "export or copy it again") from error
     if not proto.HasField("graph") or not proto.ir_version or not proto.opset_import:
         raise ModelError(f"{name} is not an ONNX model: it has no graph", cause, "export or copy it again")
     return proto
+
+
+def _innermost(error: BaseException) -> BaseException:
+    """What went wrong at the bottom: onnx_ir wraps an error once per level of the graph."""
+    return error if error.__cause__ is None else _innermost(error.__cause__)
 
 
 def _all_graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
@@ -326,29 +344,46 @@ def _all_graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
         yield from below(iter(function.node))
 
 
+def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
+    for function in proto.functions:
+        yield from function.node
+    for graph in _all_graphs(proto):
+        yield from graph.node
+
+
 def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    nodes = [node for function in proto.functions for node in function.node]
     for graph in _all_graphs(proto):
         yield from graph.initializer
-        nodes.extend(graph.node)
-    for node in nodes:
+    yield from _attribute_tensors(proto)
+
+
+def _attribute_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    for node in _all_nodes(proto):
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
 
 
-def _external_parts(proto: onnx.ModelProto) -> Iterator[tuple[str, int, int | None]]:
+def _external_parts(proto: onnx.ModelProto, name: str) -> Iterator[tuple[str, int, int]]:
     """Location, offset and length of each tensor stored outside the file."""
     for tensor in _all_tensors(proto):
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            info = {entry.key: entry.value for entry in tensor.external_data}
-            length = int(info["length"]) if "length" in info else None
-            yield info.get("location", ""), int(info.get("offset", 0)), length
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        info = {entry.key: entry.value for entry in tensor.external_data}
+        try:
+            needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
+            offset, length = int(info.get("offset", 0)), int(info.get("length", needed))
+            valid = offset >= 0 and length >= needed
+        except (ValueError, TypeError):  # a number that is none, a type without a size
+            valid = False
+        if not valid:
+            raise ModelError(f"{name}: tensor '{tensor.name}' has no valid place in its external data", "a broken file")
+        yield info.get("location", ""), offset, length
 
 
 def _check_external(proto: onnx.ModelProto, folder: Path | None, name: str) -> None:
-    for location, offset, length in _external_parts(proto):
+    for location, offset, length in _external_parts(proto, name):
         if folder is None:
             raise ModelError(
                 f"{name} keeps tensors in '{location}', but was not given as a path",
@@ -356,7 +391,7 @@ def _check_external(proto: onnx.ModelProto, folder: Path | None, name: str) -> N
                 "pass the path, or onnx.load(path) with its external data",
             )
         file = (folder / location).resolve()
-        if not location or not file.is_relative_to(folder):
+        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
             raise ModelError(
                 f"{name} points to external data outside its folder: '{location}'",
                 "a hand-made or hostile file",
@@ -368,30 +403,60 @@ def _check_external(proto: onnx.ModelProto, folder: Path | None, name: str) -> N
                 "the .onnx file was copied without its data file",
                 f"copy '{location}' beside it",
             )
-        if file.stat().st_size < offset + (length or 0):
+        if file.stat().st_size < offset + length:
             raise ModelError(f"{name}: its external data '{location}' is truncated", remedy="copy it again")
 
 
+def _load_attributes(proto: onnx.ModelProto, folder: Path) -> None:
+    """Read in what node attributes keep outside the file: onnx_ir 1.1 finds external data of initializers only."""
+    for node in _all_nodes(proto):
+        for attribute in node.attribute:
+            for tensor in [attribute.t, *attribute.tensors]:
+                if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                    onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+                    tensor.data_location = onnx.TensorProto.DEFAULT
+                    del tensor.external_data[:]
+
+
+def _to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model as a message. Tensors in attributes lose their names: those mean nothing, and passes rewrite them.
+
+    onnx_ir writes a new name of a value into its tensor, which clones share: the same model would give other bytes.
+    """
+    proto = ir.to_proto(model)
+    for tensor in _attribute_tensors(proto):
+        tensor.ClearField("name")
+    return proto
+
+
 def _has_sparse(proto: onnx.ModelProto) -> bool:
-    return any(graph.sparse_initializer for graph in _all_graphs(proto))
+    return any(graph.sparse_initializer for graph in _all_graphs(proto)) or any(
+        attribute.HasField("sparse_tensor") for node in _all_nodes(proto) for attribute in node.attribute
+    )
 
 
 def _densified(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with dense initializers, since onnx_ir 1.1 drops sparse ones with only a log line."""
+    """A copy with dense tensors: onnx_ir 1.1 drops sparse initializers with only a log line, and refuses constants."""
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for graph in _all_graphs(copy):
-        for sparse in graph.sparse_initializer:
-            values = onnx.numpy_helper.to_array(sparse.values)
-            indices = onnx.numpy_helper.to_array(sparse.indices)
-            dense = np.zeros(tuple(sparse.dims), values.dtype)
-            if indices.ndim == 1:
-                dense.reshape(-1)[indices] = values
-            else:
-                dense[tuple(indices.T)] = values
-            graph.initializer.append(onnx.numpy_helper.from_array(dense, sparse.values.name))
+        graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
         del graph.sparse_initializer[:]
+    for node in _all_nodes(copy):
+        for attribute in node.attribute:
+            if attribute.HasField("sparse_tensor"):
+                attribute.CopyFrom(onnx.helper.make_attribute("value", _dense(attribute.sparse_tensor)))
     return copy
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    values, indices = onnx.numpy_helper.to_array(sparse.values), onnx.numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return onnx.numpy_helper.from_array(dense, sparse.values.name)
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:

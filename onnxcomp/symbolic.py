@@ -1,9 +1,10 @@
-"""What shape arithmetic computes, without running it: contents of small integer tensors as ints and named dimensions."""
+"""What shape arithmetic computes, without running it: small integer tensors as ints and named dimensions."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 Dimension = int | str
 """A known size, or a name: equal names are equal sizes."""
@@ -24,9 +25,10 @@ def dimensions(value: ir.Value) -> tuple[Dimension, ...] | None:
 def contents(value: ir.Value | None) -> tuple[Dimension, ...] | None:
     """The flattened elements of an integer tensor computed from shapes and constants, or None.
 
-    Follows Shape, Gather, Slice, Concat and what only reshapes, as exporters chain them. Graph inputs give None.
+    Follows Shape, Gather, Slice and Concat of vectors and what only reshapes, as exporters chain them. Graph inputs
+    give None, those with a default too: a caller may override it.
     """
-    if value is None:
+    if value is None or value.is_graph_input():
         return None
     if value.const_value is not None:
         tensor = value.const_value
@@ -44,6 +46,8 @@ def contents(value: ir.Value | None) -> tuple[Dimension, ...] | None:
         shape = dimensions(node.inputs[0])
         end = node.attributes.get_int("end", None)
         return None if shape is None else shape[node.attributes.get_int("start", 0) : end]
+    if not _is_vector(node.inputs[0]):
+        return None
     if node.op_type == "Concat":
         return _concatenated([contents(part) for part in node.inputs])
     if node.op_type == "Gather":
@@ -51,6 +55,14 @@ def contents(value: ir.Value | None) -> tuple[Dimension, ...] | None:
     if node.op_type == "Slice" and len(node.inputs) >= 3:
         return _sliced(contents(node.inputs[0]), [contents(part) for part in node.inputs[1:]])
     return None
+
+
+def _is_vector(value: ir.Value | None) -> bool:
+    """Whether the value surely has one axis, along which its flattened elements then lie."""
+    if value is None:
+        return False
+    producer = value.producer()
+    return (value.shape is not None and len(value.shape) == 1) or (producer is not None and producer.op_type == "Shape")
 
 
 def _concatenated(parts: Sequence[tuple[Dimension, ...] | None]) -> tuple[Dimension, ...] | None:
@@ -79,13 +91,13 @@ def _sliced(
     return data[ints[0] : ints[1] : step]
 
 
-def reshape_target(node: ir.Node) -> np.ndarray | None:
+def reshape_target(node: ir.Node) -> NDArray[np.int64] | None:
     """Constant contents for the `shape` input of a Reshape whose target is computed, or None where not provable.
 
     Axes whose size is the input's size on the same axis become 0 (copy), and at most one further unknown axis -1.
     """
     data, target = node.inputs[0], contents(node.inputs[1])
-    if data is None or target is None or node.attributes.get_int("allowzero", 0) or 0 in target:
+    if data is None or target is None or node.attributes.get_int("allowzero", 0) != 0 or 0 in target:
         return None
     source = dimensions(data) or ()
     result: list[int] = []
