@@ -230,9 +230,13 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = Fal
     check_target(data, overwrite=overwrite)
     # The data are renamed first: whoever finds a model at `target` finds its data too.
     with _replacing(target) as temporary, _replacing(data) as temporary_data:
-        stored = external_data.unload_from_model(
-            model.clone(), target.parent, temporary_data.name, size_threshold_bytes=1024
-        )
+        stored = model.clone()
+        strings = {value: value.const_value for value in _initializers(stored) if value.dtype == ir.DataType.STRING}
+        for value in strings:  # ONNX has no external strings
+            value.const_value = None
+        external_data.unload_from_model(stored, target.parent, temporary_data.name, size_threshold_bytes=1024)
+        for value, text in strings.items():
+            value.const_value = text
         proto = _to_proto(stored)
         for tensor in _all_tensors(proto):
             for entry in tensor.external_data:

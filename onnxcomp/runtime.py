@@ -5,6 +5,7 @@ import json
 import statistics
 import tempfile
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,8 @@ class Session:
         extended: bool = True,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="onnxcomp-") if profile or _is_large(model) else None
+        if self._folder is not None:  # left to itself it goes too, but with a ResourceWarning
+            weakref.finalize(self, self._folder.cleanup)
         options = ort.SessionOptions()
         options.log_severity_level = _SILENT
         options.intra_op_num_threads = target.threads
