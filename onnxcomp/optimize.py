@@ -371,13 +371,11 @@ class _Search:
         names = [change.node for change in full.steps[-1].changes]
         if not names or self._context.target.provider.lower() != "cpu" or not self._runs(full):
             return [full]
-        target, feeds = self._context.target, self._feeds
-        float_times, elements = placement.node_times(clean.model, target, feeds)
-        integer_times, _ = placement.node_times(full.model, target, feeds)
-        crossing = placement.measure_crossing(target)
+        floats, integers = placement.profiles([clean.model, full.model], self._context.target, self._feeds)
+        crossing = placement.measure_crossing(self._context.target)
         drafts = {(): full}
         for factor in self._effort.crossings:
-            chosen = placement.place(clean.model, names, float_times, integer_times, elements, crossing, factor)
+            chosen = placement.place(clean.model, names, floats, integers, crossing, factor)
             keep = tuple(sorted(set(names) - chosen))
             if keep not in drafts and chosen:
                 name = f"static INT8 but for {len(keep)} nodes that are faster in float"

@@ -7,7 +7,7 @@ produced in one world and read in the other pays its conversion once, however ma
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,11 +16,12 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from onnxcomp.graph import single_consumer
-from onnxcomp.runtime import Feeds, Session, Target
+from onnxcomp.runtime import Feeds, NodeTime, Session, Target
 
 _NEVER = 2**30
 _NANOSECONDS = 1000
 _DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed)+$")
+_BLOCK = 5
 _CONVERSION_SIZES = (1_000, 10_000, 100_000, 1_000_000)
 
 
@@ -46,26 +47,45 @@ class Crossing:
         return scale * float(np.interp(min(elements, largest), self.sizes, times))
 
 
-def node_times(model: ir.Model, target: Target, feeds: Feeds, runs: int = 20) -> tuple[dict[str, float], dict[str, int]]:
-    """Microseconds by node name, and elements of each node's first output, as profiled on the target.
+@dataclass(frozen=True)
+class Profile:
+    """What each node of a model took.
+
+    Attributes:
+        times: microseconds by node name; a node that ONNX Runtime fused into a neighbour has none.
+        elements: size of each node's first output.
+    """
+
+    times: Mapping[str, float]
+    elements: Mapping[str, int]
+
+
+def profiles(models: Sequence[ir.Model], target: Target, feeds: Feeds, rounds: int = 8) -> list[Profile]:
+    """Profile models in turn, so that a drift of the machine's speed hits all alike.
 
     ONNX Runtime renames what it fuses or moves to another layout; names are traced back through its suffixes and
-    through the outputs that a fused node writes. A node without a time was fused into a neighbour.
+    through the outputs that a fused node writes.
     """
-    session = Session(model, target, profile=True)
-    for _ in range(runs):
-        session.run(feeds)
+    sessions = [Session(model, target, profile=True) for model in models]
+    for _ in range(rounds):
+        for session in sessions:
+            for _ in range(_BLOCK):
+                session.run(feeds)
+    return [_traced(model, session.profile()) for model, session in zip(models, sessions, strict=True)]
+
+
+def _traced(model: ir.Model, events: Mapping[str, NodeTime]) -> Profile:
     by_output = {value.name: node.name or "" for node in model.graph for value in node.outputs}
     names = {node.name for node in model.graph}
     times: dict[str, float] = {}
     elements: dict[str, int] = {}
-    for event, time in session.profile().items():
+    for event, time in events.items():
         plain = _DECORATION.sub("", event)
         name = plain if plain in names else by_output.get(plain)
         if name is not None:
             times[name] = times.get(name, 0.0) + time.microseconds
             elements[name] = time.elements
-    return times, elements
+    return Profile(times, elements)
 
 
 def measure_crossing(target: Target, runs: int = 20) -> Crossing:
@@ -114,25 +134,19 @@ def measure_crossing(target: Target, runs: int = 20) -> Crossing:
 
 
 def place(
-    model: ir.Model,
-    candidates: Iterable[str],
-    float_times: Mapping[str, float],
-    integer_times: Mapping[str, float],
-    elements: Mapping[str, int],
-    crossing: Crossing,
-    scale: float = 1.0,
+    model: ir.Model, candidates: Iterable[str], floats: Profile, integers: Profile, crossing: Crossing, scale: float = 1.0
 ) -> frozenset[str]:
     """The nodes that should run as integers.
 
     Args:
         model: the float model.
         candidates: names of the nodes with an INT8 form; all others stay in float.
-        float_times: microseconds by node name in the float model.
-        integer_times: microseconds by node name in the fully quantized model.
-        elements: size of each node's first output.
+        floats: profile of the float model.
+        integers: profile of the fully quantized model.
         crossing: conversion times.
         scale: factor on the conversion times, to vary the answer.
     """
+    float_times, integer_times, elements = floats.times, integers.times, floats.elements
     network = _Network()
     names = set(candidates)
     for node in model.graph:
