@@ -1,6 +1,7 @@
 """Small steps of graph surgery: new constants and nodes with free names, in the right place."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,15 @@ def remove_unused(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
 
 
+@contextlib.contextmanager
+def declared_outputs(model: ir.Model) -> Iterator[None]:
+    """Keep what the model declares of its outputs: what shape inference finds out meanwhile was promised to nobody."""
+    declared = [(value.type, value.shape and value.shape.copy()) for value in model.graph.outputs]
+    yield
+    for value, (kind, shape) in zip(model.graph.outputs, declared, strict=True):
+        value.type, value.shape = kind, shape
+
+
 def at_least_opset(model: ir.Model, version: int) -> ir.Model | str:
     """The model converted to a later operator set, itself if it has it, or why that cannot be done."""
     if models.opset(model) >= version:
@@ -124,5 +134,6 @@ def prepared(model: ir.Model, version: int) -> ir.Model | str:
     converted = at_least_opset(model, version)
     if isinstance(converted, ir.Model):
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(converted)
-        common.ShapeInferencePass()(converted)
+        with declared_outputs(converted):
+            common.ShapeInferencePass()(converted)
     return converted

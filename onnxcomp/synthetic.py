@@ -28,8 +28,8 @@ def synthetic(
     more axes, as those are images or volumes, and 16 otherwise. Inputs of unknown rank get one axis.
 
     Values: floats are standard normal, booleans fair coins, strings a few words. Integers are below their vocabulary
-    where it is known; else pixels in uint8 images and 0 or 1 elsewhere. By name, masks are all ones, token types and
-    segments zeros, and positions count up.
+    where it is known; else pixels in uint8 images, 1 in scalars, and 0 or 1 elsewhere. By name, masks are all ones,
+    token types and segments zeros, and positions count up.
 
     Args:
         specs: the model's inputs.
@@ -84,6 +84,8 @@ def _values(random: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...
             return np.zeros(shape, dtype)
         if "position" in name and shape:
             return np.broadcast_to(np.arange(shape[-1]), shape).astype(dtype)
+        if not shape and bound is None:  # a count, length or step: zero can divide, and kill ONNX Runtime's process
+            return np.ones(shape, dtype)
         pixels = dtype == np.uint8 and len(shape) >= 4
         return random.integers(0, bound or (256 if pixels else _UNKNOWN_INTEGERS), shape).astype(dtype)
     return random.standard_normal(shape).astype(dtype)

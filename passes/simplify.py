@@ -31,7 +31,7 @@ from onnxscript.rewriter.rules.common import (
 
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.equivalence import Reference
-from onnxcomp.graph import Builder, single_consumer
+from onnxcomp.graph import Builder, declared_outputs, single_consumer
 from onnxcomp.model import all_nodes
 from onnxcomp.symbolic import reshape_target
 
@@ -86,11 +86,8 @@ def promote_weights(model: ir.Model) -> None:
 
 def fold_constants(model: ir.Model) -> None:
     """Everything computed from constants becomes a constant, as long as the file does not grow for it."""
-    declared = [(value.type, value.shape and value.shape.copy()) for value in model.graph.outputs]
-    with _without_defaults(model):
+    with declared_outputs(model), _without_defaults(model):
         optimize_ir(model, should_fold=_small_constant_of_shape)
-    for value, (kind, shape) in zip(model.graph.outputs, declared, strict=True):
-        value.type, value.shape = kind, shape  # inferred shapes are no part of what callers were promised
 
 
 def fold_affine(model: ir.Model) -> None:
@@ -120,7 +117,21 @@ def fold_shapes(model: ir.Model) -> None:
             return
         for node, target in nodes:
             node.replace_input_with(1, Builder(model.graph).constant(target, f"{node.outputs[0].name}_target"))
+            _forget_shapes(node.outputs[0])
         fold_constants(model)
+
+
+def _forget_shapes(value: ir.Value) -> None:
+    """Drop what was inferred below a value: a name given to a size for want of knowledge outlives the knowledge."""
+    front, seen = [value], set()
+    while front:
+        value = front.pop()
+        node = value.producer()
+        if value in seen or value.is_graph_output() or node is None or node.domain not in {"", "ai.onnx"}:
+            continue
+        seen.add(value)
+        value.shape = None
+        front.extend(output for use in value.uses() for output in use.node.outputs)
 
 
 def merge_slices(model: ir.Model) -> None:
