@@ -11,6 +11,7 @@ Dimension = int | str
 
 _SAME_CONTENT = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 _MOST_ELEMENTS = 64
+_BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "Softmax", "Identity", "Cast", "Relu", "Erf", "Sigmoid", "Tanh"}
 
 
 def dimensions(value: ir.Value) -> tuple[Dimension, ...] | None:
@@ -94,12 +95,18 @@ def _sliced(
 def reshape_target(node: ir.Node) -> NDArray[np.int64] | None:
     """Constant contents for the `shape` input of a Reshape whose target is computed, or None where not provable.
 
-    Axes whose size is the input's size on the same axis become 0 (copy), and at most one further unknown axis -1.
+    1. An axis whose size is the input's size on the same axis becomes 0 (copy).
+    2. So do the leading axes of (..., -1) when the input's sizes are at least the target's, as behind a broadcast, and
+       the reader fixes the last axis to what the input's other axes amount to: sizes that are no smaller and multiply
+       to the same are the same.
+    3. At most one further unknown axis becomes -1.
     """
     data, target = node.inputs[0], contents(node.inputs[1])
     if data is None or target is None or node.attributes.get_int("allowzero", 0) != 0 or 0 in target:
         return None
     source = dimensions(data) or ()
+    if _only_merges(node, source, target):
+        return np.asarray([0] * (len(target) - 1) + [-1], np.int64)
     result: list[int] = []
     for axis, wanted in enumerate(target):
         if isinstance(wanted, int):
@@ -109,3 +116,53 @@ def reshape_target(node: ir.Node) -> NDArray[np.int64] | None:
         else:
             result.append(-1)
     return np.asarray(result, np.int64) if result.count(-1) <= 1 else None
+
+
+def _only_merges(node: ir.Node, source: Sequence[Dimension], target: Sequence[Dimension]) -> bool:
+    """Rule 2 of `reshape_target`: whether all that happens is that the trailing axes become one."""
+    data, kept = node.inputs[0], len(target) - 1
+    rest = source[kept:]
+    if data is None or target[-1] != -1 or len(source) <= kept or not all(isinstance(size, int) for size in rest):
+        return False
+    merged = int(np.prod([size for size in rest if isinstance(size, int)]))
+    readers = [use.node for use in node.outputs[0].uses()]
+    if merged not in {_width_read(reader, node.outputs[0]) for reader in readers}:
+        return False
+    least = _lower_bounds(data)
+    return all(wanted in bounds for wanted, bounds in zip(target[:-1], least, strict=False))
+
+
+def _width_read(reader: ir.Node, value: ir.Value) -> int | None:
+    """The last axis that a matrix product with a constant on its right demands of its left operand."""
+    if reader.op_type not in {"MatMul", "Gemm"} or reader.inputs[0] is not value or reader.inputs[1] is None:
+        return None
+    shape = dimensions(reader.inputs[1])
+    if shape is None or len(shape) != 2 or reader.attributes.get_int("transA", 0):
+        return None
+    rows = shape[1] if reader.attributes.get_int("transB", 0) else shape[0]
+    return rows if isinstance(rows, int) else None
+
+
+def _lower_bounds(value: ir.Value, depth: int = 8) -> list[set[Dimension]]:
+    """For each axis, sizes that its size is at least, since broadcasting only ever widens."""
+    shape = dimensions(value)
+    if shape is None:
+        return []
+    result: list[set[Dimension]] = [{size} for size in shape]
+    node = value.producer()
+    if node is None or not depth or node.domain not in {"", "ai.onnx"}:
+        return result
+    parts = [_lower_bounds(part, depth - 1) if part is not None else [] for part in node.inputs]
+    if node.op_type == "Transpose":
+        order = node.attributes.get_ints("perm", None) or tuple(reversed(range(len(shape))))
+        parts = [[parts[0][axis] for axis in order]] if len(parts[0]) == len(shape) else []
+    elif node.op_type == "MatMul" and min(map(len, parts)) >= 2:
+        left, right = parts
+        parts = [[*left[:-2], left[-2], set()], [*right[:-2], set(), right[-1]]]
+    elif node.op_type not in _BROADCASTING:
+        return result
+    for part in parts:
+        for axis, bounds in enumerate(reversed(part)):
+            if axis < len(result):
+                result[-1 - axis] |= bounds
+    return result

@@ -118,6 +118,7 @@ def fold_shapes(model: ir.Model) -> None:
         for node, target in nodes:
             node.replace_input_with(1, Builder(model.graph).constant(target, f"{node.outputs[0].name}_target"))
             _forget_shapes(node.outputs[0])
+        common.ShapeInferencePass()(model)
         fold_constants(model)
 
 
