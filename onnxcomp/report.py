@@ -1,13 +1,46 @@
-"""What was done, why, and what it brought: one value that the console, JSON and Python read."""
+"""What was done, why, and what it brought: values that the console, JSON and Python read."""
 
-from collections.abc import Mapping
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import onnx_ir as ir
+
+from onnxcomp import __version__, runtime
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Skip
+from onnxcomp.runtime import Target, Timing
 
 SCHEMA_VERSION = 1
+
+Interval = tuple[float, float]
+
+
+class Document:
+    """Something that a command prints or writes as JSON, after `docs/report.schema.json`."""
+
+    kind: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain values. JSON has no infinity: it is the string `Infinity`, as `float` reads it."""
+        return {"schema": SCHEMA_VERSION, "kind": self.kind, **_plain(asdict(self))}  # type: ignore[call-overload]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+# --- one model made into another ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -26,10 +59,10 @@ class Figures:
 
     size: int
     latency: float | None = None
-    latency_interval: tuple[float, float] | None = None
+    latency_interval: Interval | None = None
     speedup: float | None = None
     score: float | None = None
-    score_interval: tuple[float, float] | None = None
+    score_interval: Interval | None = None
     drop: float | None = None
 
 
@@ -58,7 +91,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Document):
     """The proof that goes with an optimized model.
 
     Attributes:
@@ -77,6 +110,8 @@ class Report:
         notes: what the user should know.
     """
 
+    kind: ClassVar[str] = "report"
+
     source: str
     output: str | None
     fingerprint: str
@@ -93,6 +128,203 @@ class Report:
     trials: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
 
-    def to_json(self) -> dict[str, Any]:
-        """The report as plain values, after `docs/report.schema.json`."""
-        return {"schema": SCHEMA_VERSION, **asdict(self)}
+
+@dataclass(frozen=True)
+class Result:
+    """A model that was made from another, and its proof."""
+
+    model: ir.Model
+    report: Report
+
+
+def stamped(model: ir.Model, steps: Sequence[Step], fingerprint: str) -> ir.Model:
+    """A clone that says in its metadata what made it: tool version, fingerprint of the input, recipe line by line."""
+    clone = model.clone()
+    clone.metadata_props.update(
+        {
+            "onnxcomp.version": __version__,
+            "onnxcomp.input": fingerprint,
+            "onnxcomp.recipe": "\n".join(step.recipe for step in steps if step.changes),
+        }
+    )
+    return clone
+
+
+def environment(target: Target, batch: int, seed: int = 0) -> dict[str, str | int]:
+    """What figures depend on beside the models.
+
+    Raises:
+        ProviderError: the target's provider is not available.
+    """
+    return {
+        "onnxcomp": __version__,
+        "onnxruntime": runtime.VERSION,
+        "provider": target.providers[0],
+        "threads": target.threads,
+        "batch": batch,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "python": platform.python_version(),
+        "seed": seed,
+    }
+
+
+def source_name(source: object) -> str:
+    """What to call a model: its path, or the type of what was given."""
+    return str(source) if isinstance(source, str | Path) else type(source).__name__
+
+
+# --- several models side by side ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over several processes."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model of a benchmark.
+
+    Attributes:
+        source: the model.
+        size: bytes of the file, external data included.
+        latency: seconds per run, and the ratio to the first model.
+        throughput: rows per second.
+        load: seconds that a fresh process takes to load it.
+        memory: bytes by which a fresh process grows while it loads and runs it; None where the system does not say.
+    """
+
+    source: str
+    size: int
+    latency: Timing
+    throughput: float
+    load: Spread
+    memory: Spread | None
+
+
+@dataclass(frozen=True)
+class Benchmark(Document):
+    """Models timed side by side.
+
+    Attributes:
+        models: in the order given; ratios are to the first.
+        environment: as in a report.
+        protocol: how latency was measured.
+        data: where the inputs came from.
+        processes: over how many fresh processes load time and memory were measured.
+        notes: what the user should know.
+    """
+
+    kind: ClassVar[str] = "benchmark"
+
+    models: tuple[Speed, ...]
+    environment: Mapping[str, str | int]
+    protocol: str
+    data: str
+    processes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Quality:
+    """One model of an evaluation; what is measured against the first model is None for the first itself.
+
+    Attributes:
+        source: the model.
+        score, score_interval: of the metric.
+        drop, drop_interval: against the first model, on the same samples; positive is worse.
+        relative_error: ||y - y'|| / ||y|| of the worst output.
+        agreement: share of samples with the same highest class; None where no output looks like class scores.
+    """
+
+    source: str
+    score: float
+    score_interval: Interval | None
+    drop: float | None = None
+    drop_interval: Interval | None = None
+    relative_error: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation(Document):
+    """Models scored on the same samples.
+
+    Attributes:
+        models: in the order given; fidelity is to the first.
+        environment: as in a report.
+        metric: its name.
+        data: the samples, and why this metric.
+        notes: what the user should know.
+    """
+
+    kind: ClassVar[str] = "evaluation"
+
+    models: tuple[Quality, ...]
+    environment: Mapping[str, str | int]
+    metric: str
+    data: str
+    notes: tuple[str, ...] = ()
+
+
+# --- one model, layer by layer --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NodeRow:
+    """One node.
+
+    Attributes:
+        name, op: of the node; the operator with its domain where it is not a standard one.
+        shape: of the first output; None where even the rank is unknown.
+        parameters: elements of its weights.
+        bytes: of its weights as stored.
+        flops: None where unknown.
+        microseconds: median of its time in a profile; None where it was fused into a neighbour or not timed.
+        note: why something is unknown or was assumed.
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...] | None
+    parameters: int
+    bytes: int
+    flops: int | None
+    microseconds: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Inspection(Document):
+    """A model's nodes and their sums.
+
+    Attributes:
+        source: the model.
+        opset: version of the standard operator set.
+        inputs, outputs: name, type and shape in words.
+        size: bytes of the file, external data included.
+        parameters, bytes, flops: sums, with shared tensors counted once.
+        nodes: in the graph's order.
+        environment: as in a report.
+        protocol: how times were measured; empty where they were not.
+        notes: what the user should know.
+    """
+
+    kind: ClassVar[str] = "inspection"
+
+    source: str
+    opset: int
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    size: int
+    parameters: int
+    bytes: int
+    flops: int
+    nodes: tuple[NodeRow, ...]
+    environment: Mapping[str, str | int]
+    protocol: str
+    notes: tuple[str, ...] = ()

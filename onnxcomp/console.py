@@ -1,0 +1,468 @@
+"""What a command shows: reports as text and tables, progress bars, errors.
+
+Colours, wrapping and bars are for terminals; into a pipe goes plain text. Names come from models and may hold anything:
+they are never read as markup, and characters that are not printable are escaped.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import click
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from onnxcomp.budget import Budget
+from onnxcomp.core import no_progress
+from onnxcomp.model import write_text
+from onnxcomp.report import (
+    Benchmark,
+    Document,
+    Evaluation,
+    Figures,
+    Inspection,
+    Interval,
+    Report,
+    Speed,
+    Spread,
+    Step,
+    Trial,
+)
+
+_PIPE_WIDTH = 10_000  # nothing wraps in a pipe
+_NAMES = 3
+_GROUPS = 8
+
+
+@dataclass(frozen=True)
+class Terminal:
+    """Where a command's output goes.
+
+    Attributes:
+        json: file for the machine-readable report; `-` is standard output, which then gets nothing else.
+        quiet: show nothing but errors.
+        verbose: show every node.
+    """
+
+    json: str | None = None
+    quiet: bool = False
+    verbose: bool = False
+
+    def show(self, document: Document) -> None:
+        """Print a document, and write it as JSON where asked to.
+
+        Raises:
+            ModelError: the file cannot be written.
+        """
+        self.print(*render(document, self.verbose))
+        if self.json is not None:
+            text = json.dumps(document.to_json(), indent=2, allow_nan=False) + "\n"
+            if self.json == "-":
+                click.echo(text, nl=False)
+            else:
+                write_text(text, self.json)
+
+    def print(self, *lines: RenderableType) -> None:
+        """Print to standard output."""
+        if self.quiet or self.json == "-":
+            return
+        screen = Console(highlight=False, markup=False, emoji=False)
+        if screen.is_terminal:
+            screen.print(*lines, sep="\n")
+            return
+        page = Console(
+            file=StringIO(), width=_PIPE_WIDTH, color_system=None, highlight=False, markup=False, emoji=False
+        )
+        with page.capture() as text:
+            page.print(*lines, sep="\n")
+        click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[int, int, str], None]]:
+        """What long work calls with (done, total, what): bars on standard error, if that is a terminal."""
+        screen = Console(stderr=True)
+        if self.quiet or not screen.is_terminal:
+            yield no_progress
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=screen, transient=True) as bars:
+            tasks: dict[str, TaskID] = {}
+
+            def update(done: int, total: int, what: str) -> None:
+                if what not in tasks:
+                    for old in tasks.values():
+                        bars.remove_task(old)
+                    tasks.clear()
+                    tasks[what] = bars.add_task(what)
+                bars.update(tasks[what], completed=done, total=total)
+
+            yield update
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, line ends excepted."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def render(document: Document, verbose: bool = False) -> Iterator[RenderableType]:
+    """A document as rich's renderables, one below the other.
+
+    Args:
+        document: what to show.
+        verbose: with every node and the settings of every pass.
+    """
+    match document:
+        case Report():
+            yield from _report(document, verbose)
+        case Benchmark():
+            yield from _benchmark(document)
+        case Evaluation():
+            yield from _evaluation(document)
+        case Inspection():
+            yield from _inspection(document, verbose)
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def byte_count(count: float) -> str:
+    """`1.53 MB`: three digits and a decimal unit."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{_digits(count / size)} {unit}"
+    return f"{count:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """`1.23 ms`: three digits and the unit that fits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= 0.9995 * size:
+            return f"{_digits(value / size)} {unit}"
+    return f"{_digits(value * 1e6)} us"
+
+
+def count(value: float) -> str:
+    """`1.2 M`: of parameters or operations."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= 0.9995 * size:
+            return f"{_digits(value / size)} {unit}"
+    return f"{value:.0f}"
+
+
+def score(metric: str, value: float | None) -> str:
+    """A metric's value: a share as a percentage, anything else with four digits."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f}%" if _is_share(metric) else f"{value:.4g}"
+
+
+def loss(metric: str, value: float | None) -> str:
+    """A drop in the metric's unit, in words."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "no loss"
+    amount = f"{100 * abs(value):.2f} points" if _is_share(metric) else f"{abs(value):.4g}"
+    return f"{amount} {'worse' if value > 0 else 'better'}"
+
+
+def ratio(value: float, more: str, less: str) -> str:
+    """`2.19x faster`, or `1.10x slower` for a ratio below 1."""
+    return f"{value:.2f}x {more}" if value >= 1 else f"{1 / value:.2f}x {less}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _is_share(metric: str) -> bool:
+    return metric.partition(":")[0] in {"accuracy", "top5", "agreement"}
+
+
+def _between(interval: Interval | None, form: Callable[[float], str]) -> str:
+    return "" if interval is None else f" [{form(interval[0])}, {form(interval[1])}]"
+
+
+# --- tables and lines -----------------------------------------------------------------------------------------------
+
+
+def _line(text: str = "", style: str = "") -> Text:
+    return Text(printable(text), style=style)
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
+    """A table without lines; columns after the first `left` are aligned to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for place, heading in enumerate(headings):
+        table.add_column(_line(heading), justify="left" if place < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(_line, row))
+    return table
+
+
+def _heading(text: str) -> Iterator[Text]:
+    yield _line()
+    yield _line(text, "bold")
+
+
+def _notes(notes: Sequence[str]) -> Iterator[Text]:
+    if notes:
+        yield from _heading("Notes")
+        yield from (_line(f"- {note}") for note in notes)
+
+
+def _grouped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """(node, text) pairs by text, the most frequent first; texts that differ in a quoted name only count as one."""
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for node, text in pairs:
+        groups[re.sub(r"'[^']*'", "'...'", text)].append((node, text))
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [
+        (items[0][1] if len({text for _, text in items}) == 1 else common, [node for node, _ in items])
+        for common, items in ordered
+    ]
+
+
+def _place(environment: Mapping[str, str | int]) -> str:
+    """Where figures were measured."""
+    threads = environment["threads"]
+    own = "ONNX Runtime's own number of threads" if threads == 0 else f"{threads} thread{'s' * (threads != 1)}"
+    provider = str(environment["provider"]).removesuffix("ExecutionProvider").lower()
+    return f"ONNX Runtime {environment['onnxruntime']} on {provider}, {own}, batch {environment['batch']}"
+
+
+# --- a report -------------------------------------------------------------------------------------------------------
+
+
+def _report(report: Report, verbose: bool) -> Iterator[RenderableType]:
+    yield _line(f"{report.source} -> {report.output or 'memory'}", "bold")
+    yield _line()
+    yield _table(["", "original", "result", ""], _figures(report), left=1)
+    yield _line()
+    if report.result.latency is not None:
+        yield _line(f"Latency: {report.protocol}; {_place(report.environment)}", "dim")
+    yield _line(f"Measured: {report.data}", "dim")
+    yield from _verdict(report)
+    yield from _heading("What was done")
+    for step in report.steps:
+        yield from _step(step, verbose)
+    if report.trials:
+        yield from _heading("What was tried")
+        yield _table(
+            ["candidate", "size", "latency", "speed-up", "drop", "verdict"],
+            [_trial(trial, report.metric) for trial in report.trials],
+        )
+    yield from _notes(report.notes)
+
+
+def _figures(report: Report) -> Iterator[tuple[str, str, str, str]]:
+    before, after = report.original, report.result
+    share = f"{ratio(before.size / after.size, 'smaller', 'larger')} ({after.size / before.size:.0%})"
+    yield "size", byte_count(before.size), byte_count(after.size), share
+    if before.latency is not None and after.latency is not None:
+        speedup = ratio(after.speedup, "faster", "slower") if after.speedup else ""
+        yield "latency", _latency(before), _latency(after), speedup
+    if after.score is not None:
+
+        def form(value: float) -> str:
+            return score(report.metric, value)
+
+        first, second = (
+            "-" if figures.score is None else form(figures.score) + _between(figures.score_interval, form)
+            for figures in (before, after)
+        )
+        yield report.metric, first, second, loss(report.metric, after.drop)
+
+
+def _latency(figures: Figures) -> str:
+    return "-" if figures.latency is None else seconds(figures.latency) + _between(figures.latency_interval, seconds)
+
+
+def _verdict(report: Report) -> Iterator[Text]:
+    if report.unmet:
+        yield _line(f"NOT within the budget: {'; '.join(report.unmet)}", "bold red")
+    elif limits := budget_in_words(report.budget, report.metric):
+        yield _line(f"Within the budget: {limits}", "green")
+
+
+def budget_in_words(budget: Budget, metric: str) -> str:
+    """The limits as a user would say them; empty without any."""
+    limits = []
+    if budget.max_drop is not None:
+        share = _is_share(metric)
+        limits.append(
+            f"a drop of at most {100 * budget.max_drop:g} points" if share else f"a drop of at most {budget.max_drop:g}"
+        )
+    if budget.max_latency is not None:
+        limits.append(f"at most {seconds(budget.max_latency)}")
+    if budget.min_speedup is not None:
+        limits.append(f"at least {budget.min_speedup:g}x faster")
+    if budget.max_size is not None:
+        limits.append(f"at most {byte_count(budget.max_size)}")
+    if budget.max_size_share is not None:
+        limits.append(f"at most {budget.max_size_share:.0%} of the size")
+    return ", ".join(limits)
+
+
+def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
+    name = step.recipe.partition("(")[0]
+    yield _line(f"  {step.recipe if verbose else name}", "cyan")
+    if verbose:
+        rows = [(f"    {change.node}", change.what) for change in step.changes]
+        rows += [(f"    {skip.node}", f"left: {skip.reason}") for skip in step.skips]
+        yield _table(["    node", "what"], rows, left=2)
+        return
+    changes = _grouped([(change.node, change.what) for change in step.changes])
+    skips = _grouped([(skip.node, skip.reason) for skip in step.skips])
+    if not changes:
+        yield _line("    nothing changed")
+    for what, nodes in changes[:_GROUPS]:
+        yield _line(f"    {len(nodes):>4} x {what}")
+    for reason, nodes in skips[:_GROUPS]:
+        some = ", ".join(nodes[:_NAMES]) + (", ..." if len(nodes) > _NAMES else "")
+        yield _line(f"    {len(nodes):>4} left: {reason} ({some})", "dim")
+    hidden = sum(len(nodes) for _, nodes in [*changes[_GROUPS:], *skips[_GROUPS:]])
+    if hidden:
+        yield _line(f"    {hidden:>4} more, shown by -v", "dim")
+
+
+def _trial(trial: Trial, metric: str) -> tuple[str, ...]:
+    figures = trial.figures
+    return (
+        f"  {trial.name}",
+        byte_count(figures.size),
+        _latency(figures),
+        "-" if figures.speedup is None else f"{figures.speedup:.2f}x",
+        loss(metric, figures.drop),
+        trial.verdict,
+    )
+
+
+# --- the other documents --------------------------------------------------------------------------------------------
+
+
+def _benchmark(benchmark: Benchmark) -> Iterator[RenderableType]:
+    def row(model: Speed) -> tuple[str, ...]:
+        latency = model.latency
+        return (
+            model.source,
+            seconds(latency.median) + _between((latency.low, latency.high), seconds),
+            f"{latency.speedup:.2f}x [{latency.speedup_low:.2f}, {latency.speedup_high:.2f}]",
+            f"{_digits(model.throughput)}/s",
+            _spread(model.load, seconds),
+            byte_count(model.size),
+            "-" if model.memory is None else _spread(model.memory, byte_count),
+        )
+
+    headings = ["model", "latency", "speed-up", "throughput", "load", "size", "memory"]
+    yield _table(headings, map(row, benchmark.models))
+    yield _line()
+    yield _line(
+        f"Latency: {benchmark.protocol}, with 95% of the blocks in brackets; {_place(benchmark.environment)}; "
+        f"inputs from {benchmark.data}",
+        "dim",
+    )
+    yield _line("Speed-up: over the first model, side by side, with its quartiles. Throughput: rows per second.", "dim")
+    yield _line(
+        f"Load, and memory to load and run: medians over {benchmark.processes} fresh processes, with the extremes.",
+        "dim",
+    )
+    yield from _notes(benchmark.notes)
+
+
+def _spread(spread: Spread, form: Callable[[float], str]) -> str:
+    return form(spread.median) + _between((spread.low, spread.high), form)
+
+
+def _evaluation(evaluation: Evaluation) -> Iterator[RenderableType]:
+    metric = evaluation.metric
+
+    def form(value: float) -> str:
+        return score(metric, value)
+
+    rows = [
+        (
+            model.source,
+            form(model.score) + _between(model.score_interval, form),
+            loss(metric, model.drop) + _between(model.drop_interval, lambda value: _signed(metric, value)),
+            "-" if model.relative_error is None else f"{model.relative_error:.4g}",
+            score("agreement", model.agreement),
+        )
+        for model in evaluation.models
+    ]
+    yield _table(["model", metric, "against the first", "relative error", "agreement"], rows)
+    yield _line()
+    yield _line(f"Metric: {metric} ({evaluation.data}); {_place(evaluation.environment)}", "dim")
+    yield _line("Intervals: 95% bootstrap; of differences on the same samples, where a minus is a gain.", "dim")
+    yield from _notes(evaluation.notes)
+
+
+def _signed(metric: str, value: float) -> str:
+    return f"{100 * value:+.2f}" if _is_share(metric) else f"{value:+.3g}"
+
+
+def _inspection(model: Inspection, verbose: bool) -> Iterator[RenderableType]:
+    total = sum(node.microseconds or 0 for node in model.nodes)
+    shown = [node for node in model.nodes if verbose or node.parameters or node.flops or node.microseconds]
+
+    def share(microseconds: float | None) -> str:
+        return "-" if microseconds is None else f"{microseconds / total:.1%}"
+
+    rows = [
+        (
+            node.name,
+            node.op,
+            "?" if node.shape is None else "x".join(map(str, node.shape)) or "scalar",
+            count(node.parameters),
+            byte_count(node.bytes),
+            "?" if node.flops is None else count(node.flops),
+            share(node.microseconds),
+            *([node.note] if verbose else []),
+        )
+        for node in shown
+    ]
+    yield _line(f"{model.source}: opset {model.opset}, {byte_count(model.size)}", "bold")
+    yield _line(f"inputs   {', '.join(model.inputs) or 'none'}")
+    yield _line(f"outputs  {', '.join(model.outputs) or 'none'}")
+    yield _line()
+    yield _table(
+        ["node", "op", "output", "parameters", "bytes", "FLOPs", "time", *(["note"] if verbose else [])], rows, 3
+    )
+    yield _line()
+    if hidden := len(model.nodes) - len(shown):
+        yield _line(f"and {hidden} nodes that store, compute and take nothing (-v shows them)", "dim")
+    sums = f"{count(model.parameters)} parameters in {byte_count(model.bytes)}, {count(model.flops)} FLOPs per run"
+    yield _line(f"In all {len(model.nodes)} nodes, {sums}", "bold")
+    if model.protocol:
+        yield _line(f"Time: {model.protocol}; - was fused into a neighbour; {_place(model.environment)}", "dim")
+    yield from _notes(model.notes)
+
+
+def pass_list(passes: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:
+    """The passes with a line each, and the groups.
+
+    Args:
+        passes: summary by name.
+        groups: names of passes by the group's name.
+    """
+    yield _table(["pass", "what it does"], list(passes.items()), left=2)
+    yield _line()
+    yield from (_line(f"{group} stands for {', '.join(members)}") for group, members in groups.items())
+
+
+def wrote(path: Path) -> Text:
+    """That a model is there now, and its data file if it has one."""
+    data = path.with_name(path.name + ".data")
+    return _line(f"\nWrote {path}" + (f" and {data.name}" if data.exists() else ""), "bold green")

@@ -1,0 +1,341 @@
+"""The commands `simplify` and `quantize`: from a model to another by a fixed list of passes, with the proof."""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import metrics, runtime
+from onnxcomp import model as models
+from onnxcomp.budget import Budget
+from onnxcomp.core import Context, Pass, no_progress
+from onnxcomp.data import ImageOptions, open_dataset
+from onnxcomp.errors import BudgetError, ModelError, OptionError
+from onnxcomp.layers import layers
+from onnxcomp.measure import SCORING_ROWS, circumstances, file_size, usual_metric
+from onnxcomp.model import ModelSource
+from onnxcomp.passes.quantize_static import Range
+from onnxcomp.passes.simplify import Simplify
+from onnxcomp.report import Figures, Report, Result, Step, source_name, stamped
+from onnxcomp.runtime import Protocol, Session, Target
+from onnxcomp.samples import Dataset
+from onnxcomp.synthetic import synthetic
+from onnxcomp.weights import Rounding
+
+Progress = Callable[[int, int, str], None]
+
+_SYNTHETIC = 32
+
+
+class Scheme(StrEnum):
+    """What `quantize` makes of weights and activations."""
+
+    INT8 = "int8"
+    """Both, with ranges from calibration data."""
+    INT8_DYNAMIC = "int8-dynamic"
+    """Both, with ranges taken at run time."""
+    INT8_WEIGHTS = "int8-weights"
+    INT4_WEIGHTS = "int4-weights"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
+def simplify(
+    source: ModelSource,
+    *,
+    output: str | os.PathLike[str] | None = None,
+    target: Target = Target(),
+    batch: int = 1,
+    seed: int = 0,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    keep_overridable: bool = False,
+    progress: Progress = no_progress,
+) -> Result:
+    """Clean a model up: the same function from fewer, cheaper nodes.
+
+    Args:
+        source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; never modified.
+        output: where to write the result; None to keep it in memory.
+        target: execution provider and threads.
+        batch: samples per run that latency is measured at.
+        seed: of the synthetic inputs on which both models are compared.
+        overwrite: replace an existing output.
+        dry_run: measure, but write nothing.
+        keep_overridable: leave weights that are also graph inputs overridable.
+        progress: called with (done, total, what).
+
+    Raises:
+        InputError: the model or an option cannot be used.
+    """
+    work = _Conversion(source, output, target, batch, overwrite, dry_run)
+    context = Context(None, target, batch, seed, progress=progress)
+    return work.run([Simplify(keep_overridable)], context, None, None, None, False)
+
+
+def quantize(
+    source: ModelSource,
+    *,
+    scheme: Scheme = Scheme.INT8,
+    range: Range = Range.MSE,  # noqa: A002  (the word for it)
+    gptq: bool = True,
+    polish: bool = True,
+    bias_correction: bool = True,
+    equalize: bool = True,
+    smooth: bool = True,
+    output: str | os.PathLike[str] | None = None,
+    calib: Any = None,
+    evaluation: Any = None,
+    metric: str | None = None,
+    max_drop: float | None = None,
+    exclude: str | None = None,
+    target: Target = Target(),
+    batch: int = 1,
+    seed: int = 0,
+    memory: int = 2 * 10**9,
+    images: ImageOptions | None = None,
+    overwrite: bool = False,
+    best_effort: bool = False,
+    dry_run: bool = False,
+    keep_overridable: bool = False,
+    progress: Progress = no_progress,
+) -> Result:
+    """Clean up and quantize as asked, wherever the scheme can, and measure what it cost and brought.
+
+    Args:
+        source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; never modified.
+        scheme: what becomes of weights and activations.
+        range: how activation ranges are chosen; for `Scheme.INT8`.
+        gptq: round weights with error feedback instead of to the nearest.
+        polish: follow with coordinate descent.
+        bias_correction: put the mean of what rounding does to a layer's output into its bias.
+        equalize: equalize neighbouring layers first; for `Scheme.INT8`.
+        smooth: move activation outliers into weights first; for `Scheme.INT8` and `INT8_DYNAMIC`.
+        output: where to write the result; None to keep it in memory.
+        calib: data to learn from, as `data.open_dataset` takes them.
+        evaluation: data to measure the loss on; without them it is the relative output error on `calib`, or on synthetic
+            ones.
+        metric: a metric's name or `FILE.py:FUNCTION`; by default accuracy where `evaluation` has labels, else relative
+            error.
+        max_drop: largest loss to accept, in the metric's unit; None accepts any.
+        exclude: regular expression of node names to leave alone.
+        target: execution provider and threads.
+        batch: samples per run that latency is measured at.
+        seed: of everything random.
+        memory: cap in bytes on what calibration keeps.
+        images: how image files become inputs.
+        overwrite: replace an existing output.
+        best_effort: write the result even where it loses more than `max_drop`.
+        dry_run: measure, but write nothing.
+        keep_overridable: leave weights that are also graph inputs overridable.
+        progress: called with (done, total, what).
+
+    Raises:
+        InputError: the model, the data or an option cannot be used.
+        BudgetError: it loses more than `max_drop`; its `result` is what came out.
+    """
+    work = _Conversion(source, output, target, batch, overwrite, dry_run)
+    rounding = Rounding(gptq, Rounding.sweeps if polish else 0, bias_correction)
+    passes = [Simplify(keep_overridable), *_passes(scheme, range, rounding, equalize, smooth)]
+    if scheme is Scheme.INT8 and calib is None:
+        raise OptionError(
+            "scheme int8 needs calibration data", "activation ranges come from data", "add --calib, or use int8-dynamic"
+        )
+    refuse_broken_weights(work.model)
+    specs = models.input_specs(work.model)
+    learn = None if calib is None else open_dataset(calib, specs, images)
+    proof = None if evaluation is None else open_dataset(evaluation, specs, images)
+    chosen = metrics.parse_metric(metric) if metric else None
+    context = Context(learn, target, batch, seed, memory, _pattern(exclude), progress)
+    return work.run(passes, context, proof, chosen, max_drop, best_effort)
+
+
+def _passes(scheme: Scheme, range_: Range, rounding: Rounding, equalize: bool, smooth: bool) -> list[Pass]:
+    from onnxcomp.passes.equalize import Equalize
+    from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
+    from onnxcomp.passes.quantize_static import QuantizeStatic
+    from onnxcomp.passes.quantize_weights import QuantizeWeights
+    from onnxcomp.passes.smooth import Smooth
+
+    smoothing: list[Pass] = [Smooth()] if smooth else []
+    match scheme:
+        case Scheme.INT8:
+            equalizing: list[Pass] = [Equalize()] if equalize else []
+            return [*equalizing, *smoothing, QuantizeStatic(range_, rounding=rounding)]
+        case Scheme.INT8_DYNAMIC:
+            return [*smoothing, QuantizeDynamic(rounding)]
+        case Scheme.INT8_WEIGHTS:
+            return [QuantizeWeights(bits=8, rounding=rounding)]
+        case Scheme.INT4_WEIGHTS:
+            return [QuantizeWeights(bits=4, rounding=rounding)]
+        case Scheme.FP16 | Scheme.BF16:
+            from onnxcomp.passes.convert_float import ConvertFloat, Float
+
+            return [ConvertFloat(Float(scheme.value))]
+
+
+def refuse_broken_weights(model: ir.Model) -> None:
+    """Raise where a layer's weights are not finite: nothing learnt from such a model would mean anything.
+
+    Raises:
+        ModelError: naming the weight.
+    """
+    for layer in layers(model):
+        if not np.isfinite(layer.matrix()).all():
+            raise ModelError(
+                f"weight '{layer.weight.name}' of {layer.node.op_type} '{layer.name}' holds NaN or infinity",
+                "training diverged, or a conversion overflowed",
+                "export the model again from an earlier checkpoint",
+            )
+
+
+def _pattern(exclude: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if exclude is None else re.compile(exclude)
+    except re.error as error:
+        raise OptionError(f"'{exclude}' is not a regular expression: {error}", remedy="mend --exclude") from error
+
+
+class _Conversion:
+    """From a model to another by a fixed list of passes. What can be refused is refused before any work.
+
+    Raises:
+        ModelError: the model cannot be read, or the output not be written.
+        OptionError: a batch below 1.
+        ProviderError: the target is not available.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        output: str | os.PathLike[str] | None,
+        target: Target,
+        batch: int,
+        overwrite: bool,
+        dry_run: bool,
+    ) -> None:
+        self._environment = circumstances(target, batch)
+        self._output = None if output is None else Path(output)
+        self._writes, self._overwrite = not dry_run, overwrite
+        if self._output is not None and self._writes:
+            models.check_target(self._output, overwrite=overwrite, inputs=(source,))
+        self._source = source
+        self.model = models.load(source)
+
+    def run(
+        self,
+        passes: Sequence[Pass],
+        context: Context,
+        proof: Dataset | None,
+        metric: metrics.Metric | None,
+        max_drop: float | None,
+        best_effort: bool,
+    ) -> Result:
+        """Apply the passes, measure, judge and write."""
+        current, steps = self.model, []
+        for technique in passes:
+            outcome = technique(current, context)
+            current = outcome.model
+            steps.append(Step(repr(technique), outcome.changes, outcome.skips))
+        fingerprint = models.fingerprint(self._source)
+        made = stamped(current, steps, fingerprint)
+        before, after = Figures(file_size(self._source, self.model)), Figures(file_size(made, made))
+        protocol, name, data, notes = Protocol(), "", "nothing was measured", []
+        try:
+            loss = _Loss.of(self.model, context, proof, metric)
+            before, after = loss.measure(self.model, made, before, after, context, protocol)
+            name, data, notes = loss.metric.name, loss.description, loss.notes(after)
+        except ModelError:
+            if any(models.spec_of(value) is None for value in models.free_inputs(self.model)):
+                notes = ["Neither latency nor outputs were measured: an input is no tensor."]
+            else:
+                raise
+        unmet = []
+        if max_drop is not None and after.drop is not None and not after.drop <= max_drop:
+            unmet.append(f"{name} drops by {after.drop:.4g}, more than {max_drop:.4g}")
+        report = Report(
+            source=source_name(self._source),
+            output=None if self._output is None else str(self._output),
+            fingerprint=fingerprint,
+            environment=self._environment | {"seed": context.seed},
+            protocol=str(protocol),
+            metric=name,
+            data=data,
+            budget=Budget(max_drop=max_drop),
+            met=not unmet,
+            unmet=tuple(unmet),
+            original=before,
+            result=after,
+            steps=tuple(steps),
+            notes=tuple(notes),
+        )
+        result = Result(made, report)
+        if unmet and not best_effort:
+            error = BudgetError(
+                "the result loses too much: " + "; ".join(unmet),
+                "the scheme is too coarse for some layers",
+                "leave layers out with --exclude, let `onnxcomp optimize` choose them, or write it with --best-effort",
+            )
+            error.result = result
+            raise error
+        if self._output is not None and self._writes:
+            models.save(made, self._output, overwrite=self._overwrite)
+        return result
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """What a conversion is judged by, on which samples."""
+
+    metric: metrics.Metric
+    data: Dataset
+    description: str
+    invented: bool
+
+    @classmethod
+    def of(cls, model: ir.Model, context: Context, proof: Dataset | None, metric: metrics.Metric | None) -> "_Loss":
+        data, where = proof, ""
+        if data is None:
+            data, where = context.data, ", the calibration data: what was learnt from them is flattered"
+        invented = data is None
+        if data is None:
+            specs = models.input_specs(model)
+            data, where = synthetic(specs, _SYNTHETIC, context.seed, models.vocabularies(model)), ""
+        reason = "as asked"
+        if metric is None and proof is None:
+            metric, reason = metrics.METRICS["relative-error"], "no evaluation data"
+        elif metric is None:
+            metric, reason = usual_metric(Session(model, context.target), data)
+        return cls(metric, data, f"{metric.name} ({reason}) on {len(data)} samples of {data.origin}{where}", invented)
+
+    def measure(
+        self, original: ir.Model, made: ir.Model, before: Figures, after: Figures, context: Context, protocol: Protocol
+    ) -> tuple[Figures, Figures]:
+        """Both models' figures, from sizes alone to latency and score."""
+        sessions = [Session(model, context.target) for model in (original, made)]
+        feeds = next(iter(self.data.batches(context.batch))).feeds
+        timings = runtime.compare(sessions, feeds, protocol)
+        baseline, score = (
+            metrics.evaluate(self.metric, session.run, self.data, sessions[0].run, SCORING_ROWS) for session in sessions
+        )
+        drops = 0.0, metrics.compare(baseline, score).value
+        first, second = (
+            Figures(figures.size, time.median, (time.low, time.high), time.speedup, score.value, score.interval, drop)
+            for figures, time, score, drop in zip((before, after), timings, (baseline, score), drops, strict=True)
+        )
+        return first, second
+
+    def notes(self, result: Figures) -> list[str]:
+        """What the figures do not say by themselves."""
+        notes = []
+        if self.invented:
+            notes.append("The loss was measured on synthetic inputs and says little about real ones: give --eval.")
+        if result.speedup is not None and result.speedup < 1:
+            notes.append("The result is slower than the original on this target.")
+        return notes

@@ -1,0 +1,76 @@
+"""What a model takes in a process of its own: the time to load it, and the memory to load and run it.
+
+A fresh process, since in one that has loaded other models their memory is reused and libraries are warm.
+"""
+
+import contextlib
+import json
+import pickle
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.runtime import Feeds, Session, Target
+
+_RUNS = 2  # ONNX Runtime plans its memory in the first run
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One process.
+
+    Attributes:
+        load_seconds: from the file to a session that can run.
+        memory: bytes by which the process grew at most; None where the system does not say (outside Linux).
+    """
+
+    load_seconds: float
+    memory: int | None
+
+
+def footprint(path: Path, target: Target, feeds: Feeds) -> Footprint:
+    """Load and run a model in a fresh process.
+
+    Raises:
+        OnnxcompError: the process failed, for want of memory perhaps.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "onnxcomp.footprint"],
+        input=pickle.dumps((path, target, dict(feeds))),
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+        raise OnnxcompError(
+            f"a fresh process could not load and run '{path}' (exit code {done.returncode})",
+            *last,
+        )
+    return Footprint(**json.loads(done.stdout))
+
+
+def _memory(key: str) -> int | None:
+    """Bytes of this process: `VmRSS` now, `VmHWM` at its peak."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{key}:\s*(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) * 1024 if found else None
+
+
+def _measure() -> None:
+    path, target, feeds = pickle.loads(sys.stdin.buffer.read())
+    before = _memory("VmRSS")
+    with contextlib.suppress(OSError):  # not allowed everywhere; imports peak little above what they keep
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    session = Session(path, target)
+    for _ in range(_RUNS):
+        session.run(feeds)
+    after = _memory("VmHWM")
+    growth = None if before is None or after is None else max(after - before, 0)
+    sys.stdout.write(json.dumps(asdict(Footprint(session.load_seconds, growth))))
+
+
+if __name__ == "__main__":
+    _measure()

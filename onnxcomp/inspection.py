@@ -1,0 +1,112 @@
+"""The command `inspect`: a model, node by node."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
+
+from onnxcomp import model as models
+from onnxcomp.core import name_nodes
+from onnxcomp.cost import NodeCost, Totals, node_costs
+from onnxcomp.data import ImageOptions
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.measure import circumstances, file_size, inputs_for
+from onnxcomp.model import ModelSource
+from onnxcomp.placement import profiles
+from onnxcomp.report import Inspection, NodeRow, source_name
+from onnxcomp.runtime import Feeds, Target
+
+
+def inspect(
+    source: ModelSource,
+    *,
+    calib: Any = None,
+    target: Target = Target(),
+    batch: int = 1,
+    seed: int = 0,
+    images: ImageOptions | None = None,
+) -> Inspection:
+    """What each node stores, computes, and takes of the time.
+
+    Shapes and times are of one run. A model that ONNX Runtime does not load is described without times.
+
+    Args:
+        source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`.
+        calib: data whose first batch is the input; synthetic inputs without.
+        target: execution provider and threads.
+        batch: rows of that run, where the model leaves that open.
+        seed: of synthetic inputs.
+        images: how image files become inputs.
+
+    Raises:
+        InputError: the model, the data or an option cannot be used.
+    """
+    about = circumstances(target, batch)
+    model = models.load(source)
+    name_nodes(model)
+    ShapeInferencePass()(model)
+    notes: list[str] = []
+    times: Mapping[str, float] = {}
+    sizes: dict[str, int] = {}
+    protocol = ""
+    if all(models.spec_of(value) is not None for value in models.free_inputs(model)):
+        data = inputs_for(model, calib, batch, seed, images)
+        feeds = next(iter(data.batches(batch))).feeds
+        sizes = _axes(model, feeds)
+        try:
+            times = profiles([model], target, feeds)[0].times
+            protocol = f"profiled on {data.origin}"
+        except OnnxcompError as error:
+            notes.append(f"Not timed. {error.fact}")
+    else:
+        notes.append("Not timed: an input is no tensor.")
+    costs = node_costs(model, batch, sizes)
+    totals = Totals.of(costs)
+    if totals.unknown:
+        notes.append(f"The FLOPs of {totals.unknown} nodes are unknown and not in the sum.")
+    return Inspection(
+        source=source_name(source),
+        opset=models.opset(model),
+        inputs=tuple(map(_described, models.free_inputs(model))),
+        outputs=tuple(map(_described, model.graph.outputs)),
+        size=file_size(source, model),
+        parameters=totals.parameters,
+        bytes=totals.bytes,
+        flops=totals.flops,
+        nodes=tuple(_row(cost, times) for cost in costs),
+        environment=about,
+        protocol=protocol,
+        notes=tuple(notes),
+    )
+
+
+def _axes(model: ir.Model, feeds: Feeds) -> dict[str, int]:
+    """The lengths that a run gives to the named axes of the inputs."""
+    return {
+        axis: length
+        for spec in models.input_specs(model)
+        for axis, length in zip(spec.shape or (), feeds[spec.name].shape, strict=False)
+        if isinstance(axis, str)
+    }
+
+
+def _described(value: ir.Value) -> str:
+    spec = models.spec_of(value)
+    if spec is None:
+        return f"{value.name}: {value.type}"
+    shape = "[...]" if spec.shape is None else f"[{', '.join('?' if a is None else str(a) for a in spec.shape)}]"
+    return f"{spec.name}: {'string' if spec.dtype.hasobject else spec.dtype.name}{shape}"
+
+
+def _row(cost: NodeCost, times: Mapping[str, float]) -> NodeRow:
+    return NodeRow(
+        cost.name,
+        f"{cost.domain}::{cost.op}" if cost.domain else cost.op,
+        cost.output_shape,
+        cost.parameters,
+        cost.bytes,
+        cost.flops,
+        times.get(cost.name),
+        cost.note,
+    )
