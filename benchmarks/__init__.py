@@ -1,0 +1,1 @@
+"""Side-by-side runs; every figure quoted in the documentation comes from here."""
