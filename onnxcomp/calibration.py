@@ -7,7 +7,7 @@ many as their width needs. Nothing is kept per sample, so memory does not depend
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -30,6 +30,14 @@ GRAM_ROWS = 32
 _LEAST_ROWS = 4096
 _UNKNOWN_SIZE = 128
 _BATCH = 32
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A tensor to observe, with the axis over which its channels run, if any."""
+
+    value: ir.Value
+    axis: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,13 +129,10 @@ class Statistics:
             grams[name] = grams[name].merge(gram) if name in grams else gram
         return Statistics(tensors, grams)
 
-
-@dataclass(frozen=True)
-class Observed:
-    """A tensor to observe, with the axis over which its channels run, if any."""
-
-    value: ir.Value
-    axis: int | None = None
+    def answers(self, request: Observed) -> bool:
+        """Whether this holds what is asked for: per channel, if an axis is given."""
+        known = self.tensors.get(request.value.name or "")
+        return known is not None and (request.axis is None or known.low.size > 1)
 
 
 def calibrate(
@@ -138,16 +143,19 @@ def calibrate(
     Args:
         model: opset 13 or later; not modified.
         data: the samples.
-        context: target, memory cap, seed, progress. What exceeds the cap is split into groups, a pass over the data each.
+        context: target, memory cap, seed, progress, cache. What exceeds the cap is split into groups, with a pass over
+            the data for each.
         tensors: tensors of the main graph whose ranges are wanted.
         layers: layers of the main graph whose Gram matrix is wanted.
 
     Raises:
         DataError: the data or activations hold NaN or infinity.
     """
-    key = ("statistics", content_hash(model), id(data))
-    known: Statistics = context.cache.get(key, Statistics())
-    tensors = [seen for seen in tensors if seen.value.name not in known.tensors]
+    key = ("statistics", content_hash(model))
+    seen_data, known = context.cache.get(key, (data, Statistics()))
+    if seen_data is not data:
+        known = Statistics()
+    tensors = [seen for seen in tensors if not known.answers(seen)]
     layers = [layer for layer in layers if layer.name not in known.grams]
     sample_bytes = _activation_bytes(model)
     size = int(np.clip(context.memory // (4 * max(sample_bytes, 1)), 1, _BATCH))
@@ -157,16 +165,17 @@ def calibrate(
         what = "calibrating" if len(groups) == 1 else f"calibrating, part {done + 1} of {len(groups)}"
         for part in _pass(model, data, context, group_tensors, group_layers, size, what):
             result = result.merge(part)
-    for name, statistics in result.tensors.items():
-        if statistics.histogram.nonfinite:
-            raise DataError(
-                f"tensor '{name}' is not finite on the calibration data",
-                "the model overflows, divides by zero, or has NaN in its weights",
-                "run the model on the data and look for NaN",
-            )
-    result = known.merge(result)
+    broken = [f"tensor '{name}'" for name, seen in result.tensors.items() if seen.histogram.nonfinite]
+    broken += [f"the input of '{name}'" for name, gram in result.grams.items() if not np.isfinite(gram.total).all()]
+    if broken:
+        raise DataError(
+            f"{broken[0]} is not finite on the calibration data",
+            "the model overflows, divides by zero, or has NaN in its weights",
+            "run the model on the data and look for NaN",
+        )
+    result = Statistics({**known.tensors, **result.tensors}, {**known.grams, **result.grams})
     if sum(gram.total.nbytes for gram in result.grams.values()) <= context.memory // 2:
-        context.cache[key] = result
+        context.cache[key] = (data, result)
     return result
 
 
@@ -249,13 +258,15 @@ class _Probe:
         self._names[value.name or ""] = (sample.name or "", low.name or "", high.name or "")
 
     def _reduce(self, operator: str, value: ir.Value, axes: list[int] | None) -> ir.Value:
-        if axes is None or not axes:
-            return value if axes is not None else self._node(operator, [value], keepdims=0)
+        if axes is None:
+            return self._node(operator, [value], keepdims=0)
+        if not axes:
+            return self._node("Identity", [value])
         if self._version >= 18:
             return self._node(operator, [value, self._constant(axes)], keepdims=0)
         return self._node(operator, [value], axes=axes, keepdims=0)
 
-    def _node(self, operator: str, inputs: list[ir.Value], **attributes: object) -> ir.Value:
+    def _node(self, operator: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
         self._count += 1
         node = ir.node(operator, inputs, attributes=attributes, name=f"onnxcomp_probe_{self._count}")
         node.outputs[0].name = f"onnxcomp_probe_{self._count}"
@@ -282,7 +293,8 @@ def _groups(
     """Requests in portions whose statistics stay below the cap together."""
     portion: tuple[list[Observed], list[Layer]] = ([], [])
     used = 0
-    for request in [*tensors, *layers]:
+    requests: list[Observed | Layer] = [*tensors, *layers]
+    for request in requests:
         if isinstance(request, Layer):
             need = 3 * 8 * request.groups * (request.input_width + 1) ** 2 + 8 * size * _elements(request.data)
         else:

@@ -1,7 +1,7 @@
 """A layer's weights on an integer grid, with as little change of the layer's output as calibration allows."""
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -100,14 +100,34 @@ def round_weights(
             integers = quantize(W, wide_scale, wide_zero, grid)
         if H is not None and rounding.sweeps:
             integers = polish(W, H, integers, wide_scale, wide_zero, grid, rounding.sweeps)
-        shift = np.zeros(len(W))
-        if gram is not None and rounding.bias_correction:
-            shift = (W - dequantize(integers, wide_scale, wide_zero)).astype(np.float64) @ gram.mean[group]
-        parts.append((integers, scale, zero_point, shift))
-    zero_points = [zero for _, _, zero, _ in parts if zero is not None]
-    return RoundedWeights(
-        np.concatenate([integers for integers, _, _, _ in parts]),
-        np.concatenate([scale for _, scale, _, _ in parts]),
+        parts.append((integers, scale, zero_point))
+    zero_points = [zero for _, _, zero in parts if zero is not None]
+    rounded = RoundedWeights(
+        np.concatenate([integers for integers, _, _ in parts]),
+        np.concatenate([scale for _, scale, _ in parts]),
         np.concatenate(zero_points) if zero_points else None,
-        np.concatenate([shift for _, _, _, shift in parts]),
+        np.zeros(len(full)),
     )
+    if gram is None or not rounding.bias_correction:
+        return rounded
+    return replace(rounded, bias_shift=mean_error(full, rounded, gram, grid, block))
+
+
+def mean_error(
+    matrix: NDArray[np.floating], rounded: RoundedWeights, gram: Gram, grid: IntGrid, block: int | None = None
+) -> NDArray[np.float64]:
+    """What rounding takes from each output on average: (out,) of (W - W') E[x], to be added to the bias.
+
+    Args:
+        matrix: (out, in) before rounding.
+        rounded: the same after it.
+        gram: of the layer's inputs.
+        grid: the integers.
+        block: inputs that share a scale; None for one scale per output channel.
+    """
+    width = matrix.shape[1]
+    zero_point = grid.middle if rounded.zero_point is None else spread_blocks(rounded.zero_point, block or width, width)
+    lost = matrix - dequantize(rounded.integers, spread_blocks(rounded.scale, block or width, width), zero_point)
+    grouped = lost.astype(np.float64).reshape(len(gram.mean), -1, width)
+    errors: NDArray[np.float64] = np.matmul(grouped, gram.mean[:, :, None]).reshape(-1)
+    return errors

@@ -14,34 +14,28 @@ Networks for Efficient Integer-Arithmetic-Only Inference".) Rules:
 5. A MatMul or Gemm whose output nothing quantized reads gives float.
 """
 
-from collections.abc import Hashable, Iterator
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import reduce
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Observed, Statistics, calibrate
+from onnxcomp.calibration import Gram, Observed, Statistics, calibrate
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
-from onnxcomp.graph import Builder, at_least_opset, remove_unused, single_consumer
+from onnxcomp.graph import Builder, prepared, remove_unused, single_consumer
+from onnxcomp.integers import MOVING, data_inputs, folds, pad_value, quantizable, shared_scales
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.numerics import ranges
 from onnxcomp.numerics.affine import AffineParameters, IntGrid, parameters_from_range, quantize
 from onnxcomp.numerics.histogram import Histogram
-from onnxcomp.weights import Rounding, RoundedWeights, round_weights
+from onnxcomp.weights import Rounding, mean_error, round_weights
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
-_ACTIVATIONS = {"Relu", "Clip"}
-_COMPUTING = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"}
-_MOVING = {
-    *("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Expand", "Identity", "Tile"),
-    *("MaxPool", "Pad", "Resize", "DepthToSpace"),
-}
-_TRANSPARENT = _MOVING | {
-    *("Add", "Sub", "Mul", "Div", "Where", "Cast", "Clip", "Min", "Max", "Concat", "Neg"),
-}
 
 
 class Range(StrEnum):
@@ -90,7 +84,7 @@ class QuantizeStatic(Pass):
         """Choose the nodes, calibrate, insert the pairs."""
         if context.data is None:
             return Outcome(model, (), (Skip("model", "static INT8 needs calibration data (--calib)"),))
-        converted = at_least_opset(model, _OPSET)
+        converted = prepared(model, _OPSET)
         if isinstance(converted, str):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
@@ -102,144 +96,15 @@ class QuantizeStatic(Pass):
         return Outcome(converted if changes else model, changes, skips)
 
 
-def quantizable(
-    model: ir.Model, context: Context, keep: frozenset[str] = frozenset()
-) -> tuple[dict[str, ir.Node], tuple[Skip, ...]]:
-    """The nodes of the main graph with an INT8 form, by name, and why weighted ones have none."""
-    chosen: dict[str, ir.Node] = {}
-    skips = []
-    scores = _before_softmax(model)
-    for node in model.graph:
-        reason = _obstacle(node, scores)
-        if reason is None and context.excludes(node):
-            reason = "excluded by the user"
-        if reason is None and node.name in keep:
-            reason = "kept in float: faster or more accurate so"
-        if reason is None:
-            chosen[node.name or ""] = node
-        elif reason and node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul", "LSTM", "GRU", "RNN"}:
-            skips.append(Skip(node.name or "", reason))
-    inner = {id(node) for node in model.graph}
-    for node in model.graph.all_nodes():
-        if id(node) not in inner and layer_of(node) is not None:
-            skips.append(Skip(node.name or "", "inside a control-flow body, where activations cannot be observed"))
-    return _connected(chosen), tuple(skips)
-
-
-def _obstacle(node: ir.Node, scores: set[str]) -> str | None:
-    """Why a node has no INT8 form: empty where nobody would expect one."""
-    if node.domain not in {"", "ai.onnx"}:
-        return ""
-    floats = [value for value in node.inputs if value is not None and value.dtype == ir.DataType.FLOAT]
-    if not floats or node.outputs[0].dtype != ir.DataType.FLOAT:
-        kinds = {str(v.dtype) for v in node.inputs if v is not None and v.dtype is not None and v.dtype.is_floating_point()}
-        return f"its activations are {', '.join(sorted(kinds))}, not FLOAT" if kinds else ""
-    if node.op_type in {"Conv", "Gemm"}:
-        layer = layer_of(node)
-        if layer is None:
-            return "its weight is not a constant"
-        if node.op_type == "Gemm" and (
-            node.attributes.get_float("alpha", 1.0) != 1.0
-            or node.attributes.get_float("beta", 1.0) != 1.0
-            or node.attributes.get_int("transA", 0)
-        ):
-            return "Gemm with alpha, beta or transA has no INT8 kernel"
-        if layer.bias is not None and (layer.bias.const_value is None or layer.bias.is_graph_input()):
-            return "its bias is not a constant"
-        if layer.bias is not None and layer.bias.const_value is not None and len(layer.bias.const_value.shape) != 1:
-            return "its bias is not one value per channel"
-        if not np.isfinite(layer.matrix()).all():
-            return "its weights are not finite"
-        return None
-    if node.op_type == "MatMul":
-        layer = layer_of(node)
-        return "its weight is on the left" if layer is not None and layer.index == 0 else None
-    if node.op_type in {"ConvTranspose", "LSTM", "GRU", "RNN"}:
-        return f"ONNX Runtime has no static INT8 kernel for {node.op_type}"
-    if node.outputs[0].name in scores:
-        return ""
-    if node.op_type == "Resize" and node.attributes.get_string("mode", "nearest") not in {"nearest", "linear"}:
-        return ""
-    if node.op_type in {"MaxPool"} and len(node.outputs) > 1:
-        return ""
-    if node.op_type == "Pad" and _pad_value(node) is None:
-        return ""
-    return None if node.op_type in _COMPUTING | _MOVING | _ACTIVATIONS else ""
-
-
-def _pad_value(node: ir.Node) -> float | None:
-    """The constant that a Pad fills in, or None where it is not known."""
-    if node.attributes.get_string("mode", "constant") != "constant":
-        return 0.0
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    if value is None:
-        return 0.0
-    return None if value.const_value is None else float(value.const_value.numpy().reshape(-1)[0])
-
-
-def _before_softmax(model: ir.Model) -> set[str]:
-    """Names of the values between the last weighted operator and a Softmax, where masks saturate."""
-    found: set[str] = set()
-    front = [node.inputs[0] for node in model.graph if node.op_type in {"Softmax", "LogSoftmax"}]
-    while front:
-        value = front.pop()
-        if value is None or value.name in found:
-            continue
-        found.add(value.name or "")
-        node = value.producer()
-        if node is not None and node.op_type in _TRANSPARENT:
-            front.extend(node.inputs)
-    return found
-
-
-def _connected(chosen: dict[str, ir.Node]) -> dict[str, ir.Node]:
-    """Without what stands between no two integer kernels: it would only pay for conversions."""
-    result = dict(chosen)
-    anchors = {"Conv", "Gemm", "MatMul"}
-    while True:
-        dropped = [
-            name
-            for name, node in result.items()
-            if node.op_type not in anchors
-            and not (
-                all(_quantized_producer(value, result) for value in _data_inputs(node))
-                and any(use.node.name in result for use in node.outputs[0].uses())
-            )
-        ]
-        # A Relu behind the last integer kernel still folds into its output range.
-        dropped = [
-            name
-            for name in dropped
-            if not (result[name].op_type in _ACTIVATIONS and _quantized_producer(result[name].inputs[0], result))
-        ]
-        if not dropped:
-            return result
-        for name in dropped:
-            del result[name]
-
-
-def _quantized_producer(value: ir.Value | None, chosen: dict[str, ir.Node]) -> bool:
-    if value is None:
-        return False
-    producer = value.producer()
-    return value.const_value is not None or (producer is not None and producer.name in chosen)
-
-
-def _data_inputs(node: ir.Node) -> Iterator[ir.Value]:
-    """The activations that a node transforms, constants among them."""
-    count = 1 if node.op_type in _MOVING | _ACTIVATIONS | {"Conv", "Gemm"} else len(node.inputs)
-    for value in node.inputs[:count]:
-        if value is not None:
-            yield value
-
-
 class _Surgery:
     """Inserts the pairs for a chosen set of nodes.
 
     Nodes are handled in graph order, and each rewires only its own inputs: until then they are the original values.
     """
 
-    def __init__(self, model: ir.Model, chosen: dict[str, ir.Node], settings: QuantizeStatic, cache: dict[Hashable, Any]) -> None:
+    def __init__(
+        self, model: ir.Model, chosen: dict[str, ir.Node], settings: QuantizeStatic, cache: dict[Hashable, Any]
+    ) -> None:
         self._model = model
         self._chosen = chosen
         self._settings = settings
@@ -248,21 +113,18 @@ class _Surgery:
         self._dtype = ir.DataType.from_numpy(self._grid.dtype)
         self._builder = Builder(model.graph)
         self.layers = [layer for node in chosen.values() if (layer := layer_of(node)) is not None]
-        self._root: dict[ir.Value, ir.Value] = {}
-        for node in chosen.values():
-            if node.op_type in _MOVING and node.inputs[0] is not None:
-                self._root[node.outputs[0]] = self._root.get(node.inputs[0], node.inputs[0])
+        self._root = shared_scales(chosen)
         self._parameters: dict[ir.Value, _Parameters] = {}
         self._integers: dict[ir.Value, ir.Value] = {}
         self._floats: dict[ir.Value, ir.Value] = {}
         self._zero_points: dict[tuple[int, str], ir.Value] = {}
-        self._weights: dict[tuple[ir.Value, int], tuple[ir.Value, RoundedWeights]] = {}
+        self._weights: dict[str, _Weights] = {}
 
     def observed(self) -> list[Observed]:
         """The tensors whose range must be known: one for all that share its scale."""
         roots = []
         for node in self._chosen.values():
-            values = [] if self._folds(node) else [v for v in _data_inputs(node) if v.const_value is None]
+            values = [] if folds(node, self._chosen) else [v for v in data_inputs(node) if v.const_value is None]
             values += [node.outputs[0]] if self._needs_pair(node) else []
             roots += [self._root.get(value, value) for value in values]
         return [Observed(value) for value in dict.fromkeys(roots)]
@@ -270,10 +132,11 @@ class _Surgery:
     def run(self, statistics: Statistics) -> tuple[Change, ...]:
         """Edit the graph."""
         self._statistics = statistics
+        self._weights = self._round_weights()
         readers = {
             value: [(use.node, use.idx) for use in value.uses() if use.node.name not in self._chosen]
             for node in self._chosen.values()
-            for value in node.outputs[:1]
+            for value in node.outputs
         }
         changes = [self._quantize(node) for node in [n for n in self._model.graph if n.name in self._chosen]]
         for value, uses in readers.items():
@@ -284,13 +147,13 @@ class _Surgery:
 
     def _quantize(self, node: ir.Node) -> Change:
         layer = layer_of(node)
-        if node.op_type in _MOVING:
+        if node.op_type in MOVING:
             self._move_integers(node)
             return Change(node.name or "", f"moves {self._grid.dtype}")
         if layer is not None:
             self._quantize_layer(layer)
-        elif not self._folds(node):
-            for index, value in enumerate(node.inputs[: len(list(_data_inputs(node)))]):
+        elif not folds(node, self._chosen):
+            for index, value in enumerate(node.inputs[: len(list(data_inputs(node)))]):
                 if value is not None:
                     node.replace_input_with(index, self._round_trip(value))
         if self._needs_pair(node):
@@ -302,23 +165,11 @@ class _Surgery:
         """Whether the output of a computing node goes through integers (rules 1 and 5)."""
         output = node.outputs[0]
         reader = single_consumer(output)
-        if node.op_type in _MOVING or (reader is not None and self._folds(reader)):
+        if node.op_type in MOVING or (reader is not None and folds(reader, self._chosen)):
             return False
         if node.op_type in {"MatMul", "Gemm"}:
             return any(use.node.name in self._chosen for use in output.uses())
         return True
-
-    def _folds(self, node: ir.Node) -> bool:
-        """Whether a node is an activation function that becomes part of its producer's output range."""
-        if node.op_type not in _ACTIVATIONS or node.name not in self._chosen or node.inputs[0] is None:
-            return False
-        producer = node.inputs[0].producer()
-        return (
-            producer is not None
-            and producer.name in self._chosen
-            and producer.op_type not in _MOVING
-            and single_consumer(node.inputs[0]) is node
-        )
 
     def _of_range(self, value: ir.Value) -> "_Parameters":
         """Scale and zero point of an activation, shared by all that only move its data."""
@@ -356,14 +207,12 @@ class _Surgery:
         else:
             array = value.const_value.numpy().astype(np.float32)
             parameters = self._constants(parameters_from_range(array.min(), array.max(), self._grid), value.name)
-            integers = self._builder.constant(
-                quantize(array, *parameters.numbers, self._grid), f"{value.name}_int"
-            )
+            integers = self._builder.constant(quantize(array, *parameters.numbers, self._grid), f"{value.name}_int")
         self._floats[value] = self._dequantize(integers, parameters.scale, parameters.zero_point, value)
         return self._floats[value]
 
     def _dequantize(
-        self, integers: ir.Value, scale: ir.Value, zero_point: ir.Value, like: ir.Value, **attributes: int
+        self, integers: ir.Value, scale: ir.Value, zero_point: ir.Value, like: ir.Value, axis: int = 1
     ) -> ir.Value:
         producer = integers.producer()
         return self._builder.node(
@@ -374,7 +223,7 @@ class _Surgery:
             dtype=ir.DataType.FLOAT,
             after=producer,
             before=None if producer is not None else self._model.graph[0],
-            **attributes,
+            axis=axis,
         )
 
     def _restore(self, value: ir.Value, readers: list[tuple[ir.Node, int]]) -> None:
@@ -390,52 +239,41 @@ class _Surgery:
             self._model.graph.outputs[position] = output
 
     def _move_integers(self, node: ir.Node) -> None:
-        source, output = node.inputs[0], node.outputs[0]
+        source = node.inputs[0]
         assert source is not None
         node.replace_input_with(0, self._to_integers(source))
         if node.op_type == "Pad" and node.attributes.get_string("mode", "constant") == "constant":
-            fill = quantize(np.asarray(_pad_value(node), np.float32), *self._of_range(source).numbers, self._grid)
+            fill = quantize(np.asarray(pad_value(node), np.float32), *self._of_range(source).numbers, self._grid)
             node.resize_inputs(max(3, len(node.inputs)))
             node.replace_input_with(2, self._builder.constant(fill, f"{node.name}_value"))
-        output.type = ir.TensorType(self._dtype)  # not `.dtype =`: clones share their types
-        self._integers[output] = output
+        for output in node.outputs:
+            output.type = ir.TensorType(self._dtype)  # not `.dtype =`: clones share their types
+            self._integers[output] = output
 
     def _quantize_layer(self, layer: Layer) -> None:
-        node, builder, weight = layer.node, self._builder, layer.weight
-        data = self._of_range(layer.data).numbers.scale.astype(np.float64)
-        bias = None
-        if layer.bias is not None and layer.bias.const_value is not None:
-            bias = layer.bias.const_value.numpy().astype(np.float64)
-        integers, rounded = self._round_weights(layer, 0.0 if bias is None else np.abs(bias) / (data * 2**30))
-        scale = rounded.scale[:, 0]
+        node, builder, weights = layer.node, self._builder, self._weights[layer.name]
+        size, own = len(weights.steps), layer.bias
+        step = self._of_range(layer.data).numbers.scale.astype(np.float64) * weights.steps
+        integers = self._dequantize(
+            weights.integers, weights.scale, self._zeros(size, np.int8), layer.weight, axis=layer.channel_axis
+        )
         node.replace_input_with(1 - layer.index, self._round_trip(layer.data))
-        node.replace_input_with(
-            layer.index,
-            self._dequantize(
-                integers,
-                builder.constant(scale, f"{weight.name}_scale"),
-                self._zeros(len(scale), np.int8),
-                weight,
-                axis=layer.channel_axis,
-            ),
-        )
-        if node.op_type == "MatMul" or (bias is None and not rounded.bias_shift.any()):
-            return
-        name = f"{node.name}_bias" if layer.bias is None else layer.bias.name
-        step = data * scale
-        limits = np.iinfo(np.int32)
-        steps = np.clip(np.rint(((0 if bias is None else bias) + rounded.bias_shift) / step), limits.min, limits.max)
-        node.resize_inputs(3)
-        node.replace_input_with(
-            2,
-            self._dequantize(
-                builder.constant(steps.astype(np.int32), f"{name}_int"),
+        node.replace_input_with(layer.index, integers)
+        if node.op_type == "MatMul":
+            self._shift_sum(node, weights.shift)
+        elif own is not None or weights.bias.any():
+            name = f"{node.name}_bias" if own is None else own.name
+            limits = np.iinfo(np.int32)
+            steps = np.clip(np.rint(weights.bias / step), limits.min, limits.max).astype(np.int32)
+            bias = self._dequantize(
+                builder.constant(steps, f"{name}_int"),
                 builder.constant(step.astype(np.float32), f"{name}_scale"),
-                self._zeros(len(step), np.int32),
-                ir.val(name, shape=ir.Shape([len(step)])),
+                self._zeros(size, np.int32),
+                ir.val(name, shape=ir.Shape([size])),
                 axis=0,
-            ),
-        )
+            )
+            node.resize_inputs(3)
+            node.replace_input_with(2, bias)
 
     def _zeros(self, size: int, dtype: type[np.integer]) -> ir.Value:
         """Zero points of weights and biases, one tensor for all of a size: small models are mostly such constants."""
@@ -444,21 +282,46 @@ class _Surgery:
             self._zero_points[key] = self._builder.constant(np.zeros(size, dtype), f"zeros_{key[1]}_{size}")
         return self._zero_points[key]
 
-    def _round_weights(self, layer: Layer, least: NDArray[np.float64] | float) -> tuple[ir.Value, RoundedWeights]:
-        """Integers of a weight in its own layout; a weight that several layers share is stored once.
+    def _shift_sum(self, product: ir.Node, shift: NDArray[np.float64]) -> None:
+        """Correct the bias that is added to a product, where one is: MatMul has none of its own."""
+        reader = single_consumer(product.outputs[0])
+        if reader is None or reader.op_type != "Add" or not shift.any():
+            return
+        index = 1 - next(use.idx for use in product.outputs[0].uses())
+        bias = reader.inputs[index]
+        if bias is not None and bias.const_value is not None and bias.const_value.shape.numpy() == shift.shape:
+            shifted = (bias.const_value.numpy() + shift).astype(np.float32)
+            reader.replace_input_with(index, self._builder.constant(shifted, f"{bias.name}_shifted"))
 
-        Args:
-            layer: the layer.
-            least: (out,) smallest scales, or the bias would not fit 32 bits in steps of s_x s_W.
-        """
-        key = (layer.weight, layer.channel_axis)
-        if key not in self._weights:
-            grid = IntGrid(self._settings.weight_bits, signed=True, symmetric=True)
-            gram = self._statistics.grams.get(layer.name)
-            rounded = round_weights(layer, grid, self._settings.rounding, gram, least_scale=least, cache=self._cache)
-            tensor = layer.from_matrix(rounded.integers)
-            self._weights[key] = (self._builder.constant(tensor, f"{layer.weight.name}_int"), rounded)
-        return self._weights[key]
+    def _round_weights(self) -> dict[str, "_Weights"]:
+        """The layers' weights by name; what several layers share is rounded for the inputs of all and stored once."""
+        sharing: dict[tuple[ir.Value, int], list[Layer]] = defaultdict(list)
+        for layer in self.layers:
+            sharing[layer.weight, layer.channel_axis].append(layer)
+        grid, rounding = IntGrid(self._settings.weight_bits, signed=True, symmetric=True), self._settings.rounding
+        result = {}
+        for (weight, _), group in sharing.items():
+            # With smaller scales a bias would not fit 32 bits in steps of s_x s_W.
+            steps = [float(self._of_range(layer.data).numbers.scale) * 2**30 for layer in group]
+            least = np.max([np.abs(_bias(layer)) / step for layer, step in zip(group, steps, strict=True)], axis=0)
+            grams = [self._statistics.grams[layer.name] for layer in group if rounding.needs_gram]
+            gram = reduce(Gram.merge, grams) if grams else None
+            rounded = round_weights(group[0], grid, rounding, gram, least_scale=least, cache=self._cache)
+            integers = self._builder.constant(group[0].from_matrix(rounded.integers), f"{weight.name}_int")
+            scale = self._builder.constant(rounded.scale[:, 0], f"{weight.name}_scale")
+            for index, layer in enumerate(group):
+                shift = rounded.bias_shift
+                if len(group) > 1 and rounding.bias_correction:
+                    shift = mean_error(layer.matrix(), rounded, grams[index], grid)
+                result[layer.name] = _Weights(integers, scale, rounded.scale[:, 0], _bias(layer) + shift, shift)
+        return result
+
+
+def _bias(layer: Layer) -> NDArray[np.float64]:
+    """The operator's own bias, (out,), zeros where it has none."""
+    if layer.bias is None or layer.bias.const_value is None:
+        return np.zeros(len(layer.by_output()))
+    return layer.bias.const_value.numpy().astype(np.float64)
 
 
 class _Parameters(NamedTuple):
@@ -467,3 +330,21 @@ class _Parameters(NamedTuple):
     numbers: AffineParameters
     scale: ir.Value
     zero_point: ir.Value
+
+
+class _Weights(NamedTuple):
+    """A layer's weights as constants of the graph, and what comes with them.
+
+    Attributes:
+        integers: in the weight's own layout.
+        scale: (out,).
+        steps: (out,) the scale in numbers.
+        bias: (out,) the layer's own, corrected.
+        shift: (out,) the correction alone.
+    """
+
+    integers: ir.Value
+    scale: ir.Value
+    steps: NDArray[np.float32]
+    bias: NDArray[np.float64]
+    shift: NDArray[np.float64]
