@@ -85,9 +85,9 @@ def promote_weights(model: ir.Model) -> None:
 
 
 def fold_constants(model: ir.Model) -> None:
-    """Everything computed from constants becomes a constant, as long as the file does not grow for it."""
+    """What is computed from constants becomes a constant if it is small or takes the place of as many elements."""
     with declared_outputs(model), _without_defaults(model):
-        optimize_ir(model, should_fold=_small_constant_of_shape)
+        optimize_ir(model, output_size_limit=_FOLDED_ELEMENTS, should_fold=_small_constant_of_shape)
 
 
 def fold_affine(model: ir.Model) -> None:
