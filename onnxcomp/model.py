@@ -150,6 +150,12 @@ def tensor_bytes(model: ir.Model) -> int:
     return total
 
 
+def file_bytes(model: ir.Model) -> int:
+    """Bytes of the model as `save` writes it; those of its tensors alone where they need a file of their own."""
+    tensors = tensor_bytes(model)
+    return tensors if tensors > PROTOBUF_LIMIT else len(to_bytes(model))
+
+
 def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of the graph, its control-flow bodies and its model-local functions."""
     yield from model.graph.all_nodes()

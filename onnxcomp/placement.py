@@ -134,7 +134,12 @@ def measure_crossing(target: Target, runs: int = 20) -> Crossing:
 
 
 def place(
-    model: ir.Model, candidates: Iterable[str], floats: Profile, integers: Profile, crossing: Crossing, scale: float = 1.0
+    model: ir.Model,
+    candidates: Iterable[str],
+    floats: Profile,
+    integers: Profile,
+    crossing: Crossing,
+    scale: float = 1.0,
 ) -> frozenset[str]:
     """The nodes that should run as integers.
 

@@ -10,7 +10,9 @@ import onnxcomp.passes
 from onnxcomp.core import Pass
 from onnxcomp.errors import OptionError
 
-GROUPS = {"quantize": ("equalize", "smooth", "quantize-static", "quantize-dynamic", "quantize-weights", "convert-float")}
+GROUPS = {
+    "quantize": ("equalize", "smooth", "quantize-static", "quantize-dynamic", "quantize-weights", "convert-float")
+}
 """Names that stand for several passes."""
 
 

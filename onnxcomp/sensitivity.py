@@ -9,9 +9,7 @@ from onnxcomp.graph import single_consumer
 from onnxcomp.runtime import Feeds, Session, Target
 
 
-def ranking(
-    original: ir.Model, candidate: ir.Model, nodes: Collection[str], target: Target, feeds: Feeds
-) -> list[str]:
+def ranking(original: ir.Model, candidate: ir.Model, nodes: Collection[str], target: Target, feeds: Feeds) -> list[str]:
     """The nodes, the one that adds most error first.
 
     A node's error is ||y - y'||^2 / ||y||^2 of its output (behind an activation function that belongs to it) less the
