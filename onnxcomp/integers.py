@@ -96,6 +96,8 @@ def _obstacle(node: ir.Node, scores: set[str]) -> str | None:
         return ""
     if node.op_type == "Pad" and pad_value(node) is None:
         return ""
+    if node.op_type in MOVING and node.inputs[0] is not None and node.inputs[0].const_value is not None:
+        return ""  # its output is a constant too, which clean-up folds
     return None if node.op_type in COMPUTING | MOVING | ACTIVATIONS else ""
 
 
