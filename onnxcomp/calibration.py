@@ -55,9 +55,11 @@ class TensorStatistics:
 
     @classmethod
     def of(cls, elements: NDArray[np.floating], low: NDArray[np.floating], high: NDArray[np.floating]) -> Self:
-        """Statistics of one batch."""
-        seen = np.concatenate([np.ravel(elements), [np.min(low), np.max(high)]])
-        return cls(Histogram.of(seen), np.ravel(low).astype(np.float64), np.ravel(high).astype(np.float64))
+        """Statistics of one batch; extremes that are not among the elements are counted once."""
+        values, least, largest = np.ravel(elements), np.min(low), np.max(high)
+        if not (values.size and values.min() <= least and values.max() >= largest):  # also where one is NaN
+            values = np.append(values, [least, largest])
+        return cls(Histogram.of(values), np.ravel(low).astype(np.float64), np.ravel(high).astype(np.float64))
 
     def merge(self, other: "TensorStatistics") -> "TensorStatistics":
         """Statistics of both together."""
