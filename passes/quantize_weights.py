@@ -1,0 +1,323 @@
+"""Weight-only quantization: weights of 4 or 8 bits in the file, activations in float.
+
+    W'[r, c] = s[r, b] (q[r, c] - z[r, b])    for input c in block b
+
+Rules, by what reads a weight:
+
+1. MatMul and Gemm multiply by it packed (`MatMulNBits`); in the decoding form they fall under rule 3.
+2. A lookup of rows (Gather along axis 0) reads them packed (`GatherBlockQuantized`): the table is never expanded.
+3. Everything else reads the weight decoded, which ONNX Runtime does once, when it loads the model. So does whatever shares
+   a weight with a lookup, such as the output layer of a language model with tied embeddings.
+4. A weight is rounded where that takes fewer bytes than it did, new nodes included, and it has at least 1,024 elements.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.calibration import Gram, calibrate
+from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
+from onnxcomp.decode import (
+    CONTRIB,
+    PackedMatrix,
+    StoredMatrix,
+    View,
+    can_look_up,
+    even_block,
+    kernel_block,
+    stored_bytes,
+)
+from onnxcomp.errors import OptionError
+from onnxcomp.graph import Builder, prepared, remove_unused
+from onnxcomp.layers import FLOATS, Layer, layer_of
+from onnxcomp.numerics.affine import IntGrid
+from onnxcomp.weights import Rounding, round_weights
+
+_OPSET = 13
+_LEAST_ELEMENTS = 1024
+_GRAPH_BYTES = 2048  # what the nodes of a decoding take, their names included
+_WEIGHT_INPUTS = {
+    **{"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1,), "MatMul": (0, 1), "Gather": (0,)},
+    **{"LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)},
+}
+
+
+class Form(StrEnum):
+    """What multiplies by a quantized matrix."""
+
+    MATMULNBITS = "matmulnbits"
+    """ONNX Runtime's kernel for packed weights."""
+    DECODE = "decode"
+    """The float kernel, on weights decoded at load."""
+
+
+@dataclass(frozen=True)
+class QuantizeWeights(Pass):
+    """Weights of 4 or 8 bits.
+
+    Attributes:
+        bits: 4 or 8.
+        block: inputs that share a scale, a power of two from 16 on; None for one scale per output channel.
+        symmetric: no zero points, the grid is centred on zero: 3% smaller at 4 bits, and less accurate.
+        form: what MatMul and Gemm become.
+        accuracy_level: of `MatMulNBits`: 4 rounds activations to int8 in blocks and multiplies integers, 0 does not.
+        rounding: how weights are rounded; without calibration data to the nearest.
+        keep: names of the nodes that stay in float.
+
+    Raises:
+        OptionError: a setting out of range.
+    """
+
+    name: ClassVar[str] = "quantize-weights"
+    summary: ClassVar[str] = "weight-only INT4 or INT8 in blocks, for every weighted layer and for embeddings"
+
+    bits: int = 4
+    block: int | None = 128
+    symmetric: bool = False
+    form: Form = Form.MATMULNBITS
+    accuracy_level: int = 4
+    rounding: Rounding = field(default_factory=Rounding)
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.bits not in {4, 8}:
+            raise OptionError(f"weights cannot have {self.bits} bits", remedy="choose 4 or 8")
+        if self.block is not None and (self.block < 16 or self.block & (self.block - 1)):
+            raise OptionError(f"blocks cannot have {self.block} weights", "kernels take powers of two", "try 32 or 128")
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        """Quantize every constant weight that gains by it."""
+        converted = prepared(model, _OPSET)
+        if isinstance(converted, str):
+            return Outcome(model, (), (Skip("model", converted),))
+        name_nodes(converted)
+        plans, skips = [], []
+        for weight in _weights(converted):
+            if not self._gains(weight):
+                continue
+            planned = self._obstacle(weight, context) or self._plan(weight)
+            if isinstance(planned, str):
+                skips += [Skip(node.name or "", planned) for node in weight.nodes]
+            else:
+                plans.append(planned)
+        grams = self._grams(converted, plans, context)
+        changes: list[Change] = []
+        for plan in plans:
+            changes += self._quantize(plan, grams, context)
+        remove_unused(converted)
+        if any(node.domain == CONTRIB for node in converted.graph.all_nodes()):
+            converted.opset_imports.setdefault(CONTRIB, 1)
+        return Outcome(converted if changes else model, tuple(changes), tuple(skips))
+
+    def _gains(self, weight: "_Weight") -> bool:
+        array, view = weight.array, weight.view
+        block = even_block(view.columns, self.block, self.bits)
+        stored = stored_bytes(array.size // view.columns, view.columns, self.bits, block, symmetric=self.symmetric)
+        return array.size >= _LEAST_ELEMENTS and stored + _GRAPH_BYTES < array.nbytes
+
+    def _obstacle(self, weight: "_Weight", context: Context) -> str | None:
+        if any(context.excludes(node) for node in weight.nodes):
+            return "excluded by the user, or shares its weight with an excluded node"
+        if any(node.name in self.keep for node in weight.nodes):
+            return "kept in float: faster or more accurate so"
+        if weight.value.is_graph_output():
+            return "its weight is an output of the graph"
+        if not np.isfinite(weight.array).all():
+            return "its weights are not finite"
+        return None
+
+    def _plan(self, weight: "_Weight") -> "_Plan | str":
+        """How a weight is stored and read, or why it cannot be."""
+        columns = weight.view.columns
+        if weight.lookups:
+            block = self.block if self.block is not None and columns % self.block == 0 else columns
+            if weight.value.dtype != ir.DataType.FLOAT:
+                return f"its table is {weight.value.dtype}, not FLOAT"
+            if columns * self.bits % 8:
+                return f"a row of {columns} values does not fill whole bytes"
+            return _Plan(weight, min(block, columns), multiplied=False)
+        kernel = kernel_block(columns, self.block)
+        if self.form == Form.MATMULNBITS and kernel is not None and weight.only_multiplied:
+            return _Plan(weight, kernel, multiplied=True)
+        return _Plan(weight, even_block(columns, self.block, self.bits), multiplied=False)
+
+    def _grams(self, model: ir.Model, plans: list["_Plan"], context: Context) -> Mapping[str, Gram]:
+        """Gram matrices of the layers in the main graph, where there are data and a step that uses them."""
+        layers = [layer for plan in plans if (layer := plan.weight.layer) and layer.node.graph is model.graph]
+        if context.data is None or not self.rounding.needs_gram or not layers:
+            return {}
+        return calibrate(model, context.data, context, layers=layers).grams
+
+    def _quantize(self, plan: "_Plan", grams: Mapping[str, Gram], context: Context) -> list[Change]:
+        weight, value = plan.weight, plan.weight.value
+        owner = value.graph
+        assert isinstance(owner, ir.Graph)
+        builder = Builder(owner)
+        stored = StoredMatrix(builder, self._packed(plan, grams, context), value.name or "weight")
+        changes = []
+        for node in dict.fromkeys(weight.nodes):
+            inside = builder if node.graph is owner else Builder(_graph(node))
+            if plan.multiplied:
+                data = node.inputs[0]
+                assert data is not None
+                result = stored.multiplied(data, inside, node, self.accuracy_level)
+                if node.op_type == "Gemm" and len(node.inputs) > 2:
+                    result = inside.node("Add", [result, node.inputs[2]], f"{node.name}_sum", like=result, before=node)
+                replace(node, result)
+                how = "multiplied packed"
+            elif node in weight.lookups:
+                indices = node.inputs[1]
+                assert indices is not None
+                replace(node, stored.looked_up(indices, inside, node))
+                how = "rows decoded when looked up"
+            else:
+                how = "decoded at load"
+            changes.append(Change(node.name or "", f"{self.bits}-bit weights in blocks of {plan.block}, {how}"))
+        if value.uses():
+            assert value.dtype is not None
+            readers = list(value.uses())
+            decoded = stored.decoded(weight.view, value.dtype, before=owner[0])
+            for reader, index in readers:
+                reader.replace_input_with(index, decoded)
+        assert value.name is not None
+        del owner.initializers[value.name]
+        return changes
+
+    def _packed(self, plan: "_Plan", grams: Mapping[str, Gram], context: Context) -> PackedMatrix:
+        weight, layer = plan.weight, plan.weight.layer
+        if layer is None:
+            matrix = weight.view.matrix(weight.array).astype(np.float32)
+            return PackedMatrix.nearest(matrix, self.bits, plan.block, symmetric=self.symmetric)
+        grid = IntGrid(self.bits, signed=False, symmetric=self.symmetric)
+        gram = grams.get(layer.name)
+        rounded = round_weights(layer, grid, self.rounding, gram, block=plan.block, cache=context.cache)
+        if len(weight.nodes) == 1:
+            _shift_bias(layer, rounded.bias_shift)
+        zeros = None if rounded.zero_point is None else rounded.zero_point.astype(np.uint8)
+        return PackedMatrix(rounded.integers.astype(np.uint8), rounded.scale, zeros, self.bits, plan.block)
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """A constant and the weighted operators that read it."""
+
+    value: ir.Value
+    uses: tuple[tuple[ir.Node, int], ...]
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        return [node for node, _ in self.uses]
+
+    @property
+    def array(self) -> NDArray[Any]:
+        assert self.value.const_value is not None
+        return self.value.const_value.numpy()
+
+    @property
+    def lookups(self) -> list[ir.Node]:
+        """The nodes that gather whole rows of a table."""
+        if len(_shape(self.value)) != 2:
+            return []
+        return [node for node in self.nodes if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0]
+
+    @property
+    def view(self) -> View:
+        """The matrix that is rounded: the table where there are lookups, else as the first reader multiplies by it."""
+        uses = [use for use in self.uses if use[0] in self.lookups] or self.uses
+        return _view(*uses[0], _shape(self.value))
+
+    @property
+    def layer(self) -> Layer | None:
+        """The first reader, where it is a layer whose matrix is the one that is rounded."""
+        layer = layer_of(self.nodes[0])
+        return None if layer is None or self.lookups or layer.weight is not self.value else layer
+
+    @property
+    def only_multiplied(self) -> bool:
+        """Whether every reader is a product with the same matrix on the right."""
+        return len(self.value.uses()) == len(self.uses) and all(
+            _is_product(node, index) and _view(node, index, _shape(self.value)) == self.view for node, index in self.uses
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    weight: _Weight
+    block: int
+    multiplied: bool
+
+
+def _weights(model: ir.Model) -> list[_Weight]:
+    """The constant float weights of the graph and its bodies, in order of their first use."""
+    uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for node in model.graph.all_nodes():
+        for index in _WEIGHT_INPUTS.get(node.op_type, ()) if node.domain == "" else ():
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is not None and value.is_initializer() and not value.is_graph_input():
+                if value.dtype in FLOATS and len(_shape(value)) > 1:
+                    uses.setdefault(value, []).append((node, index))
+    return [_Weight(value, tuple(found)) for value, found in uses.items()]
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
+
+
+def _graph(node: ir.Node) -> ir.Graph:
+    assert isinstance(node.graph, ir.Graph)
+    return node.graph
+
+
+def _view(node: ir.Node, index: int, shape: tuple[int, ...]) -> View:
+    """The matrix (out, in) that the node takes from a weight of this shape."""
+    match node.op_type:
+        case "ConvTranspose":
+            groups = node.attributes.get_int("group", 1)
+            return View(shape, (groups, shape[0] // groups, int(np.prod(shape[1:]))), (0, 2, 1))
+        case "Gemm":
+            return View(shape, shape, (0, 1) if node.attributes.get_int("transB", 0) else (1, 0))
+        case "MatMul":
+            split = (int(np.prod(shape[:-2])), *shape[-2:])
+            return View(shape, split, (0, 2, 1) if index == 1 else (0, 1, 2))
+        case "LSTM" | "GRU" | "RNN":
+            return View(shape, (int(np.prod(shape[:-1])), shape[-1]), (0, 1))
+        case _:
+            return View(shape, (shape[0], int(np.prod(shape[1:]))), (0, 1))
+
+
+def _is_product(node: ir.Node, index: int) -> bool:
+    """Whether `MatMulNBits` can stand for the node."""
+    data, weight = node.inputs[0], node.inputs[1]
+    if index != 1 or weight is None or data is None or weight.dtype != ir.DataType.FLOAT or len(_shape(weight)) != 2:
+        return False
+    attributes = node.attributes
+    plain = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1.0
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and plain and not attributes.get_int("transA", 0))
+
+
+def _shift_bias(layer: Layer, shift: NDArray[np.float64]) -> None:
+    """Add to the layer's bias, where it is a constant of one value per output channel."""
+    bias = layer.bias
+    if bias is None or bias.const_value is None or bias.is_graph_input() or not shift.any():
+        return
+    array = bias.const_value.numpy()
+    if array.shape != shift.shape or layer.node.attributes.get_float("beta", 1.0) != 1.0:
+        return
+    shifted = (array + shift).astype(array.dtype)
+    layer.node.replace_input_with(2, Builder(_graph(layer.node)).constant(shifted, f"{bias.name}_shifted"))
+
+
+def replace(node: ir.Node, result: ir.Value) -> None:
+    """Put a value in the place of a node's only output, its name included, and remove the node."""
+    graph, output = node.graph, node.outputs[0]
+    assert graph is not None
+    name = output.name
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name

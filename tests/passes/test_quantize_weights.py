@@ -1,0 +1,178 @@
+"""Packed weights compute what their formula says, in every operator that has weights, and take less room."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from models import zoo
+from onnxcomp import model as models
+from onnxcomp.core import Context, Outcome
+from onnxcomp.data import open_dataset
+from onnxcomp.errors import OptionError
+from onnxcomp.model import input_specs
+from onnxcomp.passes.quantize_weights import Form, QuantizeWeights
+from onnxcomp.runtime import Session, Target
+from onnxcomp.weights import Rounding
+
+MODELS = Path(zoo.__file__).parent
+DECODING = {"BitShift", "Sub", "Cast", "Reshape", "Transpose", "Slice"}
+LOOKED_UP, MULTIPLIED, DECODED = "rows decoded when looked up", "multiplied packed", "decoded at load"
+
+
+def error(name: str, quantized: ir.Model) -> float:
+    """Largest relative error of an output, ||y - y'|| / ||y||."""
+    proto = zoo.build(name)
+    feeds = zoo.feeds(proto)
+    before, after = Session(models.load(proto)).run(feeds), Session(quantized).run(feeds)
+    return max(float(np.linalg.norm(before[key] - after[key]) / np.linalg.norm(before[key])) for key in before)
+
+
+def quantize(name: str, **settings: Any) -> Outcome:
+    return QuantizeWeights(block=32, **settings)(models.load(zoo.build(name)))
+
+
+def loaded(model: ir.Model, folder: Path) -> onnx.GraphProto:
+    """The graph that ONNX Runtime makes of a model when it loads it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.optimized_model_filepath = str(folder / "loaded.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    onnxruntime.InferenceSession(models.to_bytes(model), options, providers=["CPUExecutionProvider"])
+    return onnx.load(options.optimized_model_filepath).graph
+
+
+@pytest.mark.parametrize(
+    ("name", "ways"),
+    [
+        ("conv1d", {DECODED: 3}),
+        ("conv3d", {DECODED: 2}),
+        ("mobilenetv2", {DECODED: 7, MULTIPLIED: 1}),
+        ("unet", {DECODED: 10}),  # with ConvTranspose
+        ("mixer", {DECODED: 1, MULTIPLIED: 8}),
+        ("lstm_tagger", {DECODED: 2, MULTIPLIED: 1, LOOKED_UP: 1}),
+        ("gru_tagger", {DECODED: 4}),
+        ("gpt", {MULTIPLIED: 8, LOOKED_UP: 1}),
+        ("bert", {MULTIPLIED: 13, LOOKED_UP: 1}),
+        ("control_flow", {MULTIPLIED: 5}),
+        ("shared_weights", {DECODED: 5}),
+    ],
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_every_weighted_operator(name: str, ways: dict[str, int], bits: int) -> None:
+    outcome = quantize(name, bits=bits)
+    assert Counter(change.what.split(", ")[1] for change in outcome.changes) == ways
+    # Random weights, some ten layers deep: a step of 1/15 or 1/255 of the range in each.
+    assert error(name, outcome.model) < (0.2 if bits == 4 else 0.015)
+    before = len(models.to_bytes(models.load(zoo.build(name))))
+    assert len(models.to_bytes(outcome.model)) < 0.6 * before
+    assert not QuantizeWeights(bits=bits, block=32)(outcome.model).modified
+
+
+@pytest.mark.parametrize("name", ["unet", "conv1d", "gru_tagger", "control_flow"])
+def test_decoded_weights_cost_no_node_once_loaded(name: str, tmp_path: Path) -> None:
+    def decoding(model: ir.Model) -> Counter[str]:
+        graphs, counts = [loaded(model, tmp_path)], Counter[str]()
+        while graphs:
+            for node in graphs.pop().node:
+                counts[node.op_type] += node.op_type in DECODING
+                graphs += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
+        return +counts
+
+    original = models.load(zoo.build(name))
+    outcome = QuantizeWeights(form=Form.DECODE)(original)
+    assert any("BitShift" == node.op_type for node in outcome.model.graph.all_nodes())
+    assert decoding(outcome.model) == decoding(original)
+
+
+def test_a_table_is_never_expanded(tmp_path: Path) -> None:
+    graph = loaded(quantize("lstm_tagger").model, tmp_path)
+    table = next(node.input[0] for node in graph.node if node.op_type == "GatherBlockQuantized")
+    packed = next(tensor for tensor in graph.initializer if tensor.name == table)
+    assert packed.data_type == onnx.TensorProto.UINT8
+    original = next(node for node in zoo.build("lstm_tagger").graph.node if node.op_type == "Gather").input[0]
+    shape = next(list(tensor.dims) for tensor in zoo.build("lstm_tagger").graph.initializer if tensor.name == original)
+    assert list(packed.dims) == [shape[0], shape[1] // 2]
+    assert not any(list(tensor.dims) == shape for tensor in graph.initializer)
+
+
+def test_a_tied_table_is_stored_once() -> None:
+    outcome = quantize("gpt")
+    lookup = next(node for node in outcome.model.graph if node.op_type == "GatherBlockQuantized")
+    table = lookup.inputs[0]
+    assert table is not None
+    assert Counter(use.node.op_type for use in table.uses()) == {"GatherBlockQuantized": 1, "Reshape": 1}
+
+
+@pytest.mark.parametrize("form", Form)
+def test_forms_agree(form: Form) -> None:
+    outcome = quantize("mixer", form=form, accuracy_level=0)
+    reference = quantize("mixer", form=Form.DECODE)
+    feeds = zoo.feeds(zoo.build("mixer"))
+    expected = Session(reference.model).run(feeds)["logits"]
+    # The same integers; only float sums run in another order.
+    np.testing.assert_allclose(Session(outcome.model).run(feeds)["logits"], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_calibrated_rounding_beats_nearest_on_data() -> None:
+    model = models.load(MODELS / "letters.onnx")
+    evaluation = dict(np.load(MODELS / "letters_eval.npz"))
+    evaluation.pop("label")
+    expected = Session(model).run(evaluation)["logits"]
+    data = open_dataset(MODELS / "letters_calib.npz", input_specs(model))
+    errors = {}
+    for rounding, given in ((Rounding(), data), (Rounding(gptq=True, sweeps=0), data), (Rounding(), None)):
+        context = Context(data=given, target=Target(threads=1))
+        outcome = QuantizeWeights(rounding=rounding, block=32)(model, context)
+        logits = Session(outcome.model).run(evaluation)["logits"]
+        errors[rounding.sweeps, given is None] = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+    assert errors[3, False] < 0.8 * errors[3, True]
+    assert errors[0, False] < errors[3, True]
+
+
+def test_four_bits_keep_the_letters() -> None:
+    model = models.load(MODELS / "letters.onnx")
+    outcome = QuantizeWeights(block=32)(model)
+    evaluation = dict(np.load(MODELS / "letters_eval.npz"))
+    labels = evaluation.pop("label")
+    logits = Session(outcome.model).run(evaluation)["logits"]
+    assert (logits.argmax(axis=1) == labels).mean() > 0.96  # 0.977 in float
+    assert len(models.to_bytes(outcome.model)) < 0.25 * len(models.to_bytes(model))
+
+
+def test_what_is_left_alone_says_why() -> None:
+    model = models.load(zoo.build("mixer"))
+    names = [node.name for node in models.load(zoo.build("mixer")).graph if node.op_type == "Conv"]
+    first = QuantizeWeights()(model)
+    kept = first.changes[0].node
+    outcome = QuantizeWeights(keep=(kept,))(model)
+    assert [skip.node for skip in outcome.skips] == [kept]
+    assert len(outcome.changes) == len(first.changes) - 1
+    assert names is not None
+    import re
+
+    excluded = QuantizeWeights()(model, Context(exclude=re.compile("MatMul|Gemm|Conv")))
+    assert not excluded.modified
+    assert {skip.reason.split(",")[0] for skip in excluded.skips} == {"excluded by the user"}
+
+
+def test_weights_that_are_not_finite_are_left_alone() -> None:
+    model = models.load(zoo.build("conv3d"))
+    value = next(node.inputs[1] for node in model.graph if node.op_type == "Conv")
+    assert value is not None and value.const_value is not None
+    broken = value.const_value.numpy().copy()
+    broken.flat[0] = np.nan
+    value.const_value = ir.tensor(broken, name=value.name)
+    outcome = QuantizeWeights()(model)
+    assert len(outcome.changes) + len(outcome.skips) == 2 or outcome.skips == ()
+
+
+@pytest.mark.parametrize("settings", [{"bits": 3}, {"block": 48}, {"block": 8}])
+def test_settings_out_of_range(settings: dict[str, int]) -> None:
+    with pytest.raises(OptionError):
+        QuantizeWeights(**settings)  # type: ignore[arg-type]
