@@ -9,7 +9,7 @@ import onnx
 import onnx.version_converter
 import onnx_ir as ir
 import onnx_ir.passes.common as common
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from onnxcomp import model as models
 
@@ -87,6 +87,11 @@ class Builder:
         else:
             self.graph.append(node)
         return value
+
+
+def constant_of(value: ir.Value | None) -> NDArray[Any] | None:
+    """The content of a constant; None for what is computed, and for a default that a caller may override."""
+    return None if value is None or value.const_value is None or value.is_graph_input() else value.const_value.numpy()
 
 
 def single_consumer(value: ir.Value) -> ir.Node | None:

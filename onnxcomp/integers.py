@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.core import Context, Skip
-from onnxcomp.graph import single_consumer
+from onnxcomp.graph import constant_of, single_consumer
 from onnxcomp.layers import FLOATS, layer_of
 
 ANCHORS = {"Conv", "Gemm", "MatMul"}
@@ -72,10 +72,13 @@ def _obstacle(node: ir.Node, scores: set[str]) -> str | None:
             or node.attributes.get_int("transA", False)
         ):
             return "Gemm with alpha, beta or transA has no INT8 kernel"
-        if layer.bias is not None and (layer.bias.const_value is None or layer.bias.is_graph_input()):
+        bias = constant_of(layer.bias)
+        if layer.bias is not None and bias is None:
             return "its bias is not a constant"
-        if layer.bias is not None and layer.bias.const_value is not None and len(layer.bias.const_value.shape) != 1:
+        if bias is not None and bias.shape != (len(layer.by_output()),):
             return "its bias is not one value per channel"
+        if bias is not None and not np.isfinite(bias).all():
+            return "its bias is not finite"
         if not np.isfinite(layer.matrix()).all():
             return "its weights are not finite"
         return None
@@ -96,8 +99,11 @@ def _obstacle(node: ir.Node, scores: set[str]) -> str | None:
         return ""
     if node.op_type == "Pad" and pad_value(node) is None:
         return ""
-    if node.op_type in MOVING and node.inputs[0] is not None and node.inputs[0].const_value is not None:
+    constants = [array for value in data_inputs(node) if (array := constant_of(value)) is not None]
+    if constants and node.op_type in MOVING:
         return ""  # its output is a constant too, which clean-up folds
+    if not all(array.size and np.isfinite(array).all() for array in constants):
+        return ""
     return None if node.op_type in COMPUTING | MOVING | ACTIVATIONS else ""
 
 
@@ -108,7 +114,8 @@ def pad_value(node: ir.Node) -> float | None:
     value = node.inputs[2] if len(node.inputs) > 2 else None
     if value is None:
         return 0.0
-    return None if value.const_value is None else float(value.const_value.numpy().reshape(-1)[0])
+    array = constant_of(value)
+    return None if array is None else float(array.reshape(-1)[0])
 
 
 def _before_softmax(model: ir.Model) -> set[str]:
@@ -155,7 +162,7 @@ def _quantized_producer(value: ir.Value | None, chosen: Mapping[str, ir.Node]) -
     if value is None:
         return False
     producer = value.producer()
-    return value.const_value is not None or (producer is not None and producer.name in chosen)
+    return constant_of(value) is not None or (producer is not None and producer.name in chosen)
 
 
 def data_inputs(node: ir.Node) -> Iterator[ir.Value]:

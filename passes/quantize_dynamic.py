@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
-from onnxcomp.graph import Builder, at_least_opset, remove_unused
+from onnxcomp.graph import Builder, at_least_opset, constant_of, remove_unused
 from onnxcomp.layers import Layer, layer_of, layers
 from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.weights import Rounding, round_weights
@@ -117,8 +117,9 @@ def _quantize(layer: Layer, grid: IntGrid, rounding: Rounding, gram: Gram | None
     result = builder.node("Mul", [wide, step], f"{node.name}_product", like=node.outputs[0], before=node)
     if layer.bias is not None:
         bias = layer.bias
-        if rounded.bias_shift.any() and bias.const_value is not None:
-            shifted = bias.const_value.numpy() + rounded.bias_shift
+        values = constant_of(bias)
+        if rounded.bias_shift.any() and values is not None:
+            shifted = values + rounded.bias_shift
             bias = builder.constant(shifted.astype(np.float32), f"{bias.name}_shifted")
         result = builder.node("Add", [result, bias], f"{node.name}_sum", like=node.outputs[0], before=node)
     replace(node, result)

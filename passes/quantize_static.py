@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, Observed, Statistics, calibrate
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
-from onnxcomp.graph import Builder, prepared, remove_unused, single_consumer
+from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, single_consumer
 from onnxcomp.integers import MOVING, data_inputs, folds, pad_value, quantizable, shared_scales
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.numerics import ranges
@@ -124,7 +124,7 @@ class _Surgery:
         """The tensors whose range must be known: one for all that share its scale."""
         roots = []
         for node in self._chosen.values():
-            values = [] if folds(node, self._chosen) else [v for v in data_inputs(node) if v.const_value is None]
+            values = [] if folds(node, self._chosen) else [v for v in data_inputs(node) if constant_of(v) is None]
             values += [node.outputs[0]] if self._needs_pair(node) else []
             roots += [self._root.get(value, value) for value in values]
         return [Observed(value) for value in dict.fromkeys(roots)]
@@ -202,10 +202,10 @@ class _Surgery:
         """An activation or constant after its way through integers."""
         if value in self._floats:
             return self._floats[value]
-        if value.const_value is None:
+        array = constant_of(value)
+        if array is None:
             integers, parameters = self._to_integers(value), self._of_range(value)
         else:
-            array = value.const_value.numpy().astype(np.float32)
             parameters = self._constants(parameters_from_range(array.min(), array.max(), self._grid), value.name)
             integers = self._builder.constant(quantize(array, *parameters.numbers, self._grid), f"{value.name}_int")
         self._floats[value] = self._dequantize(integers, parameters.scale, parameters.zero_point, value)
@@ -288,10 +288,10 @@ class _Surgery:
         if reader is None or reader.op_type != "Add" or not shift.any():
             return
         index = 1 - next(use.idx for use in product.outputs[0].uses())
-        bias = reader.inputs[index]
-        if bias is not None and bias.const_value is not None and bias.const_value.shape.numpy() == shift.shape:
-            shifted = (bias.const_value.numpy() + shift).astype(np.float32)
-            reader.replace_input_with(index, self._builder.constant(shifted, f"{bias.name}_shifted"))
+        bias = constant_of(reader.inputs[index])
+        if bias is not None and bias.shape == shift.shape:
+            shifted = (bias + shift).astype(np.float32)
+            reader.replace_input_with(index, self._builder.constant(shifted, f"{product.name}_shifted_bias"))
 
     def _round_weights(self) -> dict[str, "_Weights"]:
         """The layers' weights by name; what several layers share is rounded for the inputs of all and stored once."""
@@ -319,9 +319,8 @@ class _Surgery:
 
 def _bias(layer: Layer) -> NDArray[np.float64]:
     """The operator's own bias, (out,), zeros where it has none."""
-    if layer.bias is None or layer.bias.const_value is None:
-        return np.zeros(len(layer.by_output()))
-    return layer.bias.const_value.numpy().astype(np.float64)
+    bias = constant_of(layer.bias)
+    return np.zeros(len(layer.by_output())) if bias is None else bias.astype(np.float64)
 
 
 class _Parameters(NamedTuple):
