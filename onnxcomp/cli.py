@@ -1,7 +1,7 @@
 """The command line: options become typed values, Python functions do the work, `console` shows the result.
 
-Exit codes: 0 done and budget met, 1 failed, 2 usage or bad input, 3 budget not reachable, 130 interrupted. Heavy imports
-wait until a command runs, so that `--help` answers at once.
+Exit codes: 0 done and budget met, 1 failed, 2 usage or bad input, 3 budget not reachable, 130 interrupted. Heavy
+imports wait until a command runs, so that `--help` answers at once.
 """
 
 import functools
@@ -372,14 +372,15 @@ def _convert(
 ) -> None:
     """Run a conversion, show its report, and say where the file went."""
     from onnxcomp.console import wrote
+    from onnxcomp.report import Result
 
     output = output or model.with_name(model.name.removesuffix(".onnx") + ".opt.onnx")
     try:
         with terminal.progress() as progress:
             result = work(model, output=output, dry_run=dry_run, progress=progress, **settings)
     except BudgetError as error:
-        if (best := getattr(error, "result", None)) is not None:
-            terminal.show(best.report)
+        if isinstance(error.result, Result):
+            terminal.show(error.result.report)
         raise
     terminal.show(result.report)
     terminal.print("\nDry run: no model was written." if dry_run else wrote(output))

@@ -119,8 +119,8 @@ def quantize(
         smooth: move activation outliers into weights first; for `Scheme.INT8` and `INT8_DYNAMIC`.
         output: where to write the result; None to keep it in memory.
         calib: data to learn from, as `data.open_dataset` takes them.
-        evaluation: data to measure the loss on; without them it is the relative output error on `calib`, or on synthetic
-            ones.
+        evaluation: data to measure the loss on; without them it is the relative output error on `calib`, or on
+            synthetic inputs.
         metric: a metric's name or `FILE.py:FUNCTION`; by default accuracy where `evaluation` has labels, else relative
             error.
         max_drop: largest loss to accept, in the metric's unit; None accepts any.

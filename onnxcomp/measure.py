@@ -238,8 +238,7 @@ def file_size(source: ModelSource, model: ir.Model) -> int:
         stored = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
         files = {Path(tensor.path) for tensor in stored if isinstance(tensor, ir.ExternalTensor)}
         return sum(file.stat().st_size for file in {Path(source), *files})
-    held = models.tensor_bytes(model)
-    return held if held > models.PROTOBUF_LIMIT else len(models.to_bytes(model))
+    return len(source) if isinstance(source, bytes) else models.file_bytes(model)
 
 
 def usual_metric(session: Session, data: Dataset) -> tuple[metrics.Metric, str]:

@@ -1,0 +1,469 @@
+"""Each command does what it says, and says what it did."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+import onnxcomp
+from onnxcomp import convert, footprint, inspection, measure, metrics
+from onnxcomp.budget import Budget
+from onnxcomp.cli import main
+from onnxcomp.errors import BudgetError
+from onnxcomp.footprint import Footprint
+from onnxcomp.passes.quantize_static import Range
+from onnxcomp.registry import passes
+from onnxcomp.report import Report, Result
+from onnxcomp.runtime import Protocol, Target
+from tests.commands import child, mlp, outputs, run, samples, weights
+from tests.test_report import FULL, SCHEMA
+
+MODELS = Path(__file__).parents[1] / "models"
+FAST = Protocol(block=2, rounds=3, warmup=1)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return mlp(tmp_path / "tiny.onnx")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return samples(tmp_path / "data.npz")
+
+
+@pytest.fixture
+def light(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fresh processes."""
+    monkeypatch.setattr(measure, "footprint", lambda *_: Footprint(0.25, 3_000_000))
+
+
+def document(result: Any) -> dict[str, Any]:
+    """What `--json -` printed, after the schema."""
+    plain: dict[str, Any] = json.loads(result.stdout)
+    jsonschema.validate(plain, SCHEMA)
+    return plain
+
+
+# --- simplify and quantize ------------------------------------------------------------------------------------------
+
+
+def test_simplify_writes_beside_the_input(model: Path) -> None:
+    result = run("simplify", model, "--threads", 1)
+    written = model.with_name("tiny.opt.onnx")
+    assert f"Wrote {written}" in result.stdout
+    x = np.ones((3, 8), "f4")
+    before, after = (outputs(path, x) for path in (model, written))
+    np.testing.assert_allclose(before, after, rtol=1e-5)
+    recipe = {entry.key: entry.value for entry in onnx.load(written).metadata_props}
+    assert recipe["onnxcomp.input"] == onnxcomp.model.fingerprint(model)
+
+
+def test_int8_is_smaller_and_its_loss_is_measured_on_the_evaluation_data(model: Path, data: Path) -> None:
+    plain = document(run("quantize", model, "--calib", data, "--eval", data, "--json", "-"))
+    written = model.with_name("tiny.opt.onnx")
+    assert plain["result"]["size"] == written.stat().st_size
+    assert plain["original"]["size"] == model.stat().st_size
+    assert plain["metric"] == "accuracy"
+    x, label = (np.load(data)[key] for key in ("x", "label"))
+    hits = outputs(written, x).argmax(1) == label
+    assert plain["result"]["score"] == pytest.approx(hits.mean())
+    assert plain["original"]["score"] == 1.0
+    assert plain["result"]["drop"] == pytest.approx(1 - hits.mean())
+    assert any(node.op_type == "QuantizeLinear" for node in onnx.load(written).graph.node)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "operator"),
+    [
+        ("int8-dynamic", "MatMulInteger"),
+        ("int8-weights", "DequantizeLinear|MatMulNBits"),
+        ("int4-weights", "DequantizeLinear|MatMulNBits"),
+        ("fp16", "Cast"),
+        ("bf16", "Cast"),
+    ],
+)
+def test_every_scheme_leaves_its_operators(tmp_path: Path, scheme: str, operator: str) -> None:
+    random = np.random.default_rng(0)
+    wide = {"w1": random.standard_normal((256, 8)), "w2": random.standard_normal((4, 256))}
+    shapes = {name: array.astype("f4") for name, array in wide.items()}
+    model = mlp(tmp_path / "wide.onnx", shapes)
+    run("quantize", model, "--scheme", scheme, "-q")
+    written = onnx.load(tmp_path / "wide.opt.onnx")
+    assert any(re.fullmatch(operator, node.op_type) for node in written.graph.node)
+
+
+def test_without_evaluation_data_the_loss_is_the_relative_error_and_says_on_what(model: Path, data: Path) -> None:
+    learnt = run("quantize", model, "--calib", data, "--dry-run")
+    assert f"relative-error (no evaluation data) on 40 samples of {data}, the calibration data" in learnt.stdout
+    invented = run("quantize", model, "--scheme", "int8-dynamic", "--dry-run")
+    assert "relative-error (no evaluation data) on 32 samples of synthetic data" in invented.stdout
+    assert "give --eval" in invented.stdout
+
+
+def test_settings_reach_the_passes(model: Path, data: Path) -> None:
+    off = ["--no-gptq", "--no-polish", "--no-bias-correction", "--no-equalize", "--no-smooth", "--range", "minmax"]
+    plain = document(run("quantize", model, "--calib", data, "--dry-run", "--json", "-", *off, "--keep-overridable"))
+    simplify, static = (step["recipe"] for step in plain["steps"])
+    assert simplify == "Simplify(keep_overridable=True)"
+    assert "gptq=False, sweeps=0, bias_correction=False" in static
+    assert repr(Range.MINMAX) in static
+    plain = document(run("quantize", model, "--calib", data, "--dry-run", "--json", "-"))
+    names = [step["recipe"].partition("(")[0] for step in plain["steps"]]
+    assert names == ["Simplify", "Equalize", "Smooth", "QuantizeStatic"]
+    assert "gptq=True" in plain["steps"][-1]["recipe"]
+
+
+def test_excluded_nodes_are_left_with_that_reason(model: Path, data: Path) -> None:
+    result = run("quantize", model, "--calib", data, "--scheme", "int8-dynamic", "--exclude", "^Gemm_y$", "--dry-run")
+    assert "excluded by the user (Gemm_y)" in result.stdout
+
+
+def test_a_dry_run_writes_no_model(model: Path, data: Path) -> None:
+    before = set(model.parent.iterdir())
+    result = run("quantize", model, "--calib", data, "--dry-run")
+    assert "Dry run: no model was written." in result.stdout
+    assert set(model.parent.iterdir()) == before
+
+
+def test_an_output_is_overwritten_only_when_asked(model: Path) -> None:
+    run("simplify", model, "-q")
+    assert "add --overwrite" in run("simplify", model, code=2).stderr
+    run("simplify", model, "-q", "--overwrite")
+
+
+@pytest.fixture
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result scores half a point less than nothing lost."""
+    compare = metrics.compare
+    monkeypatch.setattr(metrics, "compare", lambda *pair: metrics.Drop(compare(*pair).value + 0.005, None))
+
+
+@pytest.mark.usefixtures("coarse")
+def test_max_drop_is_a_gate(model: Path, data: Path) -> None:
+    written = model.with_name("tiny.opt.onnx")
+    command = ["quantize", model, "--calib", data, "--eval", data, "--scheme", "int8-weights"]
+    result = run(*command, "--max-drop", "0.4%", code=3)
+    assert "accuracy drops by 0.005, more than 0.004" in result.stderr
+    assert "NOT within the budget" in result.stdout
+    assert not written.exists()
+    assert f"Wrote {written}" in run(*command, "--max-drop", "0.4%", "--best-effort", code=3).stdout
+    assert written.exists()
+    result = run(*command, "--max-drop", "0.5%", "--overwrite")
+    assert "Within the budget: a drop of at most 0.5 points" in result.stdout
+
+
+def test_letters_hold_their_accuracy_in_dynamic_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "Protocol", lambda: FAST)
+    whole = np.load(MODELS / "letters_eval.npz")
+    np.savez(tmp_path / "eval.npz", **{name: whole[name][:64] for name in whole})
+    scheme, target = convert.Scheme.INT8_DYNAMIC, Target(threads=1)
+    result = onnxcomp.quantize(
+        MODELS / "letters.onnx", scheme=scheme, evaluation=tmp_path / "eval.npz", target=target, max_drop=0.05
+    )
+    report: Report = result.report
+    assert report.result.size < 0.4 * report.original.size
+    assert report.metric == "accuracy"
+    assert report.original.score is not None
+    assert report.original.score > 0.9
+    assert report.output is None
+
+
+def test_a_model_given_as_bytes_is_converted_in_memory(model: Path) -> None:
+    result = onnxcomp.simplify(model.read_bytes())
+    assert result.report.source == "bytes"
+    assert result.report.original.size == model.stat().st_size
+
+
+# --- optimize -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `optimize` was called with; it only pretends to work."""
+    made: list[dict[str, Any]] = []
+    module: Any = ModuleType("onnxcomp.optimize")
+
+    def work(source: Path, **settings: Any) -> Result:
+        made.append({"source": source} | settings)
+        if settings["budget"].min_speedup == 9:
+            error = BudgetError("no result within the budget")
+            error.result = Result(onnxcomp.load(source), FULL)
+            raise error
+        return Result(onnxcomp.load(source), FULL)
+
+    module.optimize = work
+    module.Effort = str
+    monkeypatch.setitem(sys.modules, "onnxcomp.optimize", module)
+    return made
+
+
+def test_optimize_gets_every_option(model: Path, data: Path, calls: list[dict[str, Any]]) -> None:
+    result = run(
+        *("optimize", model, "-o", model.parent / "o.onnx", "--calib", data, "--eval", data, "--metric", "accuracy"),
+        *("--max-drop", "1%", "--max-latency", "5ms", "--min-speedup", "2x", "--max-size", "25%", "--passes", "a, b"),
+        *("--exclude", "head", "--threads", 1, "--batch", 4, "--effort", "quick", "--seed", 3, "--memory", "1GiB"),
+        *("--image-size", "4x6", "--mean", "1,2,3", "--std", "4", "--layout", "NHWC"),
+        *("--dry-run", "--overwrite", "--best-effort", "--keep-overridable"),
+    )
+    assert "a.onnx -> b.onnx" in result.stdout
+    (call,) = calls
+    images, target = call.pop("images"), call.pop("target")
+    assert (images.size, images.mean, images.std, images.layout) == ((4, 6), (1, 2, 3), (4,), "NHWC")
+    assert target == Target("cpu", 1)
+    call.pop("progress")
+    assert call == {
+        "source": model,
+        "output": model.parent / "o.onnx",
+        "calib": data,
+        "evaluation": data,
+        "metric": "accuracy",
+        "budget": Budget(0.01, 0.005, 2.0, None, 0.25),
+        "passes": ("a", "b"),
+        "exclude": "head",
+        "batch": 4,
+        "effort": "quick",
+        "seed": 3,
+        "memory": 2**30,
+        "dry_run": True,
+        "overwrite": True,
+        "best_effort": True,
+        "keep_overridable": True,
+    }
+
+
+def test_an_unreachable_budget_shows_the_best_effort(model: Path, calls: list[dict[str, Any]]) -> None:
+    result = run("optimize", model, "--min-speedup", 9, code=3)
+    assert "a.onnx -> b.onnx" in result.stdout
+    assert "Wrote" not in result.stdout
+    assert "no result within the budget" in result.stderr
+    assert calls[0]["output"] == model.with_name("tiny.opt.onnx")
+
+
+def test_json_goes_to_a_file_and_quiet_is_quiet(model: Path, calls: list[dict[str, Any]]) -> None:
+    file = model.parent / "r.json"
+    result = run("optimize", model, "--json", file, "-q")
+    assert result.output == ""
+    assert json.loads(file.read_text()) == FULL.to_json()
+    assert calls[0]["memory"] == 2 * 10**9
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(model: Path, calls: list[dict[str, Any]]) -> None:
+    result = run("optimize", model, "--json", model.parent / "missing" / "r.json", code=2)
+    assert "does not exist" in result.stderr
+    assert calls == []
+
+
+# --- bench, eval, inspect, passes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("light")
+def test_bench_compares_with_the_first(model: Path, data: Path) -> None:
+    other = mlp(model.with_name("other.onnx"), weights(1))
+    result = run("bench", model, other, "--calib", data, "--batch", 4, "--threads", 1)
+    assert "medians over alternating blocks of 20 consecutive runs" in result.stdout
+    assert "1 thread, batch 4" in result.stdout
+    assert "250 ms [250 ms, 250 ms]" in result.stdout
+    assert "3.00 MB" in result.stdout
+    cold = document(run("bench", model, other, "--cold", "--json", "-"))
+    assert "single runs" in cold["protocol"]
+    first, second = cold["models"]
+    assert first["latency"]["speedup"] == 1.0
+    assert first["throughput"] == pytest.approx(1 / first["latency"]["median"])
+    assert second["size"] == other.stat().st_size
+
+
+@pytest.mark.usefixtures("light")
+def test_a_batch_that_the_model_fixes_is_said() -> None:
+    graph = ir_fixed()
+    benchmark = onnxcomp.bench([graph], batch=4, protocol=FAST)
+    assert benchmark.environment["batch"] == 2
+    assert "Runs have 2 rows" in benchmark.notes[0]
+
+
+def ir_fixed() -> Any:
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[2,3] x) => (float[2,3] y) { y = Relu (x) }'
+    return onnx.parser.parse_model(text)
+
+
+def test_models_with_other_inputs_cannot_be_compared(model: Path) -> None:
+    with pytest.raises(onnxcomp.errors.ModelError, match=r"takes 'x' float32, .* takes 'z' int64"):
+        measure.bench([swapped("z", "int64"), model])
+
+
+def swapped(name: str, kind: str) -> Any:
+    text = f'<ir_version: 8, opset_import: ["": 17]> g ({kind}[2] {name}) => ({kind}[2] y) {{ y = Identity ({name}) }}'
+    return onnx.parser.parse_model(text)
+
+
+def test_a_fresh_process_tells_load_time_and_memory(model: Path) -> None:
+    taken = footprint.footprint(model, Target(threads=1), {"x": np.ones((1, 8), "f4")})
+    assert 0 < taken.load_seconds < 30
+    if sys.platform == "linux":
+        assert taken.memory is not None
+        assert 0 < taken.memory < 10**9
+
+
+def test_a_failing_fresh_process_is_an_error(model: Path) -> None:
+    with pytest.raises(onnxcomp.errors.OnnxcompError, match="fresh process could not load and run"):
+        footprint.footprint(model.with_name("missing.onnx"), Target(), {})
+
+
+def test_eval_gives_metric_interval_and_fidelity(model: Path, data: Path) -> None:
+    other = mlp(model.with_name("other.onnx"), weights(1))
+    plain = document(run("eval", model, other, "--eval", data, "--json", "-"))
+    first, second = plain["models"]
+    assert plain["metric"] == "accuracy"
+    assert (first["score"], first["drop"], first["agreement"]) == (1.0, None, None)
+    x, label = (np.load(data)[key] for key in ("x", "label"))
+    y, z = (outputs(path, x) for path in (model, other))
+    assert second["score"] == second["agreement"] == pytest.approx((z.argmax(1) == label).mean())
+    assert second["drop"] == pytest.approx(1 - second["score"])
+    assert second["score_interval"][0] < second["score"] < second["score_interval"][1]
+    assert second["relative_error"] == pytest.approx(np.linalg.norm(z - y) / np.linalg.norm(y))
+    text = run("eval", model, model, "--eval", data, "--metric", "sqnr").stdout
+    assert "no loss" in text
+    assert "100.00%" in text
+
+
+def test_an_infinite_score_is_still_json(model: Path, data: Path) -> None:
+    plain = document(run("eval", model, "--eval", data, "--metric", "sqnr", "--json", "-"))
+    assert plain["models"][0]["score"] == "Infinity"
+
+
+def test_agreement_is_left_out_where_no_output_has_classes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "d.npz", z=np.ones((6, 2), "f4"))
+    result = measure.evaluate([swapped("z", "float"), swapped("z", "float")], tmp_path / "d.npz")
+    assert result.models[1].relative_error == 0
+    assert result.models[1].agreement is None
+
+
+def test_inspect_counts_by_hand(model: Path) -> None:
+    plain = document(run("inspect", model, "--batch", 2, "--json", "-"))
+    first, relu, second = plain["nodes"]
+    assert (first["parameters"], first["bytes"], first["flops"]) == (512, 2048, 2 * 2 * 64 * 8)
+    assert (relu["op"], relu["shape"], relu["parameters"]) == ("Relu", [2, 64], 0)
+    assert second["flops"] == 2 * 2 * 4 * 64
+    assert plain["parameters"] == 512 + 256
+    assert any(node["microseconds"] for node in plain["nodes"])
+    text = run("inspect", model).stdout
+    assert "x: float32[batch, 8]" in text
+    assert "768 parameters in 3.07 KB" in text
+    assert re.search(r"\d\.\d%$", text, re.MULTILINE)
+
+
+def test_a_model_that_does_not_load_is_inspected_without_times(tmp_path: Path) -> None:
+    model = mlp(tmp_path / "odd.onnx", operator="Unheard")
+    result = run("inspect", model)
+    assert "Not timed. ONNX Runtime" in result.stdout
+    assert "Unheard" in result.stdout
+
+
+def test_an_input_that_is_no_tensor_is_inspected_and_cleaned_without_figures(tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["": 17]> g (seq(float[2]) s) => (int64 n) { n = SequenceLength (s) }'
+    path = tmp_path / "sequence.onnx"
+    path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
+    assert "an input is no tensor" in inspection.inspect(path).notes[0]
+    assert "an input is no tensor" in run("simplify", path).stdout
+
+
+def test_passes_lists_each_with_a_line() -> None:
+    text = run("passes").stdout
+    for name, kind in passes().items():
+        assert re.search(rf"^{name} +{re.escape(kind.summary)}$", text, re.MULTILINE)
+    assert "quantize stands for" in text
+
+
+# --- the frame ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", sorted(main.commands))
+def test_every_command_and_option_has_help(command: str) -> None:
+    assert run(command, "--help").stdout.startswith("Usage:")
+    assert all(option.help for option in main.commands[command].params if getattr(option, "opts", ["x"])[0][0] == "-")
+
+
+def test_choices_are_those_of_the_code() -> None:
+    choices = {option.name: option.type for option in main.commands["quantize"].params}
+    assert list(choices["scheme"].choices) == list(convert.Scheme)  # type: ignore[attr-defined]
+    assert list(choices["range_"].choices) == list(Range)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--max-drop", "much"),
+        ("--max-latency", "5"),
+        ("--min-speedup", "fast"),
+        ("--max-size", "10"),
+        ("--memory", "2"),
+        ("--image-size", "4x"),
+        ("--mean", "a,b"),
+        ("--exclude", "("),
+        ("--effort", "huge"),
+        ("--batch", "0"),
+        ("--threads", "-1"),
+        ("--layout", "CHW"),
+        ("--no-such", "1"),
+    ],
+)
+def test_a_wrong_option_is_a_usage_error(option: tuple[str, str]) -> None:
+    result = run("optimize", "m.onnx", *option, code=2)
+    assert option[0] in result.stderr
+
+
+def test_a_defect_is_one_line_and_its_traceback_only_verbose(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("oops\nmore")
+
+    monkeypatch.setattr("onnxcomp.inspection.inspect", broken)
+    result = run("inspect", model, code=1)
+    assert result.stderr.startswith("Error: RuntimeError: oops\n")
+    assert "please report" in result.stderr
+    assert "Traceback" in CliRunner().invoke(main, ["inspect", str(model), "-v"]).stderr
+
+
+def test_a_model_name_cannot_reach_the_terminal(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path / "\x1b[31mred.onnx", code=2)
+    assert "\x1b" not in result.stderr
+    assert "\\x1b[31mred.onnx" in result.stderr
+
+
+def test_in_a_pipe_there_are_neither_colours_nor_bars_nor_warnings(model: Path, data: Path) -> None:
+    done = subprocess.run(child("eval", model, "--eval", data), capture_output=True, text=True, check=True)
+    assert "\x1b" not in done.stdout
+    assert done.stderr == ""
+    assert not any(line.endswith(" ") for line in done.stdout.splitlines())
+
+
+def test_ctrl_c_leaves_nothing_behind(model: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scratch = model.parent / "scratch"
+    scratch.mkdir()
+    started = model.parent / "started"
+    metric = model.parent / "slow.py"
+    metric.write_text(
+        f"import time, pathlib\ndef f(predict):\n    pathlib.Path({str(started)!r}).touch(); time.sleep(60)\n"
+    )
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    command = child("quantize", model, "--calib", data, "--eval", data, "--metric", f"{metric}:f", "--json", "r.json")
+    with subprocess.Popen(command, cwd=model.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as work:
+        deadline = time.monotonic() + 60
+        while not started.exists() and work.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        work.send_signal(signal.SIGINT)
+        _, errors = work.communicate(timeout=30)
+    assert (work.returncode, errors) == (130, "Interrupted.\n")
+    assert [item.name for item in scratch.iterdir() if item.name != ".ses"] == []  # .ses is ONNX Runtime's own
+    assert not model.with_name("tiny.opt.onnx").exists()
+    assert not (model.parent / "r.json").exists()
