@@ -6,6 +6,7 @@ they are never read as markup, and characters that are not printable are escaped
 
 import json
 import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -37,8 +38,11 @@ from onnxcomp.report import (
 )
 
 _PIPE_WIDTH = 10_000  # nothing wraps in a pipe
+_REFRESH = 0.1  # seconds
 _NAMES = 3
 _GROUPS = 8
+_WORDS = {"note", "op", "output", "verdict", "what", "what it does"}
+"""Headings of columns that hold words."""
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,20 @@ class Terminal:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=screen, transient=True) as bars:
-            tasks: dict[str, TaskID] = {}
+        # No refreshing thread: it would run while latency is measured.
+        with Progress(*columns, console=screen, transient=True, auto_refresh=False) as bars:
+            task = bars.add_task("", visible=False)
+            shown = 0.0
 
             def update(done: int, total: int, what: str) -> None:
-                if what not in tasks:
-                    for old in tasks.values():
-                        bars.remove_task(old)
-                    tasks.clear()
-                    tasks[what] = bars.add_task(what)
-                bars.update(tasks[what], completed=done, total=total)
+                nonlocal shown
+                if bars.tasks[0].description != what:
+                    bars.reset(task, description=what)
+                finished = done >= total
+                bars.update(task, completed=done, total=total, visible=not finished)
+                if finished or time.monotonic() - shown > _REFRESH:
+                    bars.refresh()
+                    shown = time.monotonic()
 
             yield update
 
@@ -202,11 +210,12 @@ def _line(text: str = "", style: str = "") -> Text:
     return Text(printable(text), style=style)
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> Table:
-    """A table without lines; columns after the first `left` are aligned to the right."""
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A table without lines, its numbers aligned to the right."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for place, heading in enumerate(headings):
-        table.add_column(_line(heading), justify="left" if place < left else "right", overflow="fold")
+        numbers = place > 0 and heading not in _WORDS
+        table.add_column(_line(heading), justify="right" if numbers else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(_line, row))
     return table
@@ -249,7 +258,7 @@ def _place(environment: Mapping[str, str | int]) -> str:
 def _report(report: Report, verbose: bool) -> Iterator[RenderableType]:
     yield _line(f"{report.source} -> {report.output or 'memory'}", "bold")
     yield _line()
-    yield _table(["", "original", "result", ""], _figures(report), left=1)
+    yield _table(["", "original", "result", ""], _figures(report))
     yield _line()
     if report.result.latency is not None:
         yield _line(f"Latency: {report.protocol}; {_place(report.environment)}", "dim")
@@ -322,7 +331,7 @@ def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
     if verbose:
         rows = [(f"    {change.node}", change.what) for change in step.changes]
         rows += [(f"    {skip.node}", f"left: {skip.reason}") for skip in step.skips]
-        yield _table(["    node", "what"], rows, left=2)
+        yield _table(["    node", "what"], rows)
         return
     changes = _grouped([(change.node, change.what) for change in step.changes])
     skips = _grouped([(skip.node, skip.reason) for skip in step.skips])
@@ -437,9 +446,7 @@ def _inspection(model: Inspection, verbose: bool) -> Iterator[RenderableType]:
     yield _line(f"inputs   {', '.join(model.inputs) or 'none'}")
     yield _line(f"outputs  {', '.join(model.outputs) or 'none'}")
     yield _line()
-    yield _table(
-        ["node", "op", "output", "parameters", "bytes", "FLOPs", "time", *(["note"] if verbose else [])], rows, 3
-    )
+    yield _table(["node", "op", "output", "parameters", "bytes", "FLOPs", "time", *(["note"] if verbose else [])], rows)
     yield _line()
     if hidden := len(model.nodes) - len(shown):
         yield _line(f"and {hidden} nodes that store, compute and take nothing (-v shows them)", "dim")
@@ -457,7 +464,7 @@ def pass_list(passes: Mapping[str, str], groups: Mapping[str, Sequence[str]]) ->
         passes: summary by name.
         groups: names of passes by the group's name.
     """
-    yield _table(["pass", "what it does"], list(passes.items()), left=2)
+    yield _table(["pass", "what it does"], list(passes.items()))
     yield _line()
     yield from (_line(f"{group} stands for {', '.join(members)}") for group, members in groups.items())
 

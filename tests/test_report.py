@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,29 @@ def test_names_are_neither_markup_nor_escape_codes() -> None:
     text = changed(steps=(Step("P()", (), (Skip("[bold]x[/bold]\x1b[31m", "why [red]"),)),))
     assert "why [red] ([bold]x[/bold]\\x1b[31m)" in text
     assert "\x1b" not in text
+
+
+def test_progress_shows_on_a_terminal_and_goes_when_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.Terminal().progress() as progress:
+        progress(1, 2, "calibrating")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(Console, "is_terminal", True)
+    with console.Terminal(quiet=True).progress() as progress:
+        progress(1, 2, "calibrating")
+    assert capsys.readouterr().err == ""
+    with console.Terminal().progress() as progress:
+        progress(1, 2, "calibrating")
+        seen = capsys.readouterr().err
+        assert "calibrating" in seen
+        assert "1/2" in seen
+        progress(2, 2, "calibrating")
+        assert "calibrating" not in capsys.readouterr().err
+        progress(1, 3, "scoring [x]")
+        time.sleep(0.11)
+        progress(2, 3, "scoring [x]")
+        assert "scoring [x]" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
