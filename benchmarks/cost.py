@@ -75,8 +75,7 @@ def _quantize(model: Path, calib: Path, folder: Path, switches: tuple[str, ...])
         "import resource, sys\nfrom onnxcomp.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
         "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\nsys.exit(code)",
-        "quantize", str(model), "--scheme", "int8", "--calib", str(calib), "-o", str(folder / "out.onnx"), "--overwrite", "-q",
-        "--no-proof", *switches,
+        "quantize", str(model), "--scheme", "int8", "--calib", str(calib), "-o", str(folder / "out.onnx"), "--overwrite", "-q", *switches,
     ]  # fmt: skip
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -32,6 +32,12 @@ Progress = Callable[[int, int, str], None]
 
 _SYNTHETIC = 32
 
+_JUDGED = 256
+"""Samples of the calibration data that the loss is measured on where there are no others: it is an indication."""
+
+_PROTOCOL = Protocol(seconds=1.0)
+"""Timing that stays a small part of the work."""
+
 
 class Scheme(StrEnum):
     """What `quantize` makes of weights and activations."""
@@ -246,7 +252,7 @@ class _Conversion:
         fingerprint = models.fingerprint(self._source)
         made = stamped(current, steps, fingerprint)
         before, after = Figures(file_size(self._source, self.model)), Figures(file_size(made, made))
-        protocol, name, data, notes = Protocol(), "", "nothing was measured", []
+        protocol, name, data, notes = _PROTOCOL, "", "nothing was measured", []
         try:
             loss = _Loss.of(self.model, context, proof, metric)
             before, after = loss.measure(self.model, made, before, after, context, protocol)
@@ -303,6 +309,8 @@ class _Loss:
         data, where = proof, ""
         if data is None:
             data, where = context.data, ", the calibration data: what was learnt from them is flattered"
+            if data is not None and len(data) > _JUDGED:
+                data = data.select(np.linspace(0, len(data) - 1, _JUDGED).astype(int).tolist())
         invented = data is None
         if data is None:
             specs = models.input_specs(model)

@@ -163,10 +163,11 @@ def place(
             network.arc(name, network.SINK, None)
         # A node without a time of its own was fused into the one that reads it, or into the one before: a unit.
         reader = single_consumer(node.outputs[0])
-        if reader is not None and name in names and reader.name in names:
-            if name not in float_times or (reader.name not in integer_times and reader.name in float_times):
-                network.arc(name, reader.name or "", None)
-                network.arc(reader.name or "", name, None)
+        next_name = "" if reader is None else reader.name or ""
+        fused = name not in float_times or (next_name not in integer_times and next_name in float_times)
+        if name in names and next_name in names and fused:
+            network.arc(name, next_name, None)
+            network.arc(next_name, name, None)
     for value in [*model.graph.inputs, *(node.outputs[0] for node in model.graph)]:
         producer = value.producer()
         origin = (producer.name or "") if producer is not None else network.SINK
