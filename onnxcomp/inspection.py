@@ -15,7 +15,7 @@ from onnxcomp.measure import circumstances, file_size, inputs_for
 from onnxcomp.model import ModelSource
 from onnxcomp.placement import profiles
 from onnxcomp.report import Inspection, NodeRow, source_name
-from onnxcomp.runtime import Feeds, Target
+from onnxcomp.runtime import Feeds, Session, Target
 
 
 def inspect(
@@ -55,6 +55,7 @@ def inspect(
         feeds = next(iter(data.batches(batch))).feeds
         sizes = _axes(model, feeds)
         try:
+            _observe_shapes(model, target, feeds)
             times = profiles([model], target, feeds)[0].times
             protocol = f"profiled on {data.origin}"
         except OnnxcompError as error:
@@ -79,6 +80,27 @@ def inspect(
         protocol=protocol,
         notes=tuple(notes),
     )
+
+
+def _observe_shapes(model: ir.Model, target: Target, feeds: Feeds) -> None:
+    """Write the shapes of a run onto the main graph's values: inference leaves many unknown behind a Reshape."""
+    probe = model.clone()
+    tensors = [
+        value
+        for node in probe.graph
+        for value in node.outputs
+        if value.name and (value.type is None or isinstance(value.type, ir.TensorType))
+    ]
+    shapes = [ir.node("Shape", [value], name=f"shape of {value.name}") for value in tensors]
+    probe.graph.extend(shapes)
+    for node in shapes:
+        node.outputs[0].name, node.outputs[0].type = node.name, ir.TensorType(ir.DataType.INT64)
+    probe.graph.outputs[:] = [node.outputs[0] for node in shapes]
+    found = Session(probe, target, extended=False).run(feeds)
+    for node in model.graph:
+        for value in node.outputs:
+            if (observed := found.get(f"shape of {value.name}")) is not None:
+                value.shape = ir.Shape(observed.tolist())
 
 
 def _axes(model: ir.Model, feeds: Feeds) -> dict[str, int]:

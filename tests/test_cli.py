@@ -265,6 +265,19 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(model: Path,
     assert calls == []
 
 
+def test_optimize_end_to_end(model: Path, data: Path) -> None:
+    written = model.with_name("tiny.opt.onnx")
+    plain = document(run("optimize", model, "--calib", data, "--eval", data, "--effort", "quick", "--json", "-"))
+    assert plain["result"]["size"] == written.stat().st_size
+    assert plain["met"] is True
+    assert "What was tried" in run("optimize", model, "--calib", data, "--effort", "quick", "--dry-run").stdout
+    unreachable = ["--effort", "quick", "--min-speedup", "1000x", "--overwrite"]
+    before = written.read_bytes()
+    assert "below 1000.00x" in run("optimize", model, *unreachable, code=3).stderr
+    assert written.read_bytes() == before
+    assert "Wrote" in run("optimize", model, *unreachable, "--best-effort", code=3).stdout
+
+
 # --- bench, eval, inspect, passes -----------------------------------------------------------------------------------
 
 
@@ -361,6 +374,12 @@ def test_inspect_counts_by_hand(model: Path) -> None:
     assert "x: float32[batch, 8]" in text
     assert "768 parameters in 3.07 KB" in text
     assert re.search(r"\d\.\d%$", text, re.MULTILINE)
+
+
+def test_shapes_behind_computed_reshapes_are_those_of_a_run() -> None:
+    nodes = inspection.inspect(MODELS / "letters.onnx", batch=2, target=Target(threads=1)).nodes
+    assert all(node.shape is not None and node.note == "" for node in nodes)
+    assert max(node.shape[0] for node in nodes if node.op == "Softmax" and node.shape) == 2
 
 
 def test_a_model_that_does_not_load_is_inspected_without_times(tmp_path: Path) -> None:
