@@ -20,8 +20,13 @@ from onnxcomp.errors import BudgetError, ModelError, OptionError
 from onnxcomp.layers import layers
 from onnxcomp.measure import SCORING_ROWS, circumstances, file_size, usual_metric
 from onnxcomp.model import ModelSource
-from onnxcomp.passes.quantize_static import Range
+from onnxcomp.passes.convert_float import ConvertFloat, Float
+from onnxcomp.passes.equalize import Equalize
+from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
+from onnxcomp.passes.quantize_static import QuantizeStatic, Range
+from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.passes.simplify import Simplify
+from onnxcomp.passes.smooth import Smooth
 from onnxcomp.report import Figures, Report, Result, Step, source_name, stamped
 from onnxcomp.runtime import Protocol, Session, Target
 from onnxcomp.samples import Dataset
@@ -163,12 +168,6 @@ def quantize(
 
 
 def _passes(scheme: Scheme, range_: Range, rounding: Rounding, equalize: bool, smooth: bool) -> list[Pass]:
-    from onnxcomp.passes.equalize import Equalize
-    from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
-    from onnxcomp.passes.quantize_static import QuantizeStatic
-    from onnxcomp.passes.quantize_weights import QuantizeWeights
-    from onnxcomp.passes.smooth import Smooth
-
     smoothing: list[Pass] = [Smooth()] if smooth else []
     match scheme:
         case Scheme.INT8:
@@ -181,8 +180,6 @@ def _passes(scheme: Scheme, range_: Range, rounding: Rounding, equalize: bool, s
         case Scheme.INT4_WEIGHTS:
             return [QuantizeWeights(bits=4, rounding=rounding)]
         case Scheme.FP16 | Scheme.BF16:
-            from onnxcomp.passes.convert_float import ConvertFloat, Float
-
             return [ConvertFloat(Float(scheme.value))]
 
 
