@@ -90,7 +90,8 @@ class Gram:
         """The Gram matrix of (groups, rows, in) vectors."""
         wide = np.ones((*rows.shape[:2], rows.shape[2] + 1))
         wide[..., :-1] = rows
-        return cls(np.matmul(wide.swapaxes(1, 2), wide), rows.shape[1])
+        with np.errstate(invalid="ignore", over="ignore"):  # `calibrate` refuses what is not finite, by name
+            return cls(np.matmul(wide.swapaxes(1, 2), wide), rows.shape[1])
 
     def merge(self, other: "Gram") -> "Gram":
         """The Gram matrix of both sets of vectors."""

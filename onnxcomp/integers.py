@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from onnxcomp.core import Context, Skip
 from onnxcomp.graph import constant_of, single_consumer
-from onnxcomp.layers import FLOATS, layer_of
+from onnxcomp.layers import FLOATS, is_empty, layer_of
 
 ANCHORS = {"Conv", "Gemm", "MatMul"}
 """Operators that are worth converting for."""
@@ -54,7 +54,7 @@ def quantizable(
 
 def _obstacle(node: ir.Node, scores: set[str]) -> str | None:
     """Why a node has no INT8 form: empty where nobody would expect one."""
-    if node.domain not in {"", "ai.onnx"}:
+    if node.domain not in {"", "ai.onnx"} or any(is_empty(value) for value in (*data_inputs(node), node.outputs[0])):
         return ""
     floats = [value for value in node.inputs if value is not None and value.dtype == ir.DataType.FLOAT]
     if not floats or node.outputs[0].dtype != ir.DataType.FLOAT:

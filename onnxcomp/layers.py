@@ -218,8 +218,8 @@ def _pads(node: ir.Node, sizes: tuple[int, ...], spans: list[int], strides: list
 
 
 def layer_of(node: ir.Node) -> Layer | None:
-    """The node as a layer, or None where it has no constant floating-point weight matrix."""
-    if node.domain not in {"", "ai.onnx"} or node.op_type not in _WEIGHT_INPUT:
+    """The node as a layer, or None where it has no constant floating-point weight matrix, or nothing to transform."""
+    if node.domain not in {"", "ai.onnx"} or node.op_type not in _WEIGHT_INPUT or is_empty(node.outputs[0]):
         return None
     indices = (1, 0) if node.op_type == "MatMul" else (1,)
     for index in indices:
@@ -231,6 +231,11 @@ def layer_of(node: ir.Node) -> Layer | None:
             continue
         return Layer(node, index)
     return None
+
+
+def is_empty(value: ir.Value) -> bool:
+    """Whether a tensor is known to have no elements."""
+    return value.shape is not None and 0 in value.shape
 
 
 def layers(model: ir.Model) -> Iterator[Layer]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
-from onnxcomp.graph import Builder, at_least_opset, constant_of, remove_unused
+from onnxcomp.graph import Builder, constant_of, prepared, remove_unused
 from onnxcomp.layers import Layer, layer_of, layers
 from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.weights import Rounding, round_weights
@@ -45,7 +45,7 @@ class QuantizeDynamic(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Quantize every matrix product with a constant weight."""
-        converted = at_least_opset(model, _OPSET)
+        converted = prepared(model, _OPSET)
         if isinstance(converted, str):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
@@ -126,9 +126,9 @@ def _quantize(layer: Layer, grid: IntGrid, rounding: Rounding, gram: Gram | None
 
 
 def _dynamic(data: ir.Value, builder: Builder, before: ir.Node) -> ir.Node:
-    """The DynamicQuantizeLinear of an activation, shared by all that read it."""
+    """The DynamicQuantizeLinear of an activation, shared by all in this graph that read it."""
     for use in data.uses():
-        if use.node.op_type == "DynamicQuantizeLinear":
+        if use.node.op_type == "DynamicQuantizeLinear" and use.node.graph is before.graph:
             return use.node
     producer = data.producer()
     here = producer is not None and producer.graph is before.graph
