@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from onnxcomp.inspection import inspect
     from onnxcomp.measure import bench, evaluate
     from onnxcomp.model import load, save
-    from onnxcomp.optimize import optimize
+    from onnxcomp.optimizer import optimize
     from onnxcomp.report import Report
     from onnxcomp.runtime import Target
 
@@ -45,7 +45,7 @@ _HOMES = {
     "inspection": ("inspect",),
     "measure": ("bench", "evaluate"),
     "model": ("load", "save"),
-    "optimize": ("optimize",),
+    "optimizer": ("optimize",),
     "report": ("Report",),
     "runtime": ("Target",),
 }

@@ -282,8 +282,8 @@ def optimize(
     **settings: Any,
 ) -> None:
     """Make MODEL faster, then smaller, within a budget, by what is measured."""
-    from onnxcomp.optimize import Effort
-    from onnxcomp.optimize import optimize as work
+    from onnxcomp.optimizer import Effort
+    from onnxcomp.optimizer import optimize as work
 
     size = max_size or budget.Budget()
     limits = budget.Budget(max_drop, max_latency, min_speedup, size.max_size, size.max_size_share)

@@ -193,7 +193,7 @@ def test_a_model_given_as_bytes_is_converted_in_memory(model: Path) -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `optimize` was called with; it only pretends to work."""
     made: list[dict[str, Any]] = []
-    module: Any = ModuleType("onnxcomp.optimize")
+    module: Any = ModuleType("onnxcomp.optimizer")
 
     def work(source: Path, **settings: Any) -> Result:
         made.append({"source": source} | settings)
@@ -205,7 +205,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     module.optimize = work
     module.Effort = str
-    monkeypatch.setitem(sys.modules, "onnxcomp.optimize", module)
+    monkeypatch.setitem(sys.modules, "onnxcomp.optimizer", module)
     return made
 
 
