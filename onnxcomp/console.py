@@ -90,7 +90,7 @@ class Terminal:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[int, int, str], None]]:
-        """What long work calls with (done, total, what): bars on standard error, if that is a terminal."""
+        """What long work calls with (done, total, what): bars on standard error, if that is a terminal; 0 for no total."""
         screen = Console(stderr=True)
         if self.quiet or not screen.is_terminal:
             yield no_progress
@@ -110,8 +110,8 @@ class Terminal:
                 nonlocal shown
                 if bars.tasks[0].description != what:
                     bars.reset(task, description=what)
-                finished = done >= total
-                bars.update(task, completed=done, total=total, visible=not finished)
+                finished = 0 < total <= done
+                bars.update(task, completed=done, total=total or None, visible=not finished)
                 if finished or time.monotonic() - shown > _REFRESH:
                     bars.refresh()
                     shown = time.monotonic()

@@ -17,7 +17,7 @@ from onnxcomp.budget import Budget
 from onnxcomp.core import Context, Pass, no_progress
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import BudgetError, ModelError, OptionError
-from onnxcomp.layers import layers
+from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import SCORING_ROWS, circumstances, file_size, usual_metric
 from onnxcomp.model import ModelSource
 from onnxcomp.passes.convert_float import ConvertFloat, Float
@@ -37,7 +37,7 @@ Progress = Callable[[int, int, str], None]
 
 _SYNTHETIC = 32
 
-_JUDGED = 256
+_JUDGED = 64
 """Samples of the calibration data that the loss is measured on where there are no others: it is an indication."""
 
 _PROTOCOL = Protocol(seconds=1.0)
@@ -181,21 +181,6 @@ def _passes(scheme: Scheme, range_: Range, rounding: Rounding, equalize: bool, s
             return [QuantizeWeights(bits=4, rounding=rounding)]
         case Scheme.FP16 | Scheme.BF16:
             return [ConvertFloat(Float(scheme.value))]
-
-
-def refuse_broken_weights(model: ir.Model) -> None:
-    """Raise where a layer's weights are not finite: nothing learnt from such a model would mean anything.
-
-    Raises:
-        ModelError: naming the weight.
-    """
-    for layer in layers(model):
-        if not np.isfinite(layer.matrix()).all():
-            raise ModelError(
-                f"weight '{layer.weight.name}' of {layer.node.op_type} '{layer.name}' holds NaN or infinity",
-                "training diverged, or a conversion overflowed",
-                "export the model again from an earlier checkpoint",
-            )
 
 
 def _pattern(exclude: str | None) -> re.Pattern[str] | None:

@@ -151,7 +151,9 @@ def _from_columns(columns: Mapping[str, Column], specs: tuple[TensorSpec, ...], 
             "an array without the leading sample axis",
             "give every input the same leading sample axis",
         )
-    size = counts.pop()[0] if counts else 1  # without a single input, let the first sample say what is missing
+    # Without a single input, take any array's length and let the first sample say what is missing.
+    lengths = [*counts, *(column.shape[:1] for column in columns.values() if column.shape), (1,)]
+    size = lengths[0][0]
     whole = {spec.name for spec in specs if spec.shape is not None and len(inputs.get(spec.name, ())) > len(spec.shape)}
     along = [name for name, column in columns.items() if column.shape[:1] == (size,)]
 

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import ArrayLike, NDArray
 
+from onnxcomp.errors import ModelError
 from onnxcomp.model import all_nodes
 
 Array = NDArray[np.floating]
@@ -243,3 +244,18 @@ def layers(model: ir.Model) -> Iterator[Layer]:
     for node in all_nodes(model):
         if (layer := layer_of(node)) is not None:
             yield layer
+
+
+def refuse_broken_weights(model: ir.Model) -> None:
+    """Raise where a layer's weights are not finite: nothing learnt from such a model would mean anything.
+
+    Raises:
+        ModelError: naming the weight.
+    """
+    for layer in layers(model):
+        if not np.isfinite(layer.matrix()).all():
+            raise ModelError(
+                f"weight '{layer.weight.name}' of {layer.node.op_type} '{layer.name}' holds NaN or infinity",
+                "training diverged, or a conversion overflowed",
+                "export the model again from an earlier checkpoint",
+            )

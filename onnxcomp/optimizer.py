@@ -16,6 +16,7 @@ from onnxcomp.core import Context, no_progress
 from onnxcomp.data import ImageOptions
 from onnxcomp.errors import BudgetError, OptionError
 from onnxcomp.judges import Judges
+from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.registry import GROUPS, resolve
 from onnxcomp.report import Figures, Report, Result, Trial, environment, source_name, stamped
 from onnxcomp.runtime import Protocol, Session, Target
@@ -85,7 +86,9 @@ def optimize(
         raise OptionError(f"a batch of {batch} is not possible", remedy="--batch 1 or more")
     allowed = resolve(passes if passes is not None else ["simplify", *GROUPS])
     pattern = _pattern(exclude)
+    target.providers  # noqa: B018 - refuse a provider that is not there before any work
     model = models.load(source)
+    refuse_broken_weights(model)
     judges = Judges.of(model, models.input_specs(model), calib, evaluation, metric, images, seed, effort.judged)
     context = Context(judges.tune, target, batch, seed, memory, pattern, progress)
     search = Search(model, context, judges, budget, effort, allowed, keep_overridable)

@@ -153,10 +153,15 @@ class Search:
     # -- candidates -------------------------------------------------------------------------------------------------
 
     def _make(self, name: str, passes: tuple[Pass, ...]) -> Candidate:
+        self._tell(name)
         model, steps = self._apply((*self._prefix, *passes))
         candidate = Candidate(name, passes, model, steps, size=models.file_bytes(model))
         self.trials.append(candidate)
         return candidate
+
+    def _tell(self, what: str) -> None:
+        """Progress without an end: how many candidates there will be depends on what is measured."""
+        self.context.progress(len(self.trials), 0, what)
 
     def _apply(self, passes: tuple[Pass, ...]) -> tuple[ir.Model, tuple[Step, ...]]:
         if not passes:
@@ -207,6 +212,7 @@ class Search:
 
     def _time(self, candidates: Sequence[Candidate]) -> None:
         """Time candidates beside the original and the fastest known."""
+        self._tell("timing side by side")
         sessions = [Session(candidate.model, self.context.target) for candidate in candidates]
         timings = runtime.compare([self.original, *sessions], self.feeds, self._effort.protocol)
         for candidate, timing in zip(candidates, timings[1:], strict=True):
@@ -214,6 +220,7 @@ class Search:
 
     def _judge(self, candidate: Candidate) -> float:
         """How much worse than the original; infinite where the metric fails on it."""
+        self._tell(f"judging: {candidate.name}")
         if self._baseline is None:
             self._baseline = self.judges.score(self.original, self.original)
         try:
