@@ -56,8 +56,9 @@ class TensorStatistics:
     @classmethod
     def of(cls, elements: NDArray[np.floating], low: NDArray[np.floating], high: NDArray[np.floating]) -> Self:
         """Statistics of one batch; extremes that are not among the elements are counted once."""
-        values, least, largest = np.ravel(elements), np.min(low), np.max(high)
-        if not (values.size and values.min() <= least and values.max() >= largest):  # also where one is NaN
+        values, least, largest = np.ravel(elements), np.min(low, initial=np.inf), np.max(high, initial=-np.inf)
+        nothing = least > largest  # an empty tensor: the reductions gave their neutral elements
+        if not (nothing or (values.size and values.min() <= least and values.max() >= largest)):  # also if one is NaN
             values = np.append(values, [least, largest])
         return cls(Histogram.of(values), np.ravel(low).astype(np.float64), np.ravel(high).astype(np.float64))
 

@@ -118,6 +118,8 @@ def at_least_opset(model: ir.Model, version: int) -> ir.Model | str:
     """The model converted to a later operator set, itself if it has it, or why that cannot be done."""
     if models.opset(model) >= version:
         return model
+    if models.opset(model) == 0:
+        return "it has no operators of the ONNX standard"
     try:
         proto = onnx.ModelProto.FromString(models.to_bytes(model))
         # Before IR version 4 every initializer had to be an input too, and the converter insists on it.
