@@ -90,7 +90,7 @@ class Terminal:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[int, int, str], None]]:
-        """What long work calls with (done, total, what): bars on standard error, if that is a terminal; 0 for no total."""
+        """What long work calls with (done, total or 0, what): bars on standard error, if that is a terminal."""
         screen = Console(stderr=True)
         if self.quiet or not screen.is_terminal:
             yield no_progress

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def quantize(
     """
     work = _Conversion(source, output, target, batch, overwrite, dry_run)
     rounding = Rounding(gptq, Rounding.sweeps if polish else 0, bias_correction)
-    passes = [Simplify(keep_overridable), *_passes(scheme, range, rounding, equalize, smooth)]
+    passes = [Simplify(keep_overridable), *_passes(scheme, range, rounding, equalize, smooth, target.provider)]
     if scheme is Scheme.INT8 and calib is None:
         raise OptionError(
             "scheme int8 needs calibration data", "activation ranges come from data", "add --calib, or use int8-dynamic"
@@ -167,12 +167,15 @@ def quantize(
     return work.run(passes, context, proof, chosen, max_drop, best_effort)
 
 
-def _passes(scheme: Scheme, range_: Range, rounding: Rounding, equalize: bool, smooth: bool) -> list[Pass]:
+def _passes(
+    scheme: Scheme, range_: Range, rounding: Rounding, equalize: bool, smooth: bool, provider: str
+) -> list[Pass]:
     smoothing: list[Pass] = [Smooth()] if smooth else []
     match scheme:
         case Scheme.INT8:
             equalizing: list[Pass] = [Equalize()] if equalize else []
-            return [*equalizing, *smoothing, QuantizeStatic(range_, rounding=rounding)]
+            static = replace(QuantizeStatic.for_provider(provider), range=range_, rounding=rounding)
+            return [*equalizing, *smoothing, static]
         case Scheme.INT8_DYNAMIC:
             return [*smoothing, QuantizeDynamic(rounding)]
         case Scheme.INT8_WEIGHTS:

@@ -185,7 +185,8 @@ class Search:
         return [draft for draft in drafts if draft.steps[-1].changes and self._runs(draft)]
 
     def _static(self, clean: Candidate) -> list[Candidate]:
-        full = self._make("static INT8", (QuantizeStatic(rounding=NEAREST),))
+        base = replace(QuantizeStatic.for_provider(self.context.target.provider), rounding=NEAREST)
+        full = self._make("static INT8", (base,))
         names = [change.node for change in full.steps[-1].changes]
         if not names or self.context.target.provider.lower() != "cpu" or not self._runs(full):
             return [full]
@@ -197,7 +198,7 @@ class Search:
             keep = tuple(sorted(set(names) - chosen))
             if keep not in drafts and chosen:
                 name = f"static INT8 but for {len(keep)} nodes that are faster in float"
-                drafts[keep] = self._make(name, (QuantizeStatic(rounding=NEAREST, keep=keep),))
+                drafts[keep] = self._make(name, (replace(base, keep=keep),))
         return list(drafts.values())
 
     def _runs(self, candidate: Candidate) -> bool:
@@ -244,6 +245,8 @@ class Search:
             candidate = draft if passes == draft.passes else self._make(name, passes)
             candidate.timing = draft.timing
             if self._within(candidate):
+                if len(passes) > len(draft.passes):  # more than other numbers in the same graph
+                    self._time([candidate])
                 candidate.verdict = candidate.verdict or "within the budget"
                 if candidate is not draft:
                     draft.verdict = f"refined as '{candidate.name}'"
@@ -269,7 +272,7 @@ class Search:
             rounded_dynamic = replace(last, rounding=rounding)
             variants = [(f"{draft.name}, weights refined", (rounded_dynamic,))]
             if self._effort is not Effort.QUICK and has_data and "smooth" in self._allowed:
-                variants.append((f"{draft.name}, smoothed", (Smooth(), rounded_dynamic)))
+                variants.append((f"{draft.name}, smoothed", (Smooth(insert=True), rounded_dynamic)))
             return variants
         return [(draft.name, draft.passes)]
 

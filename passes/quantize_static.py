@@ -12,6 +12,9 @@ Networks for Efficient Integer-Arithmetic-Only Inference".) Rules:
 3. A bias is int32 with scale s_x s_W, as the kernels add it to the accumulator.
 4. What feeds a Softmax stays in float: masks reach -3e38 there, and scores want the resolution.
 5. A MatMul or Gemm whose output nothing quantized reads gives float.
+
+TensorRT fuses by other rules: pairs go in front of layers and residual sums only, int8 with zero point 0, and biases stay
+in float (`inputs_only`).
 """
 
 from collections import defaultdict
@@ -36,6 +39,7 @@ from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.weights import Rounding, mean_error, round_weights
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
+_INPUTS_ONLY = {"tensorrt", "nvtensorrtrtx"}
 
 
 class Range(StrEnum):
@@ -68,6 +72,8 @@ class QuantizeStatic(Pass):
         signed: int8 activations instead of uint8. On x86 CPUs ONNX Runtime has fast kernels for uint8 only.
         weight_bits: 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
         rounding: how weights are rounded.
+        inputs_only: pairs in front of layers and residual sums only, as TensorRT wants them, instead of around everything
+            that ONNX Runtime computes or moves in integers.
         keep: names of the nodes that stay in float.
     """
 
@@ -78,7 +84,13 @@ class QuantizeStatic(Pass):
     signed: bool = False
     weight_bits: int = 8
     rounding: Rounding = field(default_factory=Rounding)
+    inputs_only: bool = False
     keep: tuple[str, ...] = ()
+
+    @classmethod
+    def for_provider(cls, provider: str) -> "QuantizeStatic":
+        """The placement and types that an execution provider has kernels for, by its short name."""
+        return cls(signed=True, inputs_only=True) if provider.lower() in _INPUTS_ONLY else cls()
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Choose the nodes, calibrate, insert the pairs."""
@@ -89,6 +101,10 @@ class QuantizeStatic(Pass):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
         chosen, skips = quantizable(converted, context, frozenset(self.keep))
+        if self.inputs_only:
+            chosen = {
+                name: node for name, node in chosen.items() if layer_of(node) or node.op_type in {"Add", "MatMul"}
+            }
         surgery = _Surgery(converted, chosen, self, context.cache)
         grams = [layer for layer in surgery.layers if self.rounding.needs_gram]
         statistics = calibrate(converted, context.data, context, surgery.observed(), grams)
@@ -140,7 +156,7 @@ class _Surgery:
         }
         changes = [self._quantize(node) for node in [n for n in self._model.graph if n.name in self._chosen]]
         for value, uses in readers.items():
-            if value in self._integers:
+            if value in self._integers and not self._settings.inputs_only:
                 self._restore(value, uses)
         remove_unused(self._model)
         return tuple(changes)
@@ -163,6 +179,8 @@ class _Surgery:
 
     def _needs_pair(self, node: ir.Node) -> bool:
         """Whether the output of a computing node goes through integers (rules 1 and 5)."""
+        if self._settings.inputs_only:
+            return False
         output = node.outputs[0]
         reader = single_consumer(output)
         if node.op_type in MOVING or (reader is not None and folds(reader, self._chosen)):
@@ -263,6 +281,10 @@ class _Surgery:
             self._shift_sum(node, weights.shift)
         elif own is not None or weights.bias.any():
             name = f"{node.name}_bias" if own is None else own.name
+            node.resize_inputs(3)
+            if self._settings.inputs_only:
+                node.replace_input_with(2, builder.constant(weights.bias.astype(np.float32), f"{name}_shifted"))
+                return
             limits = np.iinfo(np.int32)
             steps = np.clip(np.rint(weights.bias / step), limits.min, limits.max).astype(np.int32)
             bias = self._dequantize(
@@ -272,7 +294,6 @@ class _Surgery:
                 ir.val(name, shape=ir.Shape([size])),
                 axis=0,
             )
-            node.resize_inputs(3)
             node.replace_input_with(2, bias)
 
     def _zeros(self, size: int, dtype: type[np.integer]) -> ir.Value:
