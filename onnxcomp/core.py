@@ -127,10 +127,10 @@ class Pass(ABC):
         outcome = self.apply(clone, context)
         if _signature(outcome.model) != signature:
             raise OnnxcompError(f"pass '{self.name}' changed the model's inputs or outputs", "a defect of the pass")
-        names = [node.name for node in outcome.model.graph]
-        if len(set(names)) != len(names):
-            raise OnnxcompError(f"pass '{self.name}' left nodes without a unique name", "a defect of the pass")
-        return outcome if outcome.modified else replace(outcome, model=model)
+        if not outcome.modified:
+            return replace(outcome, model=model)
+        name_nodes(outcome.model)
+        return outcome
 
 
 def _signature(model: ir.Model) -> tuple[object, ...]:
