@@ -2,11 +2,11 @@
 
     W[r, c] = s[r, b] (q[r, c] - z[r, b])    for column c in block b
 
-Integers are unsigned and packed along the columns, lowest bits first, each block in bytes of its own: the layout of ONNX
-Runtime's `MatMulNBits` and `GatherBlockQuantized`. A stored matrix is read in three ways: multiplied, looked up row by
-row, or decoded whole. Decoding uses plain operators (BitShift, Concat, Cast, Sub, Mul, Reshape, Transpose, Slice), which
-ONNX Runtime folds when it loads a model, as it does not fold DequantizeLinear: a decoded weight is small in the file,
-and from then on a float tensor like any other.
+Integers are unsigned and packed along the columns, lowest bits first, each block in bytes of its own: the layout of
+ONNX Runtime's `MatMulNBits` and `GatherBlockQuantized`. A stored matrix is read in three ways: multiplied, looked up
+row by row, or decoded whole. Decoding uses plain operators (BitShift, Concat, Cast, Sub, Mul, Reshape, Transpose,
+Slice), which ONNX Runtime folds when it loads a model, as it does not fold DequantizeLinear: a decoded weight is small
+in the file, and from then on a float tensor like any other.
 """
 
 from collections.abc import Sequence
@@ -78,12 +78,13 @@ class PackedMatrix:
         width = matrix.shape[1]
         zeros: ArrayLike = grid.middle if zero_point is None else spread_blocks(zero_point, block, width)
         integers = quantize(matrix, spread_blocks(scale, block, width), zeros, grid)
-        return cls(integers.astype(np.uint8), scale, None if zero_point is None else zero_point.astype(np.uint8), bits, block)
+        offsets = None if zero_point is None else zero_point.astype(np.uint8)
+        return cls(integers.astype(np.uint8), scale, offsets, bits, block)
 
     @property
     def blocks(self) -> int:
         """Blocks per row."""
-        return self.scale.shape[1]
+        return int(self.scale.shape[1])
 
     @property
     def width(self) -> int:
@@ -187,7 +188,8 @@ class StoredMatrix:
         value = self._data((rows, -1))
         if packed.bits < 8:
             value = node("Concat", self._unpacked(reshaped(value, [-1, 1]), node), axis=1)
-        value = node("Cast", [reshaped(value, [rows, packed.blocks, packed.block])], ir.DataType.FLOAT, to=ir.DataType.FLOAT)
+        value = reshaped(value, [rows, packed.blocks, packed.block])
+        value = node("Cast", [value], ir.DataType.FLOAT, to=ir.DataType.FLOAT)
         value = node("Mul", [node("Sub", [value, self._centre()]), reshaped(self._scale(), [rows, packed.blocks, 1])])
         if packed.width > columns:
             ends = [self._integers([end]) for end in (0, columns, 1)]

@@ -6,9 +6,11 @@ Rules, by what reads a weight:
 
 1. MatMul and Gemm multiply by it packed (`MatMulNBits`); in the decoding form they fall under rule 3.
 2. A lookup of rows (Gather along axis 0) reads them packed (`GatherBlockQuantized`): the table is never expanded.
-3. Everything else reads the weight decoded, which ONNX Runtime does once, when it loads the model. So does whatever shares
-   a weight with a lookup, such as the output layer of a language model with tied embeddings.
-4. A weight is rounded where that takes fewer bytes than it did, new nodes included, and it has at least 1,024 elements.
+3. Everything else reads the weight decoded, which ONNX Runtime does once, when it loads the model. So does whatever
+   shares a weight with a lookup, such as the output layer of a language model with tied embeddings.
+4. A table of up to 1,024 rows (positions, kinds of tokens) has 8 bits: all samples read the same few rows, and an error
+   in them would not average out.
+5. A weight is rounded where that takes fewer bytes than it did, new nodes included, and it has at least 1,024 elements.
 """
 
 from collections.abc import Mapping
@@ -27,7 +29,6 @@ from onnxcomp.decode import (
     PackedMatrix,
     StoredMatrix,
     View,
-    can_look_up,
     even_block,
     kernel_block,
     stored_bytes,
@@ -40,11 +41,10 @@ from onnxcomp.weights import Rounding, round_weights
 
 _OPSET = 13
 _LEAST_ELEMENTS = 1024
+_SMALL_TABLE = 1024
 _GRAPH_BYTES = 2048  # what the nodes of a decoding take, their names included
-_WEIGHT_INPUTS = {
-    **{"Conv": (1,), "ConvTranspose": (1,), "Gemm": (1,), "MatMul": (0, 1), "Gather": (0,)},
-    **{"LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)},
-}
+_WEIGHT_INPUTS = {"MatMul": (0, 1), "Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}
+_WEIGHT_INPUTS |= dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1,))
 
 
 class Form(StrEnum):
@@ -117,8 +117,12 @@ class QuantizeWeights(Pass):
     def _gains(self, weight: "_Weight") -> bool:
         array, view = weight.array, weight.view
         block = even_block(view.columns, self.block, self.bits)
-        stored = stored_bytes(array.size // view.columns, view.columns, self.bits, block, symmetric=self.symmetric)
+        rows = array.size // view.columns
+        stored = stored_bytes(rows, view.columns, self._bits(weight), block, symmetric=self.symmetric)
         return array.size >= _LEAST_ELEMENTS and stored + _GRAPH_BYTES < array.nbytes
+
+    def _bits(self, weight: "_Weight") -> int:
+        return 8 if weight.lookups and weight.view.split[0] <= _SMALL_TABLE else self.bits
 
     def _obstacle(self, weight: "_Weight", context: Context) -> str | None:
         if any(context.excludes(node) for node in weight.nodes):
@@ -133,18 +137,18 @@ class QuantizeWeights(Pass):
 
     def _plan(self, weight: "_Weight") -> "_Plan | str":
         """How a weight is stored and read, or why it cannot be."""
-        columns = weight.view.columns
+        columns, bits = weight.view.columns, self._bits(weight)
         if weight.lookups:
             block = self.block if self.block is not None and columns % self.block == 0 else columns
             if weight.value.dtype != ir.DataType.FLOAT:
                 return f"its table is {weight.value.dtype}, not FLOAT"
-            if columns * self.bits % 8:
+            if columns * bits % 8:
                 return f"a row of {columns} values does not fill whole bytes"
-            return _Plan(weight, min(block, columns), multiplied=False)
+            return _Plan(weight, bits, min(block, columns), multiplied=False)
         kernel = kernel_block(columns, self.block)
         if self.form == Form.MATMULNBITS and kernel is not None and weight.only_multiplied:
-            return _Plan(weight, kernel, multiplied=True)
-        return _Plan(weight, even_block(columns, self.block, self.bits), multiplied=False)
+            return _Plan(weight, bits, kernel, multiplied=True)
+        return _Plan(weight, bits, even_block(columns, self.block, bits), multiplied=False)
 
     def _grams(self, model: ir.Model, plans: list["_Plan"], context: Context) -> Mapping[str, Gram]:
         """Gram matrices of the layers in the main graph, where there are data and a step that uses them."""
@@ -177,7 +181,7 @@ class QuantizeWeights(Pass):
                 how = "rows decoded when looked up"
             else:
                 how = "decoded at load"
-            changes.append(Change(node.name or "", f"{self.bits}-bit weights in blocks of {plan.block}, {how}"))
+            changes.append(Change(node.name or "", f"{plan.bits}-bit weights in blocks of {plan.block}, {how}"))
         if value.uses():
             assert value.dtype is not None
             readers = list(value.uses())
@@ -192,14 +196,14 @@ class QuantizeWeights(Pass):
         weight, layer = plan.weight, plan.weight.layer
         if layer is None:
             matrix = weight.view.matrix(weight.array).astype(np.float32)
-            return PackedMatrix.nearest(matrix, self.bits, plan.block, symmetric=self.symmetric)
-        grid = IntGrid(self.bits, signed=False, symmetric=self.symmetric)
+            return PackedMatrix.nearest(matrix, plan.bits, plan.block, symmetric=self.symmetric)
+        grid = IntGrid(plan.bits, signed=False, symmetric=self.symmetric)
         gram = grams.get(layer.name)
         rounded = round_weights(layer, grid, self.rounding, gram, block=plan.block, cache=context.cache)
         if len(weight.nodes) == 1:
             _shift_bias(layer, rounded.bias_shift)
         zeros = None if rounded.zero_point is None else rounded.zero_point.astype(np.uint8)
-        return PackedMatrix(rounded.integers.astype(np.uint8), rounded.scale, zeros, self.bits, plan.block)
+        return PackedMatrix(rounded.integers.astype(np.uint8), rounded.scale, zeros, plan.bits, plan.block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,14 +244,16 @@ class _Weight:
     @property
     def only_multiplied(self) -> bool:
         """Whether every reader is a product with the same matrix on the right."""
+        view, shape = self.view, _shape(self.value)
         return len(self.value.uses()) == len(self.uses) and all(
-            _is_product(node, index) and _view(node, index, _shape(self.value)) == self.view for node, index in self.uses
+            _is_product(node, index) and _view(node, index, shape) == view for node, index in self.uses
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
     weight: _Weight
+    bits: int
     block: int
     multiplied: bool
 
@@ -258,9 +264,10 @@ def _weights(model: ir.Model) -> list[_Weight]:
     for node in model.graph.all_nodes():
         for index in _WEIGHT_INPUTS.get(node.op_type, ()) if node.domain == "" else ():
             value = node.inputs[index] if index < len(node.inputs) else None
-            if value is not None and value.is_initializer() and not value.is_graph_input():
-                if value.dtype in FLOATS and len(_shape(value)) > 1:
-                    uses.setdefault(value, []).append((node, index))
+            if value is None or not value.is_initializer() or value.is_graph_input() or value.dtype not in FLOATS:
+                continue
+            if len(_shape(value)) > 1:
+                uses.setdefault(value, []).append((node, index))
     return [_Weight(value, tuple(found)) for value, found in uses.items()]
 
 

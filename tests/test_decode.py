@@ -1,5 +1,7 @@
 """What the graph reads from a stored matrix is what the formula says, for every layout, block and way of reading."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -30,7 +32,7 @@ def random(*shape: int) -> NDArray[np.float32]:
     return np.random.default_rng(0).normal(size=shape).astype(np.float32)
 
 
-def formula(packed: PackedMatrix) -> NDArray[np.float64]:
+def formula(packed: PackedMatrix) -> NDArray[np.floating]:
     """W[r, c] = s[r, b] (q[r, c] - z[r, b]), written out."""
     width = packed.integers.shape[1]
     zeros: NDArray[np.float64] | float = 2.0 ** (packed.bits - 1)
@@ -49,13 +51,12 @@ class Harness:
         self.graph = ir.Graph([self.input], [], nodes=[self.node], opset_imports={"": 13, CONTRIB: 1}, name="harness")
         self.builder = Builder(self.graph)
 
-    def run(self, output: ir.Value, fed: NDArray[np.generic]) -> NDArray[np.generic]:
+    def run(self, output: ir.Value, fed: NDArray[Any]) -> NDArray[Any]:
         output.shape = None
         self.graph.outputs.append(output)
         content = ir.to_proto(ir.Model(self.graph, ir_version=8)).SerializeToString()
         session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-        result: NDArray[np.generic] = session.run([output.name], {"input": fed})[0]
-        return result
+        return np.asarray(session.run([output.name], {"input": fed})[0])
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -118,7 +119,15 @@ def test_even_blocks_waste_little(columns: int, wanted: int | None, bits: int, s
 
 @pytest.mark.parametrize(
     ("columns", "wanted", "size"),
-    [(384, 128, 128), (64, 128, 64), (100, 128, None), (112, 128, 128), (72, 32, None), (384, None, None), (512, None, 512)],
+    [
+        (384, 128, 128),
+        (64, 128, 64),
+        (100, 128, None),
+        (112, 128, 128),
+        (72, 32, None),
+        (384, None, None),
+        (512, None, 512),
+    ],
 )
 def test_kernel_blocks_are_powers_of_two(columns: int, wanted: int | None, size: int | None) -> None:
     assert kernel_block(columns, wanted) == size

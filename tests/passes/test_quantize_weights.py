@@ -1,5 +1,6 @@
 """Packed weights compute what their formula says, in every operator that has weights, and take less room."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from numpy.typing import NDArray
 
 from models import zoo
 from onnxcomp import model as models
@@ -29,8 +31,12 @@ def error(name: str, quantized: ir.Model) -> float:
     """Largest relative error of an output, ||y - y'|| / ||y||."""
     proto = zoo.build(name)
     feeds = zoo.feeds(proto)
-    before, after = Session(models.load(proto)).run(feeds), Session(quantized).run(feeds)
+    before, after = answers(models.load(proto), feeds), answers(quantized, feeds)
     return max(float(np.linalg.norm(before[key] - after[key]) / np.linalg.norm(before[key])) for key in before)
+
+
+def answers(model: ir.Model, feeds: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    return dict(Session(model).run(feeds))
 
 
 def quantize(name: str, **settings: Any) -> Outcome:
@@ -52,7 +58,7 @@ def loaded(model: ir.Model, folder: Path) -> onnx.GraphProto:
     [
         ("conv1d", {DECODED: 3}),
         ("conv3d", {DECODED: 2}),
-        ("mobilenetv2", {DECODED: 7, MULTIPLIED: 1}),
+        ("mobilenetv2", {DECODED: 9, MULTIPLIED: 1}),
         ("unet", {DECODED: 10}),  # with ConvTranspose
         ("mixer", {DECODED: 1, MULTIPLIED: 8}),
         ("lstm_tagger", {DECODED: 2, MULTIPLIED: 1, LOOKED_UP: 1}),
@@ -68,7 +74,7 @@ def test_every_weighted_operator(name: str, ways: dict[str, int], bits: int) -> 
     outcome = quantize(name, bits=bits)
     assert Counter(change.what.split(", ")[1] for change in outcome.changes) == ways
     # Random weights, some ten layers deep: a step of 1/15 or 1/255 of the range in each.
-    assert error(name, outcome.model) < (0.2 if bits == 4 else 0.015)
+    assert error(name, outcome.model) < (0.25 if bits == 4 else 0.025)
     before = len(models.to_bytes(models.load(zoo.build(name))))
     assert len(models.to_bytes(outcome.model)) < 0.6 * before
     assert not QuantizeWeights(bits=bits, block=32)(outcome.model).modified
@@ -86,7 +92,7 @@ def test_decoded_weights_cost_no_node_once_loaded(name: str, tmp_path: Path) -> 
 
     original = models.load(zoo.build(name))
     outcome = QuantizeWeights(form=Form.DECODE)(original)
-    assert any("BitShift" == node.op_type for node in outcome.model.graph.all_nodes())
+    assert any(node.op_type == "BitShift" for node in outcome.model.graph.all_nodes())
     assert decoding(outcome.model) == decoding(original)
 
 
@@ -97,8 +103,9 @@ def test_a_table_is_never_expanded(tmp_path: Path) -> None:
     assert packed.data_type == onnx.TensorProto.UINT8
     original = next(node for node in zoo.build("lstm_tagger").graph.node if node.op_type == "Gather").input[0]
     shape = next(list(tensor.dims) for tensor in zoo.build("lstm_tagger").graph.initializer if tensor.name == original)
-    assert list(packed.dims) == [shape[0], shape[1] // 2]
-    assert not any(list(tensor.dims) == shape for tensor in graph.initializer)
+    assert list(packed.dims) == shape  # 100 rows: 8 bits each
+    floats = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT]
+    assert not any(list(tensor.dims) == shape for tensor in floats)
 
 
 def test_a_tied_table_is_stored_once() -> None:
@@ -114,22 +121,22 @@ def test_forms_agree(form: Form) -> None:
     outcome = quantize("mixer", form=form, accuracy_level=0)
     reference = quantize("mixer", form=Form.DECODE)
     feeds = zoo.feeds(zoo.build("mixer"))
-    expected = Session(reference.model).run(feeds)["logits"]
+    expected = answers(reference.model, feeds)["logits"]
     # The same integers; only float sums run in another order.
-    np.testing.assert_allclose(Session(outcome.model).run(feeds)["logits"], expected, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(answers(outcome.model, feeds)["logits"], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_calibrated_rounding_beats_nearest_on_data() -> None:
     model = models.load(MODELS / "letters.onnx")
     evaluation = dict(np.load(MODELS / "letters_eval.npz"))
     evaluation.pop("label")
-    expected = Session(model).run(evaluation)["logits"]
-    data = open_dataset(MODELS / "letters_calib.npz", input_specs(model))
+    expected = answers(model, evaluation)["logits"]
+    data = open_dataset(MODELS / "letters_calib.npz", input_specs(model)).select(range(128))
     errors = {}
     for rounding, given in ((Rounding(), data), (Rounding(gptq=True, sweeps=0), data), (Rounding(), None)):
         context = Context(data=given, target=Target(threads=1))
         outcome = QuantizeWeights(rounding=rounding, block=32)(model, context)
-        logits = Session(outcome.model).run(evaluation)["logits"]
+        logits = answers(outcome.model, evaluation)["logits"]
         errors[rounding.sweeps, given is None] = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
     assert errors[3, False] < 0.8 * errors[3, True]
     assert errors[0, False] < errors[3, True]
@@ -137,39 +144,37 @@ def test_calibrated_rounding_beats_nearest_on_data() -> None:
 
 def test_four_bits_keep_the_letters() -> None:
     model = models.load(MODELS / "letters.onnx")
-    outcome = QuantizeWeights(block=32)(model)
+    data = open_dataset(MODELS / "letters_calib.npz", input_specs(model)).select(range(128))
+    outcome = QuantizeWeights()(model, Context(data=data, target=Target(threads=1)))
     evaluation = dict(np.load(MODELS / "letters_eval.npz"))
     labels = evaluation.pop("label")
-    logits = Session(outcome.model).run(evaluation)["logits"]
-    assert (logits.argmax(axis=1) == labels).mean() > 0.96  # 0.977 in float
-    assert len(models.to_bytes(outcome.model)) < 0.25 * len(models.to_bytes(model))
+    logits = answers(outcome.model, evaluation)["logits"]
+    assert (logits.argmax(axis=1) == labels).mean() > 0.965  # 0.977 in float32
+    assert len(models.to_bytes(outcome.model)) < 0.26 * len(models.to_bytes(model))
 
 
 def test_what_is_left_alone_says_why() -> None:
     model = models.load(zoo.build("mixer"))
-    names = [node.name for node in models.load(zoo.build("mixer")).graph if node.op_type == "Conv"]
     first = QuantizeWeights()(model)
     kept = first.changes[0].node
     outcome = QuantizeWeights(keep=(kept,))(model)
     assert [skip.node for skip in outcome.skips] == [kept]
-    assert len(outcome.changes) == len(first.changes) - 1
-    assert names is not None
-    import re
-
+    assert outcome.changes == first.changes[1:]
     excluded = QuantizeWeights()(model, Context(exclude=re.compile("MatMul|Gemm|Conv")))
     assert not excluded.modified
     assert {skip.reason.split(",")[0] for skip in excluded.skips} == {"excluded by the user"}
 
 
 def test_weights_that_are_not_finite_are_left_alone() -> None:
-    model = models.load(zoo.build("conv3d"))
-    value = next(node.inputs[1] for node in model.graph if node.op_type == "Conv")
-    assert value is not None and value.const_value is not None
+    model = models.load(zoo.build("shared_weights"))
+    value = next(value for name, value in model.graph.initializers.items() if name.startswith("shared.kernel"))
+    assert value.const_value is not None
     broken = value.const_value.numpy().copy()
     broken.flat[0] = np.nan
     value.const_value = ir.tensor(broken, name=value.name)
     outcome = QuantizeWeights()(model)
-    assert len(outcome.changes) + len(outcome.skips) == 2 or outcome.skips == ()
+    assert [skip.reason for skip in outcome.skips] == ["its weights are not finite"] * 2
+    assert len(outcome.changes) == 3
 
 
 @pytest.mark.parametrize("settings", [{"bits": 3}, {"block": 48}, {"block": 8}])
