@@ -54,6 +54,7 @@ class Judges:
             most: samples that judge candidates; None for all.
         """
         notes: list[str] = []
+        chosen = metrics.parse_metric(metric) if metric else None
         learn = None if calib is None else open_dataset(calib, specs, images)
         proof = None if evaluation is None else open_dataset(evaluation, specs, images)
         if learn is not None and proof is not None:
@@ -62,6 +63,9 @@ class Judges:
             final = proof if whole else proof.select(_complement(len(proof), seed))
             judge = proof if whole else proof.select(set(range(len(proof))) - set(_complement(len(proof), seed)))
             tune: Dataset | None = learn
+        elif learn is not None and isinstance(chosen, metrics.UserMetric):
+            tune = judge = final = learn  # the metric brings its own data, so all of these can be learnt from
+            whole = True
         elif learn is not None or proof is not None:
             parts = split(learn if learn is not None else proof, seed)  # type: ignore[arg-type]
             tune, judge, final, whole = parts.tune, parts.judge, parts.final, parts.shared
@@ -72,7 +76,6 @@ class Judges:
                 "No data were given: errors are measured on made-up inputs and say little about real ones, and "
                 "techniques that need data stay off. Give --calib and --eval."
             )
-        chosen = metrics.parse_metric(metric) if metric else None
         reason = "as asked"
         if chosen is None:
             probe = next(iter(final.batches(RUN)))
