@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from onnxcomp import metrics
 from onnxcomp.errors import DataError, OptionError
-from onnxcomp.metrics import METRICS, Arrays, Metric, Predict, Score, StreamedMetric, UserMetric, parse_metric
+from onnxcomp.metrics import METRICS, Metric, Predict, Score, StreamedMetric, UserMetric, parse_metric
+from onnxcomp.scoring import Arrays
 
 Floats = NDArray[np.float64]
 

@@ -1,96 +1,41 @@
-"""How far a metric measured on few samples can be trusted: percentile bootstrap (Efron and Tibshirani 1993, ch. 13)."""
+"""How far a figure measured on few samples can be trusted: percentile bootstrap (Efron 1979)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxcomp.errors import DataError
+FloatArray = NDArray[np.float64]
+Interval = tuple[float, float]
+
+_RESAMPLES = 1000
+_LARGEST_RESAMPLE = 1000
 
 
-@dataclass(frozen=True)
-class Interval:
-    """A statistic with its confidence interval.
+def bootstrap_interval(rows: FloatArray, statistic: Callable[[FloatArray], FloatArray]) -> Interval | None:
+    """95% percentile interval of a function of the mean row.
 
-    Attributes:
-        value: the statistic of all samples.
-        low: lower end of the interval.
-        high: upper end of the interval.
-    """
-
-    value: float
-    low: float
-    high: float
-
-
-def bootstrap_interval(
-    values: NDArray[Any],
-    statistic: Callable[[NDArray[Any]], float],
-    seed: int,
-    level: float = 0.95,
-    resamples: int = 1000,
-) -> Interval:
-    """The percentile bootstrap interval of a statistic.
-
-    Not scipy.stats.bootstrap: that resamples along one axis of numbers, while the samples here may be rows, such as
-    pairs to correlate, and may repeat one value.
+    Above 1,000 samples, random groups of equal size are resampled in place of samples: their mean has the same mean
+    and variance, so the interval is the same at a fixed cost. Resamples are drawn as counts, so that each mean is one
+    row of a matrix product; scipy.stats.bootstrap would call the statistic on whole resamples.
 
     Args:
-        values: (samples, ...) drawn from with replacement along the first axis.
-        statistic: from (samples, ...) to a number; it may be NaN for a resample, which then does not count.
-        seed: the same seed gives the same interval.
-        level: coverage, 0.95 for 95%.
-        resamples: how often to draw.
+        rows: (samples, ...), drawn along the first axis.
+        statistic: from mean rows (resamples, ...) to values (resamples,). Values that are not finite do not count.
 
-    Raises:
-        DataError: there are no samples.
+    Returns:
+        Both ends, the same for the same rows; None for fewer than two samples, rows that are not finite, or a
+        statistic that never is.
     """
-    samples = len(values)
-    if not samples:
-        raise DataError("a metric has no samples", remedy="give evaluation data that hold at least one sample")
-    generator = np.random.default_rng(seed)
-    drawn = [statistic(values[generator.integers(samples, size=samples)]) for _ in range(resamples)]
-    value = float(statistic(values))
-    known = np.asarray(drawn, np.float64)[~np.isnan(drawn)]
-    if not known.size:
-        return Interval(value, value, value)
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
-
-
-def paired_difference(
-    first: NDArray[Any],
-    second: NDArray[Any],
-    statistic: Callable[[NDArray[Any]], float],
-    seed: int,
-    level: float = 0.95,
-    resamples: int = 1000,
-) -> Interval:
-    """The interval of statistic(first) - statistic(second) when both saw the same samples.
-
-    Each resample draws the same samples for both, so that what they share cancels: for two variants of one model the
-    interval is far narrower than that of either.
-
-    Args:
-        first: (samples, ...) values of the one.
-        second: (samples, ...) values of the other, in the same order.
-        statistic: from (samples, ...) to a number.
-        seed: the same seed gives the same interval.
-        level: coverage, 0.95 for 95%.
-        resamples: how often to draw.
-
-    Raises:
-        DataError: there are no samples, or not as many of both.
-    """
-    if len(first) != len(second):
-        raise DataError(
-            f"{len(first)} samples cannot be paired with {len(second)}",
-            remedy="evaluate both models on the same data",
-        )
-
-    def difference(chosen: NDArray[Any]) -> float:
-        return statistic(first[chosen]) - statistic(second[chosen])
-
-    return bootstrap_interval(np.arange(len(first)), difference, seed, level, resamples)
+    if len(rows) < 2 or not np.isfinite(rows).all():
+        return None
+    random = np.random.default_rng(0)
+    size = -(-len(rows) // _LARGEST_RESAMPLE)
+    groups = len(rows) // size
+    order = random.permutation(len(rows))[: groups * size]
+    grouped = rows[order].reshape(groups, size, *rows.shape[1:]).mean(1)
+    counts = random.multinomial(groups, np.full(groups, 1 / groups), _RESAMPLES)
+    with np.errstate(all="ignore"):
+        values = statistic(np.tensordot(counts, grouped, 1) / groups)
+    finite = values[np.isfinite(values)]
+    return (float(np.quantile(finite, 0.025)), float(np.quantile(finite, 0.975))) if finite.size else None
