@@ -103,7 +103,12 @@ def _faces(folder: Path) -> Case:
     def same_faces(predict: Callable[[Feeds], Mapping[str, NDArray[Any]]]) -> float:
         """Share of photographs on which the faces match one to one."""
         return float(
-            np.mean([matches(want, faces(predict({"input": photo[None]}))) for want, photo in zip(expected, photographs, strict=True)])
+            np.mean(
+                [
+                    matches(want, faces(predict({"input": photo[None]})))
+                    for want, photo in zip(expected, photographs, strict=True)
+                ]
+            )
         )
 
     return Case(
@@ -126,7 +131,7 @@ def faces(outputs: Mapping[str, NDArray[Any]], threshold: float = 0.7, overlap: 
     for index in order:
         if all(intersection_over_union(boxes[index], boxes[other]) <= overlap for other in kept):
             kept.append(int(index))
-    return boxes[kept].astype(np.float64)
+    return np.asarray(boxes[kept], np.float64)
 
 
 def intersection_over_union(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -152,19 +157,23 @@ def matches(expected: NDArray[np.float64], actual: NDArray[np.float64], overlap:
 
 def peers(model: Path, case: Case, calib: Path, folder: Path) -> dict[str, Path]:
     """ONNX Runtime's own quantizers at their best published settings; those that fail or do not load are left out."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             data = np.load(calib)
             names = [name for name in case.feeds(1)]
             size = 64 if len(case.batches) > 1 else 1
-            self._items = iter(
-                [{n: data[n][i : i + size] for n in names} for i in range(0, len(data[names[0]]), size)]
-            )
+            self._items = iter([{n: data[n][i : i + size] for n in names} for i in range(0, len(data[names[0]]), size)])
 
-        def get_next(self) -> Feeds | None:
+        def get_next(self) -> Any:
             return next(self._items, None)
 
     ready = folder / f"{case.name}.ready.onnx"

@@ -32,7 +32,9 @@ def _time(source: Path, folder: Path) -> None:
         passes = min(_forward(source / f"{name}.onnx", images) for _ in range(3))
         plain = ("--no-gptq", "--no-polish", "--no-bias-correction", "--no-equalize", "--no-smooth")
         for what, switches in (("range methods alone", plain), ("with Gram-based steps", ())):
-            seconds = min(_quantize(source / f"{name}.onnx", source / "cifar10_calib.npz", folder, switches)[0] for _ in range(2))
+            seconds = min(
+                _quantize(source / f"{name}.onnx", source / "cifar10_calib.npz", folder, switches)[0] for _ in range(2)
+            )
             rows.append(
                 {
                     "model": name,
@@ -53,7 +55,10 @@ def _memory(source: Path, folder: Path) -> None:
         for samples in (128, 1024, 4096):
             calib = folder / f"calib{samples}.npz"
             np.savez(calib, input=np.resize(images, (samples, *images.shape[1:])))
-            for what, switches in (("range methods alone", ("--no-gptq", "--no-polish", "--no-bias-correction")), ("all", ())):
+            for what, switches in (
+                ("range methods alone", ("--no-gptq", "--no-polish", "--no-bias-correction")),
+                ("all", ()),
+            ):
                 _, peak = _quantize(source / f"{name}.onnx", calib, folder, switches)
                 rows.append({"model": name, "samples": samples, "steps": what, "peak memory, MB": round(peak / 1e6)})
     show("Peak memory of static quantization", rows)

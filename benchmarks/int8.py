@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.common import cases, peers, scratch, show, table
 from onnxcomp import model as models
-from onnxcomp.optimize import Effort, optimize
+from onnxcomp.optimizer import Effort, optimize
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.runtime import Target
 

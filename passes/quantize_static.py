@@ -13,8 +13,8 @@ Networks for Efficient Integer-Arithmetic-Only Inference".) Rules:
 4. What feeds a Softmax stays in float: masks reach -3e38 there, and scores want the resolution.
 5. A MatMul or Gemm whose output nothing quantized reads gives float.
 
-TensorRT fuses by other rules: pairs go in front of layers and residual sums only, int8 with zero point 0, and biases stay
-in float (`inputs_only`).
+TensorRT fuses by other rules: pairs go in front of layers and residual sums only, int8 with zero point 0, and biases
+stay in float (`inputs_only`).
 """
 
 from collections import defaultdict
@@ -72,8 +72,8 @@ class QuantizeStatic(Pass):
         signed: int8 activations instead of uint8. On x86 CPUs ONNX Runtime has fast kernels for uint8 only.
         weight_bits: 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
         rounding: how weights are rounded.
-        inputs_only: pairs in front of layers and residual sums only, as TensorRT wants them, instead of around everything
-            that ONNX Runtime computes or moves in integers.
+        inputs_only: pairs in front of layers and residual sums only, as TensorRT wants them, instead of around
+            everything that ONNX Runtime computes or moves in integers.
         keep: names of the nodes that stay in float.
     """
 
