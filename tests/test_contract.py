@@ -117,11 +117,9 @@ def test_models_that_do_not_run_are_refused_or_treated(technique: str, name: str
     assert models.to_bytes(case(name).model) == before
 
 
-@every_pass
+@pytest.mark.parametrize("technique", sorted(PASSES.keys() - {"simplify"}))  # clean-up keeps every function as it is
 def test_excluded_nodes_stay_as_they_are(technique: str) -> None:
     context = dataclasses.replace(case("resnet").context, exclude=re.compile("."))
-    if technique == "simplify":
-        pytest.skip("clean-up changes no function, so nothing needs to be kept from it")
     outcome = PASSES[technique]()(case("resnet").model, context)
     assert not outcome.modified
 
@@ -129,7 +127,7 @@ def test_excluded_nodes_stay_as_they_are(technique: str) -> None:
 @every_pass
 def test_without_data_a_pass_works_or_says_why_not(technique: str) -> None:
     outcome = made(technique, "resnet")(case("resnet").model, Context())
-    assert outcome.modified or any("data" in skip.reason or skip.reason for skip in outcome.skips)
+    assert outcome.modified or outcome.skips
     Session(outcome.model).run(case("resnet").feeds)
 
 
