@@ -60,7 +60,9 @@ def unequal(expected: Any, actual: Any) -> str | None:
     if expected.shape != actual.shape or expected.dtype != actual.dtype:
         return f"is {actual.dtype}{list(actual.shape)}, not {expected.dtype}{list(expected.shape)}"
     if expected.dtype.name not in TOLERANCE or expected.size == 0:
-        return None if np.array_equal(expected, actual) else "differs"
+        if expected.dtype.kind == "V":  # float8 and the like, where NaN is to equal NaN
+            expected, actual = expected.astype(np.float64), actual.astype(np.float64)
+        return None if np.array_equal(expected, actual, equal_nan=expected.dtype.kind == "f") else "differs"
     a, b = (np.asarray(v, np.complex128 if expected.dtype.kind == "c" else np.float64) for v in (expected, actual))
     finite = np.isfinite(a)
     if not np.array_equal(a[~finite], b[~finite], equal_nan=True):

@@ -1,7 +1,9 @@
 """The one door to ONNX Runtime: sessions, execution providers, timing and profiles."""
 
+import ctypes
 import gc
 import json
+import re
 import statistics
 import tempfile
 import time
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -23,6 +26,7 @@ Feeds = Mapping[str, NDArray[np.generic]]
 
 VERSION: str = ort.__version__
 
+_NUMPY_TYPES = {ir.DataType.from_numpy(np.dtype(kind)) for kind in "?bBhHiIlLefdFD"} | {ir.DataType.STRING}
 _SUFFIX = "ExecutionProvider"
 _SILENT = 4
 ort.set_default_logger_severity(_SILENT)
@@ -114,6 +118,8 @@ class Session:
             )
         self.outputs = tuple(value.name for value in self._session.get_outputs())
         self.inputs = tuple(value.name for value in self._session.get_inputs())
+        types = {value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self._unknown_to_numpy = any(re.fullmatch(r"tensor\((bfloat|float[48]|u?int[24]\b).*", kind) for kind in types)
 
     def _source(self, model: ir.Model | str | Path) -> bytes | str:
         if not isinstance(model, ir.Model):
@@ -134,6 +140,9 @@ class Session:
         """
         wanted = list(self.outputs if names is None else names)
         try:
+            if self._unknown_to_numpy:
+                values = {name: _to_ort(np.asarray(array)) for name, array in feeds.items()}
+                return dict(zip(wanted, map(_from_ort, self._session.run_with_ort_values(wanted, values)), strict=True))
             return dict(zip(wanted, self._session.run(wanted, dict(feeds)), strict=True))
         except Exception as error:
             raise OnnxcompError(
@@ -153,6 +162,27 @@ class Session:
                 shapes = [shape for output in details.get("output_type_shape", ()) for shape in output.values()]
                 facts[name] = (details["op_name"], int(np.prod(shapes[0])) if shapes else 0)
         return {name: NodeTime(*facts[name], statistics.median(values)) for name, values in times.items()}
+
+
+def _to_ort(array: NDArray[np.generic]) -> ort.OrtValue:
+    """An input, also of types that only ml_dtypes has: ONNX Runtime takes their bytes, with the type beside them."""
+    if array.dtype.isbuiltin == 1:
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    raw = np.frombuffer(ir.tensor(array).tobytes(), np.uint8)
+    # The shape is read off the carrier: elements of less than a byte fill only the front of theirs.
+    carrier = np.zeros(array.shape, f"u{array.itemsize}")
+    carrier.reshape(-1).view(np.uint8)[: raw.size] = raw
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(carrier, ir.DataType.from_numpy(array.dtype))
+
+
+def _from_ort(value: ort.OrtValue) -> NDArray[np.generic]:
+    """An output, of whatever type."""
+    if not value.is_tensor() or value.element_type() in _NUMPY_TYPES:
+        array: NDArray[np.generic] = value.numpy()
+        return array
+    raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    tensor = onnx.TensorProto(dims=value.shape(), data_type=value.element_type(), raw_data=raw)
+    return ir.from_proto(tensor).numpy()
 
 
 @dataclass(frozen=True)

@@ -210,3 +210,20 @@ def test_garbage_is_collected_again_afterwards(resnet: ir.Model) -> None:
 def test_a_protocol_says_how_it_measures() -> None:
     assert str(Protocol(block=25)) == "medians over alternating blocks of 25 consecutive runs, after warm-up"
     assert "single runs" in str(Protocol(cold=True))
+
+
+# Types that numpy lacks
+
+
+@pytest.mark.parametrize("dtype", [ir.DataType.BFLOAT16, ir.DataType.FLOAT8E5M2, ir.DataType.INT4, ir.DataType.UINT2])
+def test_types_without_a_numpy_dtype_are_fed_and_fetched(dtype: ir.DataType) -> None:
+    x = ir.val("x", dtype, [1, 3])
+    there = ir.node("Cast", [x], {"to": ir.DataType.FLOAT})
+    back = ir.node("Cast", there.outputs, {"to": dtype})
+    for value, name, kind in ((there.outputs[0], "float", ir.DataType.FLOAT), (back.outputs[0], "y", dtype)):
+        value.name, value.dtype, value.shape = name, kind, x.shape
+    model = ir.Model(ir.Graph([x], back.outputs, nodes=[there, back], opset_imports={"": 25}), ir_version=13)
+    fed = np.array([[0, 1, 3]]).astype(dtype.numpy())
+    fetched = Session(model).run({"x": fed})["y"]
+    assert fetched.dtype == fed.dtype
+    assert fetched.astype(int).tolist() == [[0, 1, 3]]
