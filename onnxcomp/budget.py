@@ -30,11 +30,6 @@ class Budget:
         limits = [limit for limit in (self.max_size, share) if limit is not None]
         return min(limits, default=None)
 
-    @property
-    def wants_less(self) -> bool:
-        """Whether there is a limit on latency or size."""
-        return any(v is not None for v in (self.max_latency, self.min_speedup, self.max_size, self.max_size_share))
-
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -1,7 +1,6 @@
 """The commands `simplify` and `quantize`: from a model to another by a fixed list of passes, with the proof."""
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -11,14 +10,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import metrics, runtime
+from onnxcomp import metrics
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
-from onnxcomp.core import Context, Pass, no_progress
+from onnxcomp.core import Context, Pass, no_progress, node_pattern
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import BudgetError, ModelError, OptionError
 from onnxcomp.layers import refuse_broken_weights
-from onnxcomp.measure import SCORING_ROWS, circumstances, file_size, usual_metric
+from onnxcomp.measure import circumstances, file_size, paced, side_by_side, usual_metric
 from onnxcomp.model import ModelSource
 from onnxcomp.passes.convert_float import ConvertFloat, Float
 from onnxcomp.passes.equalize import Equalize
@@ -163,7 +162,7 @@ def quantize(
     learn = None if calib is None else open_dataset(calib, specs, images)
     proof = None if evaluation is None else open_dataset(evaluation, specs, images)
     chosen = metrics.parse_metric(metric) if metric else None
-    context = Context(learn, target, batch, seed, memory, _pattern(exclude), progress)
+    context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress)
     return work.run(passes, context, proof, chosen, max_drop, best_effort)
 
 
@@ -184,13 +183,6 @@ def _passes(
             return [QuantizeWeights(bits=4, rounding=rounding)]
         case Scheme.FP16 | Scheme.BF16:
             return [ConvertFloat(Float(scheme.value))]
-
-
-def _pattern(exclude: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if exclude is None else re.compile(exclude)
-    except re.error as error:
-        raise OptionError(f"'{exclude}' is not a regular expression: {error}", remedy="mend --exclude") from error
 
 
 class _Conversion:
@@ -236,11 +228,12 @@ class _Conversion:
             steps.append(Step(repr(technique), outcome.changes, outcome.skips))
         fingerprint = models.fingerprint(self._source)
         made = stamped(current, steps, fingerprint)
-        before, after = Figures(file_size(self._source, self.model)), Figures(file_size(made, made))
-        protocol, name, data, notes = _PROTOCOL, "", "nothing was measured", []
+        sizes = file_size(self._source, self.model), file_size(made, made)
+        before, after = (Figures(size) for size in sizes)
+        protocol, name, data, notes = str(_PROTOCOL), "", "nothing was measured", []
         try:
             loss = _Loss.of(self.model, context, proof, metric)
-            before, after = loss.measure(self.model, made, before, after, context, protocol)
+            before, after, protocol = loss.measure(self.model, made, sizes, context)
             name, data, notes = loss.metric.name, loss.description, loss.notes(after)
         except ModelError:
             if any(models.spec_of(value) is None for value in models.free_inputs(self.model)):
@@ -255,7 +248,7 @@ class _Conversion:
             output=None if self._output is None else str(self._output),
             fingerprint=fingerprint,
             environment=self._environment | {"seed": context.seed},
-            protocol=str(protocol),
+            protocol=protocol,
             metric=name,
             data=data,
             budget=Budget(max_drop=max_drop),
@@ -308,21 +301,13 @@ class _Loss:
         return cls(metric, data, f"{metric.name} ({reason}) on {len(data)} samples of {data.origin}{where}", invented)
 
     def measure(
-        self, original: ir.Model, made: ir.Model, before: Figures, after: Figures, context: Context, protocol: Protocol
-    ) -> tuple[Figures, Figures]:
-        """Both models' figures, from sizes alone to latency and score."""
-        sessions = [Session(model, context.target) for model in (original, made)]
+        self, original: ir.Model, made: ir.Model, sizes: tuple[int, int], context: Context
+    ) -> tuple[Figures, Figures, str]:
+        """Both models' figures, and how latency was measured."""
+        sessions = Session(original, context.target), Session(made, context.target)
         feeds = next(iter(self.data.batches(context.batch))).feeds
-        timings = runtime.compare(sessions, feeds, protocol)
-        baseline, score = (
-            metrics.evaluate(self.metric, session.run, self.data, sessions[0].run, SCORING_ROWS) for session in sessions
-        )
-        drops = 0.0, metrics.compare(baseline, score).value
-        first, second = (
-            Figures(figures.size, time.median, (time.low, time.high), time.speedup, score.value, score.interval, drop)
-            for figures, time, score, drop in zip((before, after), timings, (baseline, score), drops, strict=True)
-        )
-        return first, second
+        protocol = paced(_PROTOCOL, sessions[0], feeds)
+        return *side_by_side(sessions, sizes, feeds, protocol, self.metric, self.data), str(protocol)
 
     def notes(self, result: Figures) -> list[str]:
         """What the figures do not say by themselves."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from onnxcomp.errors import OnnxcompError
+from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.model import all_nodes, free_inputs, input_specs, spec_of, vocabularies
 from onnxcomp.runtime import Target
 from onnxcomp.samples import Dataset, Feeds
@@ -53,6 +53,18 @@ class Outcome:
     def modified(self) -> bool:
         """Whether anything changed."""
         return bool(self.changes)
+
+
+def node_pattern(text: str | None) -> re.Pattern[str] | None:
+    """The nodes to leave alone, as a user writes them.
+
+    Raises:
+        OptionError: not a regular expression.
+    """
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise OptionError(f"'{text}' is not a regular expression: {error}", remedy="mend --exclude") from error
 
 
 def no_progress(done: int, total: int, what: str) -> None:

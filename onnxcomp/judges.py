@@ -1,7 +1,6 @@
 """The data in their roles: what techniques learn from, what judges candidates, what scores the result once."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,31 +8,38 @@ import onnx_ir as ir
 
 from onnxcomp import metrics
 from onnxcomp import model as models
-from onnxcomp.data import ImageOptions, open_dataset, split
+from onnxcomp.data import SMALLEST_SPLIT, ImageOptions, Split, open_dataset, split
+from onnxcomp.measure import SCORING_ROWS, usual_metric
 from onnxcomp.runtime import Session
-from onnxcomp.samples import Dataset
+from onnxcomp.samples import Batch, Dataset
 from onnxcomp.synthetic import synthetic
 
-RUN = 16
-"""Samples per run when judging; some ONNX Runtime kernels differ by batch, so neither 1 nor hundreds."""
 
-
-@dataclass
+@dataclass(frozen=True)
 class Judges:
-    """The data in their three roles, and what they are scored with."""
+    """The data in their three roles, and what they are scored with.
+
+    Attributes:
+        tune: what techniques may learn from; None where all data are made up.
+        judge: what the search sees.
+        final: what the result is scored on.
+        metric: what is scored.
+        description: metric and samples in words.
+        notes: what the user should know about them.
+    """
 
     tune: Dataset | None
     judge: Dataset
     final: Dataset
     metric: metrics.Metric
     description: str
-    notes: list[str] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
         cls,
         model: ir.Model,
-        specs: Sequence[models.TensorSpec],
+        original: Session,
         calib: Any,
         evaluation: Any,
         metric: str | None,
@@ -45,58 +51,72 @@ class Judges:
 
         Args:
             model: the original.
-            specs: its inputs.
-            calib: data to learn from, or None.
+            original: the same, loaded.
+            calib: data to learn from, or None: then a part of `evaluation`.
             evaluation: data to judge on, or None: then a part of `calib`.
             metric: as the user wrote it, or None for the default.
             images: how image files become inputs.
             seed: of the split.
             most: samples that judge candidates; None for all.
+
+        Raises:
+            InputError: data or metric cannot be used.
         """
-        notes: list[str] = []
         chosen = metrics.parse_metric(metric) if metric else None
+        specs = models.input_specs(model)
         learn = None if calib is None else open_dataset(calib, specs, images)
         proof = None if evaluation is None else open_dataset(evaluation, specs, images)
-        if learn is not None and proof is not None:
-            half = split(proof, seed)
-            whole = half.shared
-            final = proof if whole else proof.select(_complement(len(proof), seed))
-            judge = proof if whole else proof.select(set(range(len(proof))) - set(_complement(len(proof), seed)))
-            tune: Dataset | None = learn
-        elif learn is not None and isinstance(chosen, metrics.UserMetric):
-            tune = judge = final = learn  # the metric brings its own data, so all of these can be learnt from
-            whole = True
-        elif learn is not None or proof is not None:
-            parts = split(learn if learn is not None else proof, seed)  # type: ignore[arg-type]
-            tune, judge, final, whole = parts.tune, parts.judge, parts.final, parts.shared
-        else:
-            tune, whole = None, True
-            judge = final = synthetic(specs, RUN, seed, models.vocabularies(model))
+        notes: list[str] = []
+        tune: Dataset | None
+        if learn is None and proof is None:
+            judge = final = synthetic(specs, SCORING_ROWS, seed, models.vocabularies(model))
+            tune = None
             notes.append(
                 "No data were given: errors are measured on made-up inputs and say little about real ones, and "
                 "techniques that need data stay off. Give --calib and --eval."
             )
+        else:
+            parts = _deal(learn, proof, seed)
+            tune, judge, final = parts.tune, parts.judge, parts.final
+            if parts.shared:
+                notes.append("Errors are measured on the samples that techniques learn from, and flattered: give more.")
+            elif learn is None:
+                notes.append("Half of the evaluation data is used to calibrate, as there is no --calib.")
         reason = "as asked"
         if chosen is None:
-            probe = next(iter(final.batches(RUN)))
-            chosen, reason = metrics.default_metric(probe.targets, Session(model).run(probe.feeds))
+            chosen, reason = usual_metric(original, final)
         if isinstance(chosen, metrics.UserMetric):
             description = f"{chosen.name}, called whole (judge = final)"
+        elif judge is final:
+            description = f"{chosen.name} ({reason}) on {len(final)} samples, too few to split (judge = final)"
         else:
-            if most is not None and len(judge) > most and not whole:
+            if most is not None and len(judge) > most:
                 judge = judge.select(np.random.default_rng(seed).permutation(len(judge))[:most].tolist())
-            same = f"{len(final)} samples, too few to split (judge = final)"
-            description = f"{chosen.name} ({reason}) on " + (
-                same if whole else f"{len(final)} samples held out from the search, which judged on {len(judge)} others"
+            description = (
+                f"{chosen.name} ({reason}) on {len(final)} samples held out from the search, "
+                f"which judged on {len(judge)} others"
             )
-        return cls(tune, judge, final, chosen, description, notes)
+        return cls(tune, judge, final, chosen, description, tuple(notes))
 
     def score(self, session: Session, reference: Session, *, final: bool = False) -> metrics.Score:
         """Score a model on the judge's data, or on the final ones."""
         data = self.final if final else self.judge
-        return metrics.evaluate(self.metric, session.run, data, reference.run, RUN)
+        return metrics.evaluate(self.metric, session.run, data, reference.run, SCORING_ROWS)
+
+    def run_of(self, rows: int) -> Batch:
+        """One run to measure latency on, of that many rows where model and data allow; few samples are repeated."""
+        data = self.judge if self.tune is None else self.tune
+        return next(iter(data.select(row % len(data) for row in range(rows)).batches(rows)))
 
 
-def _complement(count: int, seed: int) -> list[int]:
-    """Half of the samples, drawn at random."""
-    return sorted(np.random.default_rng(seed).permutation(count)[: count // 2].tolist())
+def _deal(learn: Dataset | None, proof: Dataset | None, seed: int) -> Split:
+    """Deal out one dataset, or keep one to learn from and halve the other; what is too small serves in every role."""
+    if learn is not None and proof is not None:
+        if len(proof) < SMALLEST_SPLIT:
+            return Split(learn, proof, proof)
+        order = np.random.default_rng(seed).permutation(len(proof)).tolist()
+        half = len(order) // 2
+        return Split(learn, proof.select(order[half:]), proof.select(order[:half]))
+    only = proof if learn is None else learn
+    assert only is not None
+    return split(only, seed)

@@ -1,9 +1,10 @@
 """The commands `bench` and `eval`: models timed and scored side by side."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,8 +19,8 @@ from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import DataError, ModelError, OptionError
 from onnxcomp.footprint import Footprint, footprint
 from onnxcomp.model import ModelSource
-from onnxcomp.report import Benchmark, Evaluation, Quality, Speed, Spread, environment, source_name
-from onnxcomp.runtime import Protocol, Session, Target
+from onnxcomp.report import Benchmark, Evaluation, Figures, Quality, Speed, Spread, environment, source_name
+from onnxcomp.runtime import Feeds, Protocol, Session, Target
 from onnxcomp.samples import Batch, Dataset
 from onnxcomp.synthetic import synthetic
 
@@ -239,6 +240,50 @@ def file_size(source: ModelSource, model: ir.Model) -> int:
         files = {Path(tensor.path) for tensor in stored if isinstance(tensor, ir.ExternalTensor)}
         return sum(file.stat().st_size for file in {Path(source), *files})
     return len(source) if isinstance(source, bytes) else models.file_bytes(model)
+
+
+_LONGEST_BLOCK = 2.0
+"""Seconds. A model whose runs take a tenth of that and more evicts its own caches, however many follow each other."""
+
+
+def paced(protocol: Protocol, session: Session, feeds: Feeds) -> Protocol:
+    """The protocol with blocks that a slow model can get through; runs it once."""
+    start = time.perf_counter()
+    session.run(feeds)
+    runs = int(_LONGEST_BLOCK / max(time.perf_counter() - start, 1e-9))
+    if runs >= protocol.block:
+        return protocol
+    return replace(protocol, block=max(1, runs), warmup=max(1, min(runs, protocol.warmup)))
+
+
+def side_by_side(
+    sessions: tuple[Session, Session],
+    sizes: tuple[int, int],
+    feeds: Feeds,
+    protocol: Protocol,
+    metric: metrics.Metric,
+    data: Dataset,
+) -> tuple[Figures, Figures]:
+    """Latency and score of a model and of what was made of it.
+
+    Args:
+        sessions: the original first.
+        sizes: their bytes.
+        feeds: one run, for latency.
+        protocol: how latency is measured.
+        metric: what is scored.
+        data: on which samples.
+    """
+    timings = runtime.compare(sessions, feeds, protocol)
+    baseline, score = (
+        metrics.evaluate(metric, session.run, data, sessions[0].run, SCORING_ROWS) for session in sessions
+    )
+    drops = 0.0, metrics.compare(baseline, score).value
+    before, after = (
+        Figures(size, timing.median, (timing.low, timing.high), timing.speedup, score.value, score.interval, drop)
+        for size, timing, score, drop in zip(sizes, timings, (baseline, score), drops, strict=True)
+    )
+    return before, after
 
 
 def usual_metric(session: Session, data: Dataset) -> tuple[metrics.Metric, str]:

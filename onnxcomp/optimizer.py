@@ -5,22 +5,24 @@ the original, and written.
 """
 
 import os
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from onnxcomp import metrics, runtime
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
-from onnxcomp.core import Context, no_progress
+from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
+from onnxcomp.core import Context, Pass, no_progress, node_pattern
 from onnxcomp.data import ImageOptions
-from onnxcomp.errors import BudgetError, OptionError
+from onnxcomp.errors import BudgetError
 from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
+from onnxcomp.measure import circumstances, file_size, paced, side_by_side
+from onnxcomp.passes.simplify import Simplify
 from onnxcomp.registry import GROUPS, resolve
-from onnxcomp.report import Figures, Report, Result, Trial, environment, source_name, stamped
+from onnxcomp.report import Report, Result, Trial, source_name, stamped
 from onnxcomp.runtime import Protocol, Session, Target
-from onnxcomp.search import NOISE, Candidate, Effort, Search
+from onnxcomp.search import Search
 
 __all__ = ["Effort", "Result", "optimize"]
 
@@ -82,21 +84,26 @@ def optimize(
     """
     if output is not None and not dry_run:
         models.check_target(output, overwrite=overwrite, inputs=(source,))
-    if batch < 1:
-        raise OptionError(f"a batch of {batch} is not possible", remedy="--batch 1 or more")
+    about = circumstances(target, batch)
     allowed = resolve(passes if passes is not None else ["simplify", *GROUPS])
-    pattern = _pattern(exclude)
-    target.providers  # noqa: B018 - refuse a provider that is not there before any work
+    pattern = node_pattern(exclude)
     model = models.load(source)
     refuse_broken_weights(model)
-    judges = Judges.of(model, models.input_specs(model), calib, evaluation, metric, images, seed, effort.judged)
+    original = Session(model, target)
+    judges = Judges.of(model, original, calib, evaluation, metric, images, seed, effort.judged)
     context = Context(judges.tune, target, batch, seed, memory, pattern, progress)
-    search = Search(model, context, judges, budget, effort, allowed, keep_overridable)
+    prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
+    bench = Workbench(model, original, context, judges, effort, prefix)
+    size = file_size(source, model)
+    search = Search(bench, budget, effort, allowed, size)
+    about |= {"batch": bench.rows, "seed": seed}
+    proof = _Proof(bench, search, size, source, models.fingerprint(source), budget, output, about)
     best = search.run()
-    result = _prove(search, best, source, output)
-    while best.passes and not search.holds(result.report.result.drop):
-        best = search.more_careful(best)
-        result = _prove(search, best, source, output)
+    result = proof.of(best)
+    for fallback in search.fallbacks(best):
+        if search.holds(result.report.result.drop):
+            break
+        result = proof.of(fallback)
     if not result.report.met and not best_effort:
         error = BudgetError(
             "no result within the budget: " + "; ".join(result.report.unmet),
@@ -110,53 +117,59 @@ def optimize(
     return result
 
 
-def _pattern(exclude: str | None) -> re.Pattern[str] | None:
-    try:
-        return None if exclude is None else re.compile(exclude)
-    except re.error as error:
-        raise OptionError(f"--exclude '{exclude}' is not a regular expression: {error}") from error
+@dataclass(frozen=True)
+class _Proof:
+    """Scores on the final data, times beside the original, and puts the recipe into the model."""
 
+    bench: Workbench
+    search: Search
+    size: int
+    source: models.ModelSource
+    fingerprint: str
+    budget: Budget
+    output: str | os.PathLike[str] | None
+    about: Mapping[str, str | int]
 
-def _prove(
-    search: Search, best: Candidate, source: models.ModelSource, output: str | os.PathLike[str] | None
-) -> Result:
-    """Score on the final data, time beside the original, and put the recipe into the model."""
-    context, judges = search.context, search.judges
-    best.verdict = "chosen"
-    fingerprint = models.fingerprint(source)
-    model = stamped(best.model, best.steps, fingerprint)
-    session = Session(model, context.target)
-    before, after = runtime.compare([search.original, session], search.feeds, _PROOF)
-    baseline = judges.score(search.original, search.original, final=True)
-    score = judges.score(session, search.original, final=True)
-    original = Figures(
-        search.original_bytes, before.median, (before.low, before.high), 1.0, baseline.value, baseline.interval, 0.0
-    )
-    result = Figures(
-        models.file_bytes(model), after.median, (after.low, after.high), after.speedup,
-        score.value, score.interval, metrics.compare(baseline, score).value,
-    )  # fmt: skip
-    notes = list(judges.notes)
-    if not best.passes:
-        notes.append("No quantization was both faster and within the budget: the cleaned-up model is the result.")
-    if after.speedup < 1 - NOISE:
-        notes.append("The result is slower than the original on this target.")
-    unmet = search.unmet(result)
-    report = Report(
-        source=source_name(source),
-        output=None if output is None else str(output),
-        fingerprint=fingerprint,
-        environment=environment(context.target, context.batch, context.seed),
-        protocol=str(_PROOF),
-        metric=judges.metric.name,
-        data=judges.description,
-        budget=search.budget,
-        met=not unmet,
-        unmet=tuple(unmet),
-        original=original,
-        result=result,
-        steps=best.steps,
-        trials=tuple(Trial(trial.name, trial.figures(), trial.verdict) for trial in search.trials),
-        notes=tuple(notes),
-    )
-    return Result(model, report)
+    def of(self, best: Candidate) -> Result:
+        """The candidate as a result."""
+        bench, judges = self.bench, self.bench.judges
+        best.verdict = "chosen"
+        model = stamped(best.model, best.steps, self.fingerprint)
+        sessions = bench.original, Session(model, bench.context.target)
+        sizes = self.size, models.file_bytes(model)
+        feeds = bench.batch.feeds
+        protocol = paced(_PROOF, bench.original, feeds)
+        before, after = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final)
+        unmet = self.search.unmet(after)
+        report = Report(
+            source=source_name(self.source),
+            output=None if self.output is None else str(self.output),
+            fingerprint=self.fingerprint,
+            environment=self.about,
+            protocol=str(protocol),
+            metric=judges.metric.name,
+            data=judges.description,
+            budget=self.budget,
+            met=not unmet,
+            unmet=tuple(unmet),
+            original=before,
+            result=after,
+            steps=best.steps,
+            trials=tuple(Trial(trial.name, trial.figures(), trial.verdict) for trial in bench.trials),
+            notes=(*judges.notes, *self._notes(best, after.speedup or 0.0, after.size)),
+        )
+        return Result(model, report)
+
+    def _notes(self, best: Candidate, speedup: float, size: int) -> list[str]:
+        notes = []
+        if self.bench.rows != self.bench.context.batch:
+            notes.append(f"Runs have {self.bench.rows} rows: the model or its data fix that.")
+        if not best.passes and self.search.drafted:
+            notes.append("No quantization was both faster and within the budget: the cleaned-up model is the result.")
+        elif not best.passes and self.search.allows_more:
+            notes.append("Nothing here can be quantized for this target: the cleaned-up model is the result.")
+        if speedup < 1 - NOISE:
+            notes.append("The result is slower than the original on this target.")
+        elif size > self.size and speedup < 1 + NOISE:
+            notes.append("The result is larger than the original, and not faster.")
+        return notes

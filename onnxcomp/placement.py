@@ -6,12 +6,15 @@ the arc from the source pays a node's float time, cutting the arc to the sink it
 produced in one world and read in the other pays its conversion once, however many read it.
 """
 
+import math
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
@@ -19,7 +22,8 @@ from onnxcomp.graph import single_consumer
 from onnxcomp.runtime import Feeds, NodeTime, Session, Target
 
 _NEVER = 2**30
-_NANOSECONDS = 1000
+_LARGEST_SUM = 2**29
+_FINEST = 1000.0
 _DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed)+$")
 _BLOCK = 5
 _CONVERSION_SIZES = (1_000, 10_000, 100_000, 1_000_000)
@@ -60,14 +64,26 @@ class Profile:
     elements: Mapping[str, int]
 
 
-def profiles(models: Sequence[ir.Model], target: Target, feeds: Feeds, rounds: int = 8) -> list[Profile]:
+def profiles(
+    models: Sequence[ir.Model], target: Target, feeds: Feeds, rounds: int = 8, seconds: float = 20.0
+) -> list[Profile]:
     """Profile models in turn, so that a drift of the machine's speed hits all alike.
 
     ONNX Runtime renames what it fuses or moves to another layout; names are traced back through its suffixes and
     through the outputs that a fused node writes.
+
+    Args:
+        models: with names on their nodes.
+        target: where to run.
+        feeds: one run.
+        rounds: turns, at most.
+        seconds: begin no other turn after this long.
     """
     sessions = [Session(model, target, profile=True) for model in models]
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done and time.perf_counter() - start > seconds:
+            break
         for session in sessions:
             for _ in range(_BLOCK):
                 session.run(feeds)
@@ -79,12 +95,12 @@ def _traced(model: ir.Model, events: Mapping[str, NodeTime]) -> Profile:
     names = {node.name for node in model.graph}
     times: dict[str, float] = {}
     elements: dict[str, int] = {}
-    for event, time in events.items():
+    for event, taken in events.items():
         plain = _DECORATION.sub("", event)
         name = plain if plain in names else by_output.get(plain)
         if name is not None:
-            times[name] = times.get(name, 0.0) + time.microseconds
-            elements[name] = time.elements
+            times[name] = times.get(name, 0.0) + taken.microseconds
+            elements[name] = taken.elements
     return Profile(times, elements)
 
 
@@ -122,14 +138,18 @@ def measure_crossing(target: Target, runs: int = 20) -> Crossing:
         session.run(feeds)
     profile = session.profile()
 
-    def time(operator: str, size: int) -> float:
+    def measured(operator: str, size: int) -> float:
         return profile[f"{operator}_{size}"].microseconds
 
-    transposes = [time("Transpose", size) for size in _CONVERSION_SIZES]
+    transposes = [measured("Transpose", size) for size in _CONVERSION_SIZES]
     return Crossing(
         _CONVERSION_SIZES,
-        tuple(time("QuantizeLinear", size) + move for size, move in zip(_CONVERSION_SIZES, transposes, strict=True)),
-        tuple(time("DequantizeLinear", size) + move for size, move in zip(_CONVERSION_SIZES, transposes, strict=True)),
+        tuple(
+            measured("QuantizeLinear", size) + move for size, move in zip(_CONVERSION_SIZES, transposes, strict=True)
+        ),
+        tuple(
+            measured("DequantizeLinear", size) + move for size, move in zip(_CONVERSION_SIZES, transposes, strict=True)
+        ),
     )
 
 
@@ -178,13 +198,13 @@ def place(
         if origin in names:
             leaving = f"{value.name} leaves"
             network.arc(origin, leaving, scale * crossing.cost(size, to_integers=False))
-            for reader in readers:
-                network.arc(leaving, reader, None)
+            for name in readers:
+                network.arc(leaving, name, None)
         if readers & names:
             entering = f"{value.name} enters"
             network.arc(entering, origin, scale * crossing.cost(size, to_integers=True))
-            for reader in readers & names:
-                network.arc(reader, entering, None)
+            for name in readers & names:
+                network.arc(name, entering, None)
     return frozenset(network.source_side() & names)
 
 
@@ -199,14 +219,13 @@ class _Network:
     SOURCE = "\0integers"
     SINK = "\0floats"
     _index: dict[str, int] = field(default_factory=dict)
-    _arcs: dict[tuple[int, int], int] = field(default_factory=dict)
+    _arcs: dict[tuple[int, int], float] = field(default_factory=dict)
 
     def arc(self, tail: str, head: str, microseconds: float | None) -> None:
         if tail == head:
             return
-        capacity = _NEVER if microseconds is None else round(microseconds * _NANOSECONDS)
         key = (self._number(tail), self._number(head))
-        self._arcs[key] = min(self._arcs.get(key, 0) + capacity, _NEVER)
+        self._arcs[key] = self._arcs.get(key, 0.0) + (math.inf if microseconds is None else microseconds)
 
     def _number(self, name: str) -> int:
         return self._index.setdefault(name, len(self._index))
@@ -216,9 +235,16 @@ class _Network:
         source, sink = self._number(self.SOURCE), self._number(self.SINK)
         rows, columns = np.asarray(list(self._arcs), np.int32).reshape(-1, 2).T
         size = len(self._index)
-        capacities = csr_array((np.asarray(list(self._arcs.values()), np.int32), (rows, columns)), shape=(size, size))
-        residual = capacities - maximum_flow(capacities, source, sink).flow
+        residual = csr_array((self._capacities(), (rows, columns)), shape=(size, size))
+        residual = csr_array(residual - maximum_flow(residual, source, sink).flow)
         residual.data = np.maximum(residual.data, 0)
         residual.eliminate_zeros()
         reached = set(breadth_first_order(residual, source, return_predecessors=False).tolist())
         return {name for name, number in self._index.items() if number in reached}
+
+    def _capacities(self) -> NDArray[np.int32]:
+        """Nanoseconds, or coarser so that a slow model's sum stays below what must not be cut: SciPy flows in int32."""
+        times = np.asarray(list(self._arcs.values()), np.float64)
+        finite = np.isfinite(times)
+        scale = min(_FINEST, _LARGEST_SUM / max(times[finite].sum(), 1.0))
+        return np.where(finite, np.rint(np.where(finite, times, 0.0) * scale), _NEVER).astype(np.int32)

@@ -40,7 +40,8 @@ def ranking(original: ir.Model, candidate: ir.Model, nodes: Collection[str], tar
 
     def added(node: ir.Node) -> float:
         arriving = max((errors.get(value.name or "", 0.0) for value in node.inputs if value is not None), default=0.0)
-        return errors.get(outputs[node.name or ""].name or "", 0.0) - arriving
+        own = errors.get(outputs[node.name or ""].name or "", 0.0)
+        return own - arriving if arriving < np.inf else 0.0
 
     return [node.name or "" for node in sorted(layers, key=added, reverse=True)]
 
@@ -64,6 +65,9 @@ def _observe(model: ir.Model, names: list[str], target: Target, feeds: Feeds) ->
 
 def _relative(expected: np.ndarray, actual: np.ndarray) -> float:
     wide = expected.astype(np.float64)
-    signal = float(np.square(wide).sum())
-    noise = float(np.square(wide - actual.astype(np.float64)).sum())
+    with np.errstate(all="ignore"):
+        signal = float(np.square(wide).sum())
+        noise = float(np.square(wide - actual.astype(np.float64)).sum())
+    if not np.isfinite(noise):
+        return np.inf if np.isfinite(signal) else 0.0
     return noise / signal if signal else float(noise > 0)

@@ -18,7 +18,7 @@ LAYERS = (
     {"core"},
     {"calibration", "equivalence", "weights", "decode", "rescale", "integers"},
     {"passes"},
-    {"registry", "placement", "sensitivity", "judges", "report", "search",
+    {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
      "optimizer", "measure", "inspection", "convert"},
     {"console", "cli", "__main__", "__init__"},
 )

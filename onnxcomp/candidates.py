@@ -1,0 +1,219 @@
+"""Candidates of one model: made by passes, run, timed and judged beside the original."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import onnx_ir as ir
+
+from onnxcomp import metrics, runtime
+from onnxcomp import model as models
+from onnxcomp.core import Context, Pass
+from onnxcomp.errors import DataError, OnnxcompError
+from onnxcomp.judges import Judges
+from onnxcomp.measure import paced
+from onnxcomp.report import Figures, Step
+from onnxcomp.runtime import Protocol, Session, Timing
+from onnxcomp.weights import Rounding
+
+NEAREST = Rounding(gptq=False, sweeps=0, bias_correction=False)
+
+NOISE = 0.03
+"""Latencies and sizes closer than this count as equal."""
+
+
+class Effort(StrEnum):
+    """How long the search may take."""
+
+    QUICK = "quick"
+    DEFAULT = "default"
+    EXTENSIVE = "extensive"
+
+    @property
+    def judged(self) -> int | None:
+        """Samples that judge a candidate; None for all."""
+        return {"quick": 256, "default": 2000, "extensive": None}[self.value]
+
+    @property
+    def crossings(self) -> tuple[float, ...]:
+        """Factors on the cost of entering and leaving INT8, a placement each."""
+        return {"quick": (2.0,), "default": (1.0, 2.0, 4.0), "extensive": (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)}[self.value]
+
+    @property
+    def rounding(self) -> Rounding:
+        """How weights are rounded in the result."""
+        return NEAREST if self is Effort.QUICK else Rounding()
+
+    @property
+    def protocol(self) -> Protocol:
+        """How long a candidate is timed."""
+        return Protocol(rounds={"quick": 5, "default": 9, "extensive": 21}[self.value])
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A recipe, what it made of the model, and what was measured of that."""
+
+    name: str
+    passes: tuple[Pass, ...]
+    model: ir.Model
+    steps: tuple[Step, ...]
+    size: int = 0
+    timing: Timing | None = None
+    drop: float | None = None
+    verdict: str = ""
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the nodes that the last pass changed."""
+        return tuple(change.node for change in self.steps[-1].changes) if self.steps else ()
+
+    @property
+    def speedup(self) -> float:
+        """Against the original; 0 where it was not timed."""
+        return self.timing.speedup if self.timing else 0.0
+
+    def faster(self, other: "Candidate") -> bool:
+        """Whether it is, beyond noise: by the median, and in three of four rounds."""
+        return (
+            self.timing is not None
+            and self.speedup > other.speedup * (1 + NOISE)
+            and self.timing.speedup_low > other.speedup
+        )
+
+    def figures(self) -> Figures:
+        """For the report."""
+        if self.timing is None:
+            return Figures(self.size, drop=self.drop)
+        return Figures(self.size, self.timing.median, speedup=self.timing.speedup, drop=self.drop)
+
+
+class Workbench:
+    """Makes candidates of one model, and times and judges them.
+
+    Args:
+        model: the original.
+        original: the same, loaded.
+        context: for the passes.
+        judges: the data in their roles, and the metric.
+        effort: how long to measure.
+        prefix: passes that all candidates begin with.
+
+    Attributes:
+        batch: the run that latency is measured on.
+        rows: its samples.
+        trials: all candidates so far.
+
+    Raises:
+        DataError: the original does not run on the data.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        original: Session,
+        context: Context,
+        judges: Judges,
+        effort: Effort,
+        prefix: tuple[Pass, ...],
+    ) -> None:
+        self._model, self._prefix = model, prefix
+        self.original, self.context, self.judges = original, context, judges
+        self.batch = judges.run_of(context.batch)
+        self.rows = self.batch.valid + self.batch.padding
+        try:
+            original.run(self.batch.feeds)
+        except OnnxcompError as error:
+            invented = context.data is None
+            raise DataError(
+                f"the model does not run on {'made-up inputs' if invented else 'the data'}: {error.fact}",
+                "inputs such as sizes, axes and indices have a meaning that cannot be guessed" if invented else "",
+                "give real ones with --calib or --eval" if invented else "run the model on the data with onnxruntime",
+            ) from error
+        self._protocol = paced(effort.protocol, original, self.batch.feeds)
+        self._baseline: metrics.Score | None = None
+        self._applied: dict[tuple[Pass, ...], tuple[ir.Model, tuple[Step, ...]]] = {}
+        self.trials: list[Candidate] = []
+
+    @property
+    def provider(self) -> str:
+        """Short name of the execution provider, however the user wrote it."""
+        return self.context.target.providers[0].removesuffix("ExecutionProvider").lower()
+
+    def make(self, name: str, passes: tuple[Pass, ...]) -> Candidate:
+        """Apply passes to the original. Where one fails, the candidate has no steps and its verdict says why.
+
+        Raises:
+            DataError: a sample is at fault.
+        """
+        self._tell(name)
+        try:
+            model, steps = self.applied(passes)
+            candidate = Candidate(name, passes, model, steps, models.file_bytes(model))
+        except OnnxcompError as error:
+            for _ in self.context.data or ():
+                pass  # reading all samples tells broken data from a model that overflows on good ones
+            candidate = Candidate(name, passes, self._model, (), verdict=f"not possible: {error.fact}")
+        self.trials.append(candidate)
+        return candidate
+
+    def applied(self, passes: tuple[Pass, ...]) -> tuple[ir.Model, tuple[Step, ...]]:
+        """What passes make of the original, behind the prefix."""
+        return self._apply((*self._prefix, *passes))
+
+    def _apply(self, passes: tuple[Pass, ...]) -> tuple[ir.Model, tuple[Step, ...]]:
+        if not passes:
+            return self._model, ()
+        if passes not in self._applied:
+            model, steps = self._apply(passes[:-1])
+            outcome = passes[-1](model, self.context)
+            self._applied[passes] = (outcome.model, (*steps, Step(repr(passes[-1]), outcome.changes, outcome.skips)))
+        return self._applied[passes]
+
+    def works(self, candidate: Candidate) -> bool:
+        """Whether the last pass changed anything and the result runs; else the verdict says why."""
+        if not candidate.changed:
+            candidate.verdict = candidate.verdict or "nothing to change"
+            return False
+        try:
+            Session(candidate.model, self.context.target).run(self.batch.feeds)
+        except OnnxcompError as error:
+            candidate.verdict = f"does not run: {error.fact}"
+            return False
+        return True
+
+    def time(self, *candidates: Candidate) -> None:
+        """Time candidates beside the original."""
+        self._tell("timing side by side")
+        sessions = [Session(candidate.model, self.context.target) for candidate in candidates]
+        timings = runtime.compare([self.original, *sessions], self.batch.feeds, self._protocol)
+        for candidate, timing in zip(candidates, timings[1:], strict=True):
+            candidate.timing = timing
+
+    def drop(self, candidate: Candidate) -> float:
+        """How much worse than the original it judges; infinite where it fails."""
+        if candidate.drop is None:
+            self._tell(f"judging: {candidate.name}")
+            candidate.drop = self._judge(candidate)
+        return candidate.drop
+
+    def _judge(self, candidate: Candidate) -> float:
+        if candidate.model is self._model:
+            return 0.0
+        if self._baseline is None:
+            self._baseline = self.judges.score(self.original, self.original)
+        try:
+            score = self.judges.score(Session(candidate.model, self.context.target), self.original)
+        except OnnxcompError as error:  # the original gave a score, so it is the candidate's fault
+            candidate.verdict = error.fact
+            return float("inf")
+        return metrics.compare(self._baseline, score).value
+
+    def _tell(self, what: str) -> None:
+        """Progress without an end: how many candidates there will be depends on what is measured."""
+        self.context.progress(len(self.trials), 0, what)
+
+
+def fastest_first(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Sorted by measured speed."""
+    return sorted(candidates, key=lambda candidate: -candidate.speedup)

@@ -1,0 +1,77 @@
+"""What to try: the quantizations that a target has kernels for, and the ways to refine one."""
+
+from dataclasses import replace
+
+from onnxcomp import placement
+from onnxcomp.candidates import NEAREST, Candidate, Effort, Workbench
+from onnxcomp.core import Pass
+from onnxcomp.passes.convert_float import ConvertFloat
+from onnxcomp.passes.equalize import Equalize
+from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
+from onnxcomp.passes.quantize_static import QuantizeStatic, Range
+from onnxcomp.passes.smooth import Smooth
+
+Recipe = tuple[str, tuple[Pass, ...]]
+
+_FP16 = {"cuda", "tensorrt", "nvtensorrtrtx", "rocm", "migraphx", "dml"}
+"""Providers that compute in half precision; the CPU's converts to float32 and back."""
+
+_NO_INT8 = {"cuda", "rocm"}
+"""Providers whose integer kernels are slow or missing."""
+
+
+def drafts(bench: Workbench, clean: Candidate, allowed: frozenset[str], effort: Effort) -> list[Candidate]:
+    """Every quantization with kernels on the target that changes the model and runs, weights rounded to the nearest.
+
+    Args:
+        bench: where they are made.
+        clean: the model to compare placements with.
+        allowed: names of the passes that may be used.
+        effort: how many placements.
+    """
+    made = []
+    if bench.provider in _FP16 and "convert-float" in allowed:
+        made.append(bench.make("fp16", (ConvertFloat(),)))
+    if bench.provider not in _NO_INT8 and "quantize-static" in allowed and bench.context.data is not None:
+        made.extend(_static(bench, clean, effort))
+    if bench.provider == "cpu" and "quantize-dynamic" in allowed:
+        made.append(bench.make("dynamic INT8", (QuantizeDynamic(NEAREST),)))
+    return [draft for draft in made if bench.works(draft)]
+
+
+def _static(bench: Workbench, clean: Candidate, effort: Effort) -> list[Candidate]:
+    """Static INT8 wherever it can be and, on the CPU, where measured times say."""
+    target = bench.context.target
+    base = replace(QuantizeStatic.for_provider(bench.provider), rounding=NEAREST)
+    full = bench.make("static INT8", (base,))
+    if bench.provider != "cpu" or not bench.works(full):
+        return [full]
+    floats, integers = placement.profiles([clean.model, full.model], target, bench.batch.feeds)
+    crossing = placement.measure_crossing(target)
+    names = set(full.changed)
+    found: dict[tuple[str, ...], Candidate] = {(): full}
+    for factor in effort.crossings:
+        chosen = placement.place(clean.model, names, floats, integers, crossing, factor)
+        keep = tuple(sorted(names - chosen))
+        if keep not in found and chosen:
+            name = f"static INT8 but for {len(keep)} nodes that are faster in float"
+            found[keep] = bench.make(name, (replace(base, keep=keep),))
+    return list(found.values())
+
+
+def variants(draft: Candidate, allowed: frozenset[str], effort: Effort, *, has_data: bool) -> list[Recipe]:
+    """The same nodes with other ways to choose ranges and weights, the usual one first."""
+    last, name = draft.passes[-1], draft.name
+    rounding = effort.rounding if has_data else NEAREST
+    more = effort is not Effort.QUICK and has_data
+    if not isinstance(last, QuantizeStatic | QuantizeDynamic):
+        return [(name, draft.passes)]
+    rounded = replace(last, rounding=rounding)
+    found: list[Recipe] = [(f"{name}, weights refined", (rounded,))]
+    if isinstance(rounded, QuantizeStatic) and more:
+        found.append((f"{name}, min-max ranges", (replace(rounded, range=Range.MINMAX),)))
+        if "equalize" in allowed:
+            found.append((f"{name}, equalized", (Equalize(), rounded)))
+    if isinstance(rounded, QuantizeDynamic) and more and "smooth" in allowed:
+        found.append((f"{name}, smoothed", (Smooth(insert=True), rounded)))
+    return found
