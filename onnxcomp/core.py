@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -110,6 +111,13 @@ class Context:
     def excludes(self, node: ir.Node) -> bool:
         """Whether the user asked to leave this node alone."""
         return self.exclude is not None and self.exclude.search(node.name or "") is not None
+
+
+class Choice(StrEnum):
+    """One of several values of a setting. Its `repr` is Python that gives it, for a recipe must be readable again."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
 
 
 class Pass(ABC):

@@ -20,7 +20,6 @@ stay in float (`inputs_only`).
 from collections import defaultdict
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import reduce
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,7 +28,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, Observed, Statistics, calibrate
-from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
+from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, single_consumer
 from onnxcomp.integers import MOVING, data_inputs, folds, pad_value, quantizable, shared_scales
 from onnxcomp.layers import Layer, layer_of
@@ -42,7 +41,7 @@ _OPSET = 13  # the first with per-channel DequantizeLinear
 _INPUTS_ONLY = {"tensorrt", "nvtensorrtrtx"}
 
 
-class Range(StrEnum):
+class Range(Choice):
     """How the range of an activation is chosen from its histogram."""
 
     MINMAX = "minmax"
