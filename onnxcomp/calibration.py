@@ -140,7 +140,13 @@ class Statistics:
 
 
 def calibrate(
-    model: ir.Model, data: Dataset, context: Context, tensors: Sequence[Observed] = (), layers: Sequence[Layer] = ()
+    model: ir.Model,
+    data: Dataset,
+    context: Context,
+    tensors: Sequence[Observed] = (),
+    layers: Sequence[Layer] = (),
+    *,
+    finite: bool = True,
 ) -> Statistics:
     """Run the model over the data and gather what is asked for.
 
@@ -151,36 +157,44 @@ def calibrate(
             the data for each.
         tensors: tensors of the main graph whose ranges are wanted.
         layers: layers of the main graph whose Gram matrix is wanted.
+        finite: refuse NaN and infinity, for which no integers stand.
 
     Raises:
-        DataError: the data or activations hold NaN or infinity.
+        DataError: what is asked for is not finite, unless that is allowed.
     """
     key = ("statistics", content_hash(model))
     seen_data, known = context.cache.get(key, (data, Statistics()))
     if seen_data is not data:
         known = Statistics()
-    tensors = [seen for seen in tensors if not known.answers(seen)]
-    layers = [layer for layer in layers if layer.name not in known.grams]
+    new_tensors = [seen for seen in tensors if not known.answers(seen)]
+    new_layers = [layer for layer in layers if layer.name not in known.grams]
     sample_bytes = _activation_bytes(model)
     size = int(np.clip(context.memory // (4 * max(sample_bytes, 1)), 1, _BATCH))
-    groups = list(_groups(tensors, layers, size, context.memory))
+    groups = list(_groups(new_tensors, new_layers, size, context.memory))
     result = Statistics()
     for done, (group_tensors, group_layers) in enumerate(groups):
         what = "calibrating" if len(groups) == 1 else f"calibrating, part {done + 1} of {len(groups)}"
         for part in _pass(model, data, context, group_tensors, group_layers, size, what):
             result = result.merge(part)
-    broken = [f"tensor '{name}'" for name, seen in result.tensors.items() if seen.histogram.nonfinite]
-    broken += [f"the input of '{name}'" for name, gram in result.grams.items() if not np.isfinite(gram.total).all()]
+    result = Statistics({**known.tensors, **result.tensors}, {**known.grams, **result.grams})
+    if sum(gram.total.nbytes for gram in result.grams.values()) <= context.memory // 2:
+        context.cache[key] = (data, result)
+    if finite:
+        _refuse_nonfinite(result, tensors, layers)
+    return result
+
+
+def _refuse_nonfinite(statistics: Statistics, tensors: Sequence[Observed], layers: Sequence[Layer]) -> None:
+    names = [seen.value.name or "" for seen in tensors]
+    broken = [f"tensor '{name}'" for name in names if statistics.tensors[name].histogram.nonfinite]
+    totals = {layer.name: statistics.grams[layer.name].total for layer in layers}
+    broken += [f"the input of '{name}'" for name, total in totals.items() if not np.isfinite(total).all()]
     if broken:
         raise DataError(
             f"{broken[0]} is not finite on the calibration data",
             "the model overflows, divides by zero, or has NaN in its weights",
             "run the model on the data and look for NaN",
         )
-    result = Statistics({**known.tensors, **result.tensors}, {**known.grams, **result.grams})
-    if sum(gram.total.nbytes for gram in result.grams.values()) <= context.memory // 2:
-        context.cache[key] = (data, result)
-    return result
 
 
 def _pass(

@@ -20,7 +20,6 @@ casts them when it loads the model.
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,7 +28,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.calibration import Observed, calibrate
-from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
+from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Builder, prepared, remove_unused
 from onnxcomp.model import opset
@@ -47,7 +46,7 @@ _ANY_TYPE = {"Cast", "Shape", "Size"}  # take whatever comes, and give what they
 _QUANTIZING = {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
 
 
-class Float(StrEnum):
+class Float(Choice):
     """The smaller float type."""
 
     FP16 = "fp16"
@@ -210,13 +209,14 @@ class _Planner:
         return ""
 
     def _beyond(self) -> dict[ir.Value, float]:
-        """Tensors of the main graph that exceed the type on the data, and by what."""
+        """Tensors of the main graph that exceed the type on the data, and by what. Infinities count for nothing."""
         if self._context.data is None:
             return {}
         values = [*self._model.graph.inputs, *(value for node in self._model.graph for value in node.outputs)]
         observed = [Observed(value) for value in values if value.dtype == _FLOAT and value.uses()]
-        statistics = calibrate(self._model, self._context.data, self._context, observed).tensors
-        peaks = {seen.value: float(statistics[seen.value.name or ""].absolute_maximum.max()) for seen in observed}
+        statistics = calibrate(self._model, self._context.data, self._context, observed, finite=False).tensors
+        histograms = {seen.value: statistics[seen.value.name or ""].histogram for seen in observed}
+        peaks = {value: max(-seen.minimum, seen.maximum) for value, seen in histograms.items()}
         return {value: peak for value, peak in peaks.items() if peak > self._settings.to.largest}
 
     def _exact(self) -> set[ir.Node]:
@@ -248,8 +248,8 @@ class _Planner:
             alone.attributes.update(node.attributes)
             for index, (twin, value) in enumerate(zip(alone.outputs, node.outputs, strict=True)):
                 dtype = half if index in plan.outputs else value.dtype
-                assert dtype is not None
-                twin.name, twin.type = f"output_{index}" if value.name else "", ir.TensorType(dtype)
+                twin.name = f"output_{index}" if value.name else ""
+                twin.type = None if dtype is None else ir.TensorType(dtype)
             given = [value for value in inputs if value is not None]
             outputs = [value for value in alone.outputs if value.name]
             graph = ir.Graph(given, outputs, nodes=[alone], opset_imports={"": opset(self._model)}, name="probe")
