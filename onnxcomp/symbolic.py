@@ -137,7 +137,7 @@ def _width_read(reader: ir.Node, value: ir.Value) -> int | None:
     if reader.op_type not in {"MatMul", "Gemm"} or reader.inputs[0] is not value or reader.inputs[1] is None:
         return None
     shape = dimensions(reader.inputs[1])
-    if shape is None or len(shape) != 2 or reader.attributes.get_int("transA", 0):
+    if shape is None or len(shape) != 2 or reader.attributes.get_int("transA", 0) != 0:
         return None
     rows = shape[1] if reader.attributes.get_int("transB", 0) else shape[0]
     return rows if isinstance(rows, int) else None

@@ -253,7 +253,10 @@ def _changes(before: ir.Model, after: ir.Model) -> tuple[Change, ...]:
         elif node.op_type != twin.op_type:
             changes.append(Change(node.name or "", f"{node.op_type} became {twin.op_type}"))
         elif [v and v.name for v in node.inputs] != [v and v.name for v in twin.inputs]:
-            changes.append(Change(node.name or "", f"{node.op_type} rewired"))
+            known = {value.name for value in node.inputs if value is not None}
+            new = [value.const_value for value in twin.inputs if value is not None and value.name not in known]
+            what = "new constants" if new and None not in new else "other inputs"
+            changes.append(Change(node.name or "", f"{node.op_type} with {what}"))
     return tuple(changes)
 
 
