@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import ArrayLike, NDArray
 
-from onnxcomp.graph import Builder
+from onnxcomp.graph import Builder, constant_of
 from onnxcomp.numerics.affine import IntGrid, quantize, spread_blocks
 from onnxcomp.numerics.pack import pack
 from onnxcomp.numerics.ranges import blockwise
@@ -125,6 +125,19 @@ def kernel_block(columns: int, block: int | None) -> int | None:
 def can_look_up(columns: int, block: int) -> bool:
     """Whether `GatherBlockQuantized` can read rows of so many columns stored in these blocks."""
     return block == columns or (columns % block == 0 and block >= _LEAST_BLOCK and block & (block - 1) == 0)
+
+
+def lookups(model: ir.Model) -> dict[ir.Value, list[ir.Node]]:
+    """The nodes that look up rows of each constant float32 table (rows, columns)."""
+    found: dict[ir.Value, list[ir.Node]] = {}
+    for node in model.graph.all_nodes():
+        table = node.inputs[0] if node.op_type == "Gather" and node.domain == "" else None
+        content = constant_of(table)
+        if table is None or content is None or not table.is_initializer():
+            continue
+        if content.ndim == 2 and content.dtype == np.float32 and node.attributes.get_int("axis", 0) == 0:
+            found.setdefault(table, []).append(node)
+    return found
 
 
 class StoredMatrix:

@@ -4,26 +4,30 @@
     y = s s_W (q - z) Q_W + b
 
 Each run takes the range of its own activations, so outliers of other inputs cost no resolution: the mode for
-transformers and recurrent networks. ONNX Runtime fuses the chain into one kernel. Embedding tables become int8 rows with
-one scale each; they are looked up as integers, so that the table is never expanded.
+transformers and recurrent networks. ONNX Runtime fuses the chain into one kernel, and has one for a whole LSTM.
+Embedding tables become 8-bit rows with one scale each; they are looked up as integers, so that the table is never
+expanded.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
+from onnxcomp.decode import CONTRIB, PackedMatrix, StoredMatrix, View, lookups, stored_bytes
 from onnxcomp.graph import Builder, constant_of, prepared, remove_unused
-from onnxcomp.layers import Layer, layer_of, layers
-from onnxcomp.numerics.affine import IntGrid
+from onnxcomp.layers import Layer, layers
+from onnxcomp.numerics.affine import IntGrid, quantize
+from onnxcomp.numerics.ranges import weight_scales
 from onnxcomp.weights import Rounding, round_weights
 
 _OPSET = 13
+_LEAST_ELEMENTS = 1024  # of a table
+_RECURRENT = {"LSTM", "GRU", "RNN"}
 
 
 @dataclass(frozen=True)
@@ -44,29 +48,47 @@ class QuantizeDynamic(Pass):
     keep: tuple[str, ...] = ()
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
-        """Quantize every matrix product with a constant weight."""
+        """Quantize every matrix product with a constant weight, every LSTM and every table."""
         converted = prepared(model, _OPSET)
         if isinstance(converted, str):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
         chosen, skips = [], []
         for layer in layers(converted):
-            reason = _obstacle(layer)
-            if context.excludes(layer.node):
-                reason = "excluded by the user"
-            elif layer.name in self.keep:
-                reason = "kept in float: faster or more accurate so"
+            reason = self._refused([layer.node], context) or _obstacle(layer)
             if reason is not None:
                 skips.append(Skip(layer.name, reason))
             else:
                 chosen.append(layer)
         grams = _grams(converted, chosen, self.rounding, context)
+        grid = IntGrid(self.weight_bits, signed=True, symmetric=True)
         changes = []
         for layer in chosen:
-            _quantize(layer, IntGrid(self.weight_bits, signed=True, symmetric=True), self.rounding, grams.get(layer.name), context.cache)
+            _quantize(layer, grid, self.rounding, grams.get(layer.name), context.cache)
             changes.append(Change(layer.name, "int8 weights per channel, dynamic uint8 activations"))
+        for node in [node for node in converted.graph.all_nodes() if node.op_type in _RECURRENT and node.domain == ""]:
+            reason = self._refused([node], context) or _recurrent_obstacle(node)
+            if reason is not None:
+                skips.append(Skip(node.name or "", reason))
+            else:
+                _quantize_lstm(node, grid)
+                changes.append(Change(node.name or "", "int8 weights per channel, dynamic uint8 activations"))
+        for table, nodes in lookups(converted).items():
+            if (reason := self._refused(nodes, context) or _table_obstacle(table)) is not None:
+                skips += [Skip(node.name or "", reason) for node in nodes if reason]
+            else:
+                _quantize_table(table, nodes)
+                changes += [Change(node.name or "", "8-bit rows, decoded when looked up") for node in nodes]
         remove_unused(converted)
+        if any(node.domain == CONTRIB for node in converted.graph.all_nodes()):
+            converted.opset_imports.setdefault(CONTRIB, 1)
         return Outcome(converted if changes else model, tuple(changes), tuple(skips))
+
+    def _refused(self, nodes: Iterable[ir.Node], context: Context) -> str | None:
+        """Why nodes that share a weight shall not be touched."""
+        if any(context.excludes(node) for node in nodes):
+            return "excluded by the user"
+        return "kept in float: faster or more accurate so" if any(node.name in self.keep for node in nodes) else None
 
 
 def _grams(model: ir.Model, chosen: list[Layer], rounding: Rounding, context: Context) -> dict[str, Gram]:
@@ -85,7 +107,9 @@ def _obstacle(layer: Layer) -> str | None:
     if layer.weight.dtype != ir.DataType.FLOAT:
         return f"its weight is {layer.weight.dtype}, not FLOAT"
     attributes = layer.node.attributes
-    if layer.node.op_type == "Gemm" and (attributes.get_float("alpha", 1.0) != 1.0 or attributes.get_int("transA", 0)):
+    if layer.node.op_type == "Gemm" and (
+        attributes.get_float("alpha", 1.0) != 1.0 or attributes.get_int("transA", 0) != 0
+    ):
         return "Gemm with alpha or transA has no INT8 kernel"
     if layer.bias is not None and attributes.get_float("beta", 1.0) != 1.0:
         return "Gemm with beta has no INT8 kernel"
@@ -111,9 +135,7 @@ def _quantize(layer: Layer, grid: IntGrid, rounding: Rounding, gram: Gram | None
     )  # fmt: skip
     product.shape = node.outputs[0].shape
     step = builder.node("Mul", [data_scale, scale], f"{node.name}_scale", dtype=ir.DataType.FLOAT, before=node)
-    wide = builder.node(
-        "Cast", [product], f"{node.name}_cast", like=node.outputs[0], before=node, to=ir.DataType.FLOAT
-    )
+    wide = builder.node("Cast", [product], f"{node.name}_cast", like=node.outputs[0], before=node, to=ir.DataType.FLOAT)
     result = builder.node("Mul", [wide, step], f"{node.name}_product", like=node.outputs[0], before=node)
     if layer.bias is not None:
         bias = layer.bias
@@ -141,6 +163,71 @@ def _dynamic(data: ir.Value, builder: Builder, before: ir.Node) -> ir.Node:
     assert node is not None
     node.outputs[1].type, node.outputs[2].type = ir.TensorType(ir.DataType.FLOAT), ir.TensorType(ir.DataType.UINT8)
     return node
+
+
+def _recurrent_obstacle(node: ir.Node) -> str | None:
+    if node.op_type != "LSTM":
+        return f"ONNX Runtime has no dynamic INT8 kernel for {node.op_type}"
+    if node.attributes.get_int("layout", 0) != 0:
+        return "LSTM with the batch first has no INT8 kernel"
+    weights = [constant_of(value) for value in node.inputs[1:3]]
+    if any(weight is None or weight.dtype != np.float32 for weight in weights):
+        return "its weights are not constants of type FLOAT"
+    if not all(np.isfinite(weight).all() for weight in weights if weight is not None):
+        return "its weights are not finite"
+    return None
+
+
+def _quantize_lstm(node: ir.Node, grid: IntGrid) -> None:
+    """Turn the node into a DynamicQuantizeLSTM, which takes weights as (directions, inputs, 4 hidden)."""
+    assert isinstance(node.graph, ir.Graph)
+    builder = Builder(node.graph)
+    node.resize_inputs(12)
+    for index, place in ((1, 8), (2, 10)):
+        value = node.inputs[index]
+        weight = constant_of(value)
+        assert value is not None
+        assert weight is not None
+        matrix = weight.reshape(-1, weight.shape[2])
+        scale = weight_scales(matrix, grid)
+        integers = quantize(matrix, scale[:, None], 0, grid).reshape(weight.shape).swapaxes(1, 2)
+        scales = scale.reshape(weight.shape[:2])
+        node.replace_input_with(index, builder.constant(integers, f"{value.name}_int"))
+        node.replace_input_with(place, builder.constant(scales, f"{value.name}_scale"))
+        node.replace_input_with(place + 1, builder.constant(np.zeros(scales.shape, np.int8), f"{value.name}_zero"))
+    node.op_type, node.domain = "DynamicQuantizeLSTM", CONTRIB
+    node.attributes.pop("layout", None)
+
+
+def _table_obstacle(table: ir.Value) -> str | None:
+    """Why a table stays in float: empty where nothing would be gained."""
+    content = constant_of(table)
+    assert content is not None
+    rows, columns = content.shape
+    if content.size < _LEAST_ELEMENTS or stored_bytes(rows, columns, 8, columns, symmetric=True) >= content.nbytes:
+        return ""
+    if table.is_graph_output():
+        return "its table is an output of the graph"
+    return None if np.isfinite(content).all() else "its table is not finite"
+
+
+def _quantize_table(table: ir.Value, nodes: list[ir.Node]) -> None:
+    content = constant_of(table)
+    assert content is not None
+    assert isinstance(table.graph, ir.Graph)
+    packed = PackedMatrix.nearest(content, 8, content.shape[1])
+    stored = StoredMatrix(Builder(table.graph), packed, table.name or "table")
+    for node in nodes:
+        indices = node.inputs[1]
+        assert indices is not None
+        assert isinstance(node.graph, ir.Graph)
+        replace(node, stored.looked_up(indices, Builder(node.graph), node))
+    readers = list(table.uses())
+    if readers:
+        whole = View(content.shape, content.shape, (0, 1))
+        decoded = stored.decoded(whole, ir.DataType.FLOAT, before=table.graph[0])
+        for reader, index in readers:
+            reader.replace_input_with(index, decoded)
 
 
 def replace(node: ir.Node, result: ir.Value) -> None:

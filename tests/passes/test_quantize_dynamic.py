@@ -161,3 +161,44 @@ def test_when_excluded_or_kept_nothing_happens() -> None:
     assert set(names) <= set(reasons(excluded))
     assert not {change.node for change in kept.changes} & set(names)
     assert not excluded.modified
+
+
+def test_an_lstm_becomes_one_integer_kernel() -> None:
+    net = Net(17)
+    x = net.input("x", ["length", "batch", 48])
+    weights = [net.weight(net.normal(2, 4 * 32, size, fan_in=size)) for size in (48, 32)]
+    bias, lengths = net.weight(net.uniform(-0.1, 0.1, 2, 8 * 32)), net.constant([7, 4], np.int32)
+    net.output(
+        "y", net.op("LSTM", x, *weights, bias, lengths, hidden_size=32, direction="bidirectional"), [7, 2, 2, 32]
+    )
+    model = net.model()
+    outcome = QuantizeDynamic()(model)
+    assert [node.op_type for node in outcome.model.graph] == ["DynamicQuantizeLSTM"]
+    feeds = {"x": np.random.default_rng(0).normal(size=(7, 2, 48)).astype(np.float32)}
+    # A step of 1/127 in each weight and of 1/255 in each activation, over 7 turns.
+    assert relative_error(model, outcome.model, feeds)["y"] < 0.03
+    assert len(to_bytes(outcome.model)) < 0.32 * len(to_bytes(model))
+    assert "GRU" in " ".join(reasons(zoo_model("gru_tagger").outcome).values())
+
+
+def test_tables_are_looked_up_as_integers(tmp_path: Path) -> None:
+    net = Net(17)
+    ids = net.input("ids", ["batch", "length"], ir.DataType.INT64)
+    table = net.normal(500, 40, fan_in=1) * np.geomspace(0.01, 1, 500, dtype=np.float32)[:, None]
+    net.output("rows", net.op("Gather", net.weight(table), ids), ["batch", "length", 40])
+    model = net.model()
+    outcome = QuantizeDynamic()(model)
+    assert operators(outcome.model, tmp_path) == {"GatherBlockQuantized": 1}
+    indices = np.array([[0, 499, 7], [250, 250, 1]])
+    rows = np.asarray(Session(outcome.model).run({"ids": indices})["rows"])
+    step = np.abs(table[indices]).max(axis=-1, keepdims=True) / 127
+    assert (np.abs(rows - table[indices]) < 1.01 * step).all()  # half a step, and a clipped end of the range
+    assert len(to_bytes(outcome.model)) < 0.3 * len(to_bytes(model))
+    assert not QuantizeDynamic()(outcome.model).modified
+
+
+def test_a_table_with_other_readers_is_stored_once() -> None:
+    _, outcome = zoo_model("gpt")
+    lookup = next(node for node in outcome.model.graph if node.op_type == "GatherBlockQuantized")
+    assert lookup.inputs[0] is not None
+    assert {use.node.op_type for use in lookup.inputs[0].uses()} == {"GatherBlockQuantized", "Reshape"}
