@@ -169,7 +169,7 @@ def peers(model: Path, case: Case, calib: Path, folder: Path) -> dict[str, Path]
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             data = np.load(calib)
-            names = [name for name in case.feeds(1)]
+            names = list(case.feeds(1))
             size = 64 if len(case.batches) > 1 else 1
             self._items = iter([{n: data[n][i : i + size] for n in names} for i in range(0, len(data[names[0]]), size)])
 

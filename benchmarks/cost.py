@@ -15,6 +15,13 @@ from benchmarks.common import scratch, show
 from onnxcomp.runtime import Session, Target
 
 
+STEPS = {
+    "range methods alone": ("--no-gptq", "--no-polish", "--no-bias-correction", "--no-equalize", "--no-smooth"),
+    "with Gram-based steps": (),
+}
+"""Switches of `onnxcomp quantize`."""
+
+
 def main() -> None:
     """Run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -30,8 +37,7 @@ def _time(source: Path, folder: Path) -> None:
     rows = []
     for name in ("cifar_resnet20", "cifar_resnet56"):
         passes = min(_forward(source / f"{name}.onnx", images) for _ in range(3))
-        plain = ("--no-gptq", "--no-polish", "--no-bias-correction", "--no-equalize", "--no-smooth")
-        for what, switches in (("range methods alone", plain), ("with Gram-based steps", ())):
+        for what, switches in STEPS.items():
             seconds = min(
                 _quantize(source / f"{name}.onnx", source / "cifar10_calib.npz", folder, switches)[0] for _ in range(2)
             )
@@ -55,10 +61,7 @@ def _memory(source: Path, folder: Path) -> None:
         for samples in (128, 1024, 4096):
             calib = folder / f"calib{samples}.npz"
             np.savez(calib, input=np.resize(images, (samples, *images.shape[1:])))
-            for what, switches in (
-                ("range methods alone", ("--no-gptq", "--no-polish", "--no-bias-correction")),
-                ("all", ()),
-            ):
+            for what, switches in STEPS.items():
                 _, peak = _quantize(source / f"{name}.onnx", calib, folder, switches)
                 rows.append({"model": name, "samples": samples, "steps": what, "peak memory, MB": round(peak / 1e6)})
     show("Peak memory of static quantization", rows)
@@ -75,13 +78,13 @@ def _forward(model: Path, images: np.ndarray) -> float:
 
 def _quantize(model: Path, calib: Path, folder: Path, switches: tuple[str, ...]) -> tuple[float, int]:
     """Seconds and peak bytes of one process."""
-    command = [
-        sys.executable, "-c",
+    run_and_tell = (
         "import resource, sys\nfrom onnxcomp.cli import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    code = end.code\n"
-        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\nsys.exit(code)",
-        "quantize", str(model), "--scheme", "int8", "--calib", str(calib), "-o", str(folder / "out.onnx"), "--overwrite", "-q", *switches,
-    ]  # fmt: skip
+        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\nsys.exit(code)"
+    )
+    options = ["--scheme", "int8", "--calib", str(calib), "-o", str(folder / "out.onnx"), "--overwrite", "-q"]
+    command = [sys.executable, "-c", run_and_tell, "quantize", str(model), *options, *switches]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
