@@ -14,7 +14,6 @@ import numpy as np
 from benchmarks.common import scratch, show
 from onnxcomp.runtime import Session, Target
 
-
 STEPS = {
     "range methods alone": ("--no-gptq", "--no-polish", "--no-bias-correction", "--no-equalize", "--no-smooth"),
     "with Gram-based steps": (),
