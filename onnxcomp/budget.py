@@ -1,5 +1,6 @@
 """What a result may cost: accuracy, latency and size, as a user writes them."""
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -29,6 +30,11 @@ class Budget:
         share = None if self.max_size_share is None else int(self.max_size_share * original)
         limits = [limit for limit in (self.max_size, share) if limit is not None]
         return min(limits, default=None)
+
+
+def within(drop: float, limit: float) -> bool:
+    """Whether a loss keeps its limit; 0.99 - 0.985 is half a point, although not in binary."""
+    return drop <= limit or math.isclose(drop, limit)
 
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}

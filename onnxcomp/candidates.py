@@ -9,8 +9,8 @@ import onnx_ir as ir
 from onnxcomp import metrics, runtime
 from onnxcomp import model as models
 from onnxcomp.core import Context, Pass
-from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.judges import Judges
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.judges import Judges, must_run
 from onnxcomp.measure import paced
 from onnxcomp.report import Figures, Step
 from onnxcomp.runtime import Protocol, Session, Timing
@@ -121,15 +121,7 @@ class Workbench:
         self.original, self.context, self.judges = original, context, judges
         self.batch = judges.run_of(context.batch)
         self.rows = self.batch.valid + self.batch.padding
-        try:
-            original.run(self.batch.feeds)
-        except OnnxcompError as error:
-            invented = context.data is None
-            raise DataError(
-                f"the model does not run on {'made-up inputs' if invented else 'the data'}: {error.fact}",
-                "inputs such as sizes, axes and indices have a meaning that cannot be guessed" if invented else "",
-                "give real ones with --calib or --eval" if invented else "run the model on the data with onnxruntime",
-            ) from error
+        must_run(original, self.batch.feeds, invented=context.data is None)
         self._protocol = paced(effort.protocol, original, self.batch.feeds)
         self._baseline: metrics.Score | None = None
         self._applied: dict[tuple[Pass, ...], tuple[ir.Model, tuple[Step, ...]]] = {}

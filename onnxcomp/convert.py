@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxcomp import metrics
 from onnxcomp import model as models
-from onnxcomp.budget import Budget
+from onnxcomp.budget import Budget, within
 from onnxcomp.core import Context, Pass, no_progress, node_pattern
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import BudgetError, ModelError, OptionError
@@ -241,7 +241,7 @@ class _Conversion:
             else:
                 raise
         unmet = []
-        if max_drop is not None and after.drop is not None and not after.drop <= max_drop:
+        if max_drop is not None and after.drop is not None and not within(after.drop, max_drop):
             unmet.append(f"{name} drops by {after.drop:.4g}, more than {max_drop:.4g}")
         report = Report(
             source=source_name(self._source),

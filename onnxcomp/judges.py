@@ -9,9 +9,10 @@ import onnx_ir as ir
 from onnxcomp import metrics
 from onnxcomp import model as models
 from onnxcomp.data import SMALLEST_SPLIT, ImageOptions, Split, open_dataset, split
+from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.measure import SCORING_ROWS, usual_metric
 from onnxcomp.runtime import Session
-from onnxcomp.samples import Batch, Dataset
+from onnxcomp.samples import Batch, Dataset, Feeds
 from onnxcomp.synthetic import synthetic
 
 
@@ -82,6 +83,7 @@ class Judges:
                 notes.append("Errors are measured on the samples that techniques learn from, and flattered: give more.")
             elif learn is None:
                 notes.append("Half of the evaluation data is used to calibrate, as there is no --calib.")
+        must_run(original, next(iter(final.batches(SCORING_ROWS))).feeds, invented=tune is None)
         reason = "as asked"
         if chosen is None:
             chosen, reason = usual_metric(original, final)
@@ -107,6 +109,22 @@ class Judges:
         """One run to measure latency on, of that many rows where model and data allow; few samples are repeated."""
         data = self.judge if self.tune is None else self.tune
         return next(iter(data.select(row % len(data) for row in range(rows)).batches(rows)))
+
+
+def must_run(original: Session, feeds: Feeds, *, invented: bool) -> None:
+    """Refuse data that the original itself cannot work on.
+
+    Raises:
+        DataError: it does not run.
+    """
+    try:
+        original.run(feeds)
+    except OnnxcompError as error:
+        raise DataError(
+            f"the model does not run on {'made-up inputs' if invented else 'the data'}: {error.fact}",
+            "inputs such as sizes, axes and indices have a meaning that cannot be guessed" if invented else error.cause,
+            "give real ones with --calib or --eval" if invented else "give data that the model accepts, or --batch 1",
+        ) from error
 
 
 def _deal(learn: Dataset | None, proof: Dataset | None, seed: int) -> Split:

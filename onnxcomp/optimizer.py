@@ -20,7 +20,7 @@ from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.registry import GROUPS, resolve
-from onnxcomp.report import Report, Result, Trial, source_name, stamped
+from onnxcomp.report import Figures, Report, Result, Trial, source_name, stamped
 from onnxcomp.runtime import Protocol, Session, Target
 from onnxcomp.search import Search
 
@@ -156,12 +156,14 @@ class _Proof:
             result=after,
             steps=best.steps,
             trials=tuple(Trial(trial.name, trial.figures(), trial.verdict) for trial in bench.trials),
-            notes=(*judges.notes, *self._notes(best, after.speedup or 0.0, after.size)),
+            notes=(*judges.notes, *self._notes(best, before, after)),
         )
         return Result(model, report)
 
-    def _notes(self, best: Candidate, speedup: float, size: int) -> list[str]:
-        notes = []
+    def _notes(self, best: Candidate, before: Figures, after: Figures) -> list[str]:
+        notes, speedup, metric = [], after.speedup or 0.0, self.bench.judges.metric
+        if metric.needs == "reference" and before.score != metric.best:
+            notes.append("The original answers differently each time, so that errors say little.")
         if self.bench.rows != self.bench.context.batch:
             notes.append(f"Runs have {self.bench.rows} rows: the model or its data fix that.")
         if not best.passes and self.search.drafted:
@@ -170,6 +172,6 @@ class _Proof:
             notes.append("Nothing here can be quantized for this target: the cleaned-up model is the result.")
         if speedup < 1 - NOISE:
             notes.append("The result is slower than the original on this target.")
-        elif size > self.size and speedup < 1 + NOISE:
+        elif after.size > before.size * (1 + NOISE) and speedup < 1 + NOISE:
             notes.append("The result is larger than the original, and not faster.")
         return notes

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from onnxcomp.budget import Budget
+from onnxcomp.budget import Budget, within
 from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench, fastest_first
 from onnxcomp.drafts import drafts, variants
 from onnxcomp.errors import OptionError
@@ -100,7 +100,7 @@ class Search:
 
     def _within(self, candidate: Candidate) -> bool:
         """Whether the budget on the metric holds; the verdict says so."""
-        holds = self._bench.drop(candidate) <= self._max_drop
+        holds = within(self._bench.drop(candidate), self._max_drop)
         candidate.verdict = candidate.verdict or f"{'within' if holds else 'over'} the budget"
         return holds
 
@@ -184,7 +184,7 @@ class Search:
 
     def holds(self, drop: float | None) -> bool:
         """Whether the loss on the final data is within the budget."""
-        return drop is not None and drop <= self._limit
+        return drop is not None and within(drop, self._limit)
 
     def unmet(self, result: Figures) -> list[str]:
         """The limits that a result breaks, in words."""

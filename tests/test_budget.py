@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from onnxcomp.budget import Budget, parse_bytes, parse_latency, parse_share, parse_size, parse_speedup
+from onnxcomp.budget import Budget, parse_bytes, parse_latency, parse_share, parse_size, parse_speedup, within
 from onnxcomp.errors import OptionError
 
 
@@ -54,3 +54,12 @@ def test_the_tighter_limit_on_size_counts() -> None:
     assert Budget(max_size=300).size_limit(1000) == 300
     assert Budget(max_size=300, max_size_share=0.25).size_limit(1000) == 250
     assert Budget(max_size=0).size_limit(1000) == 0
+
+
+def test_the_limit_itself_is_within() -> None:
+    assert within(0.99 - 0.985, 0.005)
+    assert within(0.0, 0.0)
+    assert within(-1.0, 0.0)
+    assert not within(0.00501, 0.005)
+    assert not within(float("nan"), 0.005)
+    assert not within(float("inf"), 0.005)

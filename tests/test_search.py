@@ -1,0 +1,322 @@
+"""What the search decides, on made-up latencies and losses."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcomp import runtime
+from onnxcomp.budget import Budget
+from onnxcomp.candidates import NOISE, Effort, Workbench
+from onnxcomp.core import Change, Context, Outcome, Pass
+from onnxcomp.errors import BudgetError, DataError, OnnxcompError, OptionError
+from onnxcomp.judges import Judges
+from onnxcomp.measure import paced
+from onnxcomp.metrics import METRICS
+from onnxcomp.passes.quantize_static import QuantizeStatic
+from onnxcomp.runtime import Session, Target
+from onnxcomp.search import accepted_drop
+from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial
+
+__all__ = ["lab"]
+
+COSTS = {"g2": 0.3, "g4": 0.15}
+
+
+def costly(model: ir.Model) -> float:
+    return sum(COSTS.get(name, 0.01) for name in integers(model))
+
+
+# --- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def test_the_fastest_within_the_budget_is_chosen(lab: Lab) -> None:
+    result = lab.optimize()
+    assert integers(result.model) == set(LAYERS)
+    assert result.report.result.speedup == pytest.approx(2.5)
+    assert result.report.met
+    assert trial(result, "static INT8").verdict == "chosen"
+    assert trial(result, "dynamic INT8").verdict == "not faster"
+
+
+@pytest.mark.parametrize(
+    ("budget", "in_float"),
+    [(0.6, set()), (0.5, set()), (0.25, {"g2"}), (0.1, {"g2", "g4"}), (0.035, {"g2", "g4", "g0"})],
+)
+def test_as_few_nodes_return_to_float_as_keep_the_budget(lab: Lab, budget: float, in_float: set[str]) -> None:
+    lab.loss, lab.order = costly, lambda name: COSTS.get(name, 0.01 if name in LAYERS else 0.0)
+    result = lab.optimize(budget=Budget(max_drop=budget))
+    assert set(LAYERS) - integers(result.model) == in_float
+    assert result.report.met
+    drop = result.report.result.drop
+    assert drop is not None
+    assert drop <= budget
+
+
+def test_over_any_budget_the_clean_model_is_the_result(lab: Lab) -> None:
+    lab.loss = lambda model: float(bool(integers(model)))
+    result = lab.optimize(passes=["simplify", "quantize-static"])
+    assert not integers(result.model)
+    assert result.report.met
+    assert any("the cleaned-up model is the result" in note for note in result.report.notes)
+    assert trial(result, "static INT8").verdict == "over the budget"
+    assert trial(result, "clean-up").verdict == "chosen"
+
+
+def test_nothing_slower_is_chosen_even_without_any_loss(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0 + 0.1 * len(integers(model)) + ("MatMulInteger" in operators(model))
+    result = lab.optimize(passes=["simplify", "quantize-static", "quantize-dynamic"])
+    assert operators(result.model) == {"MatMul", "Relu"}
+    assert {t.verdict for t in result.report.trials[1:]} == {"not faster"}
+
+
+def test_what_is_faster_only_within_noise_is_not_worth_a_loss(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0 - NOISE / 2 * bool(integers(model))
+    lab.loss = lambda model: 0.1 * bool(integers(model))
+    result = lab.optimize(passes=["simplify", "quantize-static"])
+    assert not integers(result.model)
+    assert trial(result, "static INT8").verdict == "not faster beyond noise"
+
+
+def test_backed_off_to_no_gain_is_not_chosen(lab: Lab) -> None:
+    lab.latency = lambda model: {0: 1.0, len(LAYERS): 0.5}.get(len(integers(model)), 0.98)
+    lab.loss = lambda model: 0.5 if "g0" in integers(model) else 0.0
+    lab.order = lambda name: name == "g0"
+    result = lab.optimize(passes=["simplify", "quantize-static"])
+    assert not integers(result.model)
+    assert trial(result, "static INT8, 1 most sensitive nodes in float").verdict == "not faster beyond noise"
+
+
+def test_a_slower_draft_wins_where_the_fastest_loses_too_much(lab: Lab) -> None:
+    lab.latency = lambda model: 0.4 if integers(model) else 0.6 if "MatMulInteger" in operators(model) else 1.0
+    lab.loss = lambda model: float(bool(integers(model)))
+    result = lab.optimize()
+    assert "MatMulInteger" in operators(result.model)
+    assert trial(result, "dynamic INT8").verdict == "chosen"
+
+
+def test_more_effort_tries_other_ranges_and_equalization(lab: Lab) -> None:
+    lab.loss = lambda model: 0.0
+    lab.optimize(effort=Effort.DEFAULT)
+    tries = 0
+
+    def second(model: ir.Model) -> float:
+        nonlocal tries
+        tries += 1
+        return float(tries == 1)
+
+    lab.loss = lambda model: second(model) if integers(model) else 0.0
+    result = lab.optimize(effort=Effort.DEFAULT, passes=["simplify", "quantize-static", "equalize"])
+    assert trial(result, "static INT8, weights refined").verdict == "over the budget"
+    assert trial(result, "static INT8, min-max ranges").verdict == "chosen"
+    assert "range=Range.MINMAX" in result.report.steps[-1].recipe
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_limit_on_size_is_met_by_weights_alone_where_nothing_is_faster(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0 if operators(model) == {"MatMul", "Relu"} else 1.5
+    result = lab.optimize(network(seed=2), budget=Budget(max_size_share=0.5))
+    assert not integers(result.model)
+    assert result.report.result.size <= 0.5 * result.report.original.size
+    assert result.report.met
+    assert result.report.steps[-1].recipe.startswith("QuantizeWeights(bits=8")
+    assert any("slower" in note for note in result.report.notes)
+
+
+def test_without_a_limit_weights_are_stored_only_where_that_costs_no_time(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0
+    smaller = lab.optimize()
+    assert smaller.report.steps[-1].recipe.startswith("QuantizeWeights(bits=8")
+    assert smaller.report.result.size < 0.6 * smaller.report.original.size
+    lab.latency = lambda model: 1.0 if operators(model) == {"MatMul", "Relu"} else 1.1
+    slower = lab.optimize()
+    assert operators(slower.model) == {"MatMul", "Relu"}
+    assert {t.verdict for t in slower.report.trials if "stored" in t.name} == {"slower"}
+
+
+def test_four_bits_only_where_eight_do_not_suffice(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0
+    eight = lab.optimize(budget=Budget(max_size_share=0.5)).report
+    four = lab.optimize(budget=Budget(max_size=int(0.8 * eight.result.size))).report
+    assert "bits=8" in eight.steps[-1].recipe
+    assert "bits=4" in four.steps[-1].recipe
+    assert eight.met
+    assert four.met
+
+
+# --- limits that cannot be kept -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        (Budget(min_speedup=3), "speed-up 2.50x is below 3.00x"),
+        (Budget(max_latency=0.25), "latency 400 ms is above 250 ms"),
+        (Budget(max_size=100), r"size [\d,]+ bytes is above 100"),
+    ],
+)
+def test_the_error_says_which_limit_is_broken_and_carries_the_best_effort(
+    lab: Lab, budget: Budget, message: str
+) -> None:
+    with pytest.raises(BudgetError, match=message) as caught:
+        lab.optimize(budget=budget)
+    report = caught.value.result.report  # type: ignore[attr-defined]
+    assert not report.met
+    assert len(report.unmet) == 1
+    assert report.result.speedup == 2.5 or report.result.size < report.original.size / 2
+
+
+# --- unseen data ----------------------------------------------------------------------------------------------------
+
+
+def test_a_result_that_fails_on_final_data_is_made_with_more_care(lab: Lab) -> None:
+    lab.loss = lambda model: 0.15 if "g1" in integers(model) else 0.0
+    lab.final_loss = lambda model: 0.5 if "g1" in integers(model) else 0.0
+    lab.order = lambda name: name == "g1"
+    result = lab.optimize(passes=["simplify", "quantize-static"])
+    assert set(LAYERS) - integers(result.model) == {"g1"}
+    assert result.report.met
+    assert trial(result, "static INT8").verdict == "over the budget on the final data"
+    assert trial(result, "static INT8, 1 most sensitive nodes in float").verdict == "chosen"
+
+
+def test_a_result_that_fails_twice_gives_way_to_the_clean_model(lab: Lab) -> None:
+    lab.final_loss = lambda model: float(bool(integers(model)))
+    result = lab.optimize(passes=["simplify", "quantize-static"])
+    assert not integers(result.model)
+    assert result.report.met
+    verdicts = [t.verdict for t in result.report.trials]
+    assert verdicts.count("over the budget on the final data") == 2
+    assert trial(result, "clean-up").verdict == "chosen"
+
+
+def test_stored_weights_that_fail_on_final_data_give_way_too(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0
+    lab.final_loss = lambda model: float(operators(model) != {"MatMul", "Relu"})
+    result = lab.optimize(passes=["simplify", "quantize-weights"])
+    assert operators(result.model) == {"MatMul", "Relu"}
+    assert result.report.met
+
+
+# --- the budget on the metric ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "budget", "drop"),
+    [
+        ("relative-error", Budget(), 0.2),
+        ("accuracy", Budget(), 0.005),
+        ("accuracy", Budget(max_drop=0.02), 0.02),
+        ("relative-error", Budget(max_drop=0.0), 0.0),
+    ],
+)
+def test_accepted_drop(metric: str, budget: Budget, drop: float) -> None:
+    assert accepted_drop(METRICS[metric], budget) == drop
+
+
+def test_a_metric_on_which_the_original_is_infinitely_good_has_no_budget() -> None:
+    with pytest.raises(OptionError, match="sqnr cannot be given a budget"):
+        accepted_drop(METRICS["sqnr"], Budget())
+
+
+@pytest.mark.parametrize(("labels", "limit"), [(True, 0.005), (False, 0.2)])
+def test_default_budgets_hold_at_the_limit_and_not_above(lab: Lab, labels: bool, limit: float) -> None:
+    for loss, chosen in ((limit, True), (limit * 1.01, False)):
+        lab.loss = lambda model, loss=loss: loss * bool(integers(model))  # type: ignore[misc]
+        result = lab.optimize(calib=samples(labels=labels), passes=["simplify", "quantize-static"])
+        assert bool(integers(result.model)) == chosen
+
+
+# --- candidates -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Poison(Pass):
+    """Multiplies a weight."""
+
+    name: ClassVar[str] = "poison"
+    summary: ClassVar[str] = "for tests"
+    factor: float = float("nan")
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        if self.factor == 0:
+            raise OnnxcompError("this pass cannot")
+        weight = model.graph.initializers["g3_w"]
+        assert weight.const_value is not None
+        array = weight.const_value.numpy() * np.float32(self.factor)
+        weight.const_value = ir.tensor(array, name="g3_w")
+        return Outcome(model, (Change("g3", "poisoned"),))
+
+
+def workbench(calib: Any = None, metric: str | None = None, batch: int = 1) -> Workbench:
+    model, target = network(), Target(threads=1)
+    original = Session(model, target)
+    judges = Judges.of(model, original, calib, None, metric, None, 0, None)
+    return Workbench(model, original, Context(judges.tune, target, batch), judges, Effort.QUICK, ())
+
+
+@pytest.mark.parametrize("metric", ["relative-error", "accuracy", "cosine", "kl", "agreement"])
+def test_outputs_that_are_nan_are_worst(metric: str) -> None:
+    bench = workbench(samples(labels=True), metric)
+    broken = bench.make("broken", (Poison(),))
+    assert bench.works(broken)
+    assert bench.drop(broken) > accepted_drop(METRICS[metric], Budget())
+
+
+def test_the_loss_is_measured_against_the_original() -> None:
+    bench = workbench(samples())
+    worse = bench.make("worse", (Poison(1.5),))
+    assert bench.drop(worse) == pytest.approx(0.5, abs=1e-4)  # the error of one factor in a chain of ReLUs
+    assert bench.drop(bench.make("same", ())) == 0.0
+
+
+def test_a_pass_that_fails_rules_its_candidate_out() -> None:
+    bench = workbench(samples())
+    failed = bench.make("failed", (Poison(0.0),))
+    assert not bench.works(failed)
+    assert failed.verdict == "not possible: this pass cannot"
+    assert bench.trials == [failed]
+
+
+def test_a_pass_that_fails_for_a_broken_sample_is_the_datas_fault() -> None:
+    data = samples(40)
+    data["x"][20, 3] = np.nan
+    with pytest.raises(DataError, match="holds nan"):
+        workbench(data).make("static", (QuantizeStatic(),))
+
+
+def test_overflow_inside_the_model_is_the_models_fault() -> None:
+    bench = workbench({"x": samples(40)["x"] * np.float32(1e30)})
+    draft = bench.make("static", (Poison(1e30), QuantizeStatic()))
+    assert not bench.works(draft) or bench.drop(draft) > 0.2
+
+
+def test_what_is_applied_once_is_not_applied_again() -> None:
+    bench = workbench()
+    first, second = bench.make("a", (Poison(2.0),)), bench.make("b", (Poison(2.0),))
+    assert first.model is second.model
+
+
+def test_a_model_that_takes_seconds_is_timed_in_short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(np.arange(100) * 0.9)
+    session = workbench().original
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    protocol = paced(runtime.Protocol(rounds=9), session, {"x": samples(1)["x"]})
+    assert (protocol.block, protocol.warmup, protocol.rounds) == (2, 2, 9)
+    assert "blocks of 2 consecutive runs" in str(protocol)
+
+
+def test_a_fast_model_is_timed_as_usual() -> None:
+    bench = workbench()
+    assert paced(runtime.Protocol(), bench.original, bench.batch.feeds) == runtime.Protocol()
+
+
+def test_latency_is_of_the_batch_asked_for_although_samples_are_fewer() -> None:
+    bench = workbench(samples(5), batch=16)
+    assert bench.rows == 16
+    assert bench.batch.feeds["x"].shape == (16, 32)
