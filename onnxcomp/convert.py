@@ -176,7 +176,7 @@ def _passes(
             static = replace(QuantizeStatic.for_provider(provider), range=range_, rounding=rounding)
             return [*equalizing, *smoothing, static]
         case Scheme.INT8_DYNAMIC:
-            return [*smoothing, QuantizeDynamic(rounding)]
+            return [*smoothing, replace(QuantizeDynamic.for_provider(provider), rounding=rounding)]
         case Scheme.INT8_WEIGHTS:
             return [QuantizeWeights(bits=8, rounding=rounding)]
         case Scheme.INT4_WEIGHTS:

@@ -35,7 +35,8 @@ def drafts(bench: Workbench, clean: Candidate, allowed: frozenset[str], effort: 
     if bench.provider not in _NO_INT8 and "quantize-static" in allowed and bench.context.data is not None:
         made.extend(_static(bench, clean, effort))
     if bench.provider == "cpu" and "quantize-dynamic" in allowed:
-        made.append(bench.make("dynamic INT8", (QuantizeDynamic(NEAREST),)))
+        dynamic = replace(QuantizeDynamic.for_provider(bench.provider), rounding=NEAREST)
+        made.append(bench.make("dynamic INT8", (dynamic,)))
     return [draft for draft in made if bench.works(draft)]
 
 

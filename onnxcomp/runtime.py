@@ -64,6 +64,21 @@ class Target:
         )
 
 
+def weight_bits(provider: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
+    """Bits that INT8 weights may use: 7 where the processor adds pairs of uint8 * int8 products in 16 bits.
+
+    x86 without VNNI does (vpmaddubsw), and saturates: two products of 255 * 127 exceed 32,767. Half the range cannot.
+
+    Args:
+        provider: short name of an execution provider; only the CPU's kernels do this.
+        cpuinfo: where Linux says what the processor can do; elsewhere 8 bits are assumed to be safe.
+    """
+    if provider.lower() != "cpu" or not cpuinfo.is_file():
+        return 8
+    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
+    return 7 if "ssse3" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags) else 8
+
+
 class Session:
     """A model loaded by ONNX Runtime on a target, silent on the terminal.
 

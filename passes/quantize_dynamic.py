@@ -23,6 +23,7 @@ from onnxcomp.graph import Builder, constant_of, prepared, remove_unused
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.affine import IntGrid, quantize
 from onnxcomp.numerics.ranges import weight_scales
+from onnxcomp.runtime import weight_bits
 from onnxcomp.weights import Rounding, round_weights
 
 _OPSET = 13
@@ -46,6 +47,11 @@ class QuantizeDynamic(Pass):
     rounding: Rounding = field(default_factory=Rounding)
     weight_bits: int = 8
     keep: tuple[str, ...] = ()
+
+    @classmethod
+    def for_provider(cls, provider: str) -> "QuantizeDynamic":
+        """The types that an execution provider has kernels for, by its short name."""
+        return cls(weight_bits=weight_bits(provider))
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Quantize every matrix product with a constant weight, every LSTM and every table."""

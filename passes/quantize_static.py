@@ -35,6 +35,7 @@ from onnxcomp.layers import Layer, layer_of
 from onnxcomp.numerics import ranges
 from onnxcomp.numerics.affine import AffineParameters, IntGrid, parameters_from_range, quantize
 from onnxcomp.numerics.histogram import Histogram
+from onnxcomp.runtime import weight_bits
 from onnxcomp.weights import Rounding, mean_error, round_weights
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
@@ -89,7 +90,9 @@ class QuantizeStatic(Pass):
     @classmethod
     def for_provider(cls, provider: str) -> "QuantizeStatic":
         """The placement and types that an execution provider has kernels for, by its short name."""
-        return cls(signed=True, inputs_only=True) if provider.lower() in _INPUTS_ONLY else cls()
+        if provider.lower() in _INPUTS_ONLY:
+            return cls(signed=True, inputs_only=True)
+        return cls(weight_bits=weight_bits(provider))
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Choose the nodes, calibrate, insert the pairs."""

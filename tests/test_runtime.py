@@ -34,6 +34,17 @@ def test_a_provider_has_a_short_and_a_long_name(name: str) -> None:
     assert Target(name).providers == ["CPUExecutionProvider"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "bits"), [("ssse3 avx2", 7), ("ssse3 avx2 avx512_vnni", 8), ("ssse3 avx_vnni", 8), ("asimd", 8)]
+)
+def test_weights_lose_a_bit_where_pairs_of_products_saturate(tmp_path: Path, flags: str, bits: int) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\nflags : {flags}\n")
+    assert runtime.weight_bits("cpu", cpuinfo) == bits
+    assert runtime.weight_bits("cuda", cpuinfo) == 8
+    assert runtime.weight_bits("cpu", tmp_path / "absent") == 8
+
+
 def test_a_missing_provider_is_told_with_what_there_is() -> None:
     with pytest.raises(ProviderError, match=r"'vulkan' is not available; available: .*cpu") as caught:
         Session(models.load(zoo.build("resnet")), Target("vulkan"))
