@@ -15,7 +15,6 @@ Rules, by what reads a weight:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,7 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, calibrate
-from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
+from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.decode import (
     CONTRIB,
     PackedMatrix,
@@ -47,7 +46,7 @@ _WEIGHT_INPUTS = {"MatMul": (0, 1), "Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2
 _WEIGHT_INPUTS |= dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1,))
 
 
-class Form(StrEnum):
+class Form(Choice):
     """What multiplies by a quantized matrix."""
 
     MATMULNBITS = "matmulnbits"

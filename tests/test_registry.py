@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +33,9 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(OptionError) as caught:
         resolve(["zzz"])
     assert caught.value.cause == ""
+
+
+@pytest.mark.parametrize("kind", passes().values(), ids=passes())
+def test_the_repr_of_a_pass_is_python_that_gives_it(kind: type[Pass]) -> None:
+    technique = kind()
+    assert eval(repr(technique), dict(vars(sys.modules[kind.__module__]))) == technique

@@ -99,8 +99,6 @@ def test_a_slower_draft_wins_where_the_fastest_loses_too_much(lab: Lab) -> None:
 
 
 def test_more_effort_tries_other_ranges_and_equalization(lab: Lab) -> None:
-    lab.loss = lambda model: 0.0
-    lab.optimize(effort=Effort.DEFAULT)
     tries = 0
 
     def second(model: ir.Model) -> float:
