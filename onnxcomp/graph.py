@@ -120,6 +120,8 @@ def at_least_opset(model: ir.Model, version: int) -> ir.Model | str:
         return model
     if models.opset(model) == 0:
         return "it has no operators of the ONNX standard"
+    if models.opset(model) < 9 and any(node.op_type == "Scan" for node in models.all_nodes(model)):
+        return "Scan lost its batch axis in opset 9, which the converter overlooks"
     try:
         proto = onnx.ModelProto.FromString(models.to_bytes(model))
         # Before IR version 4 every initializer had to be an input too, and the converter insists on it.

@@ -86,8 +86,18 @@ def promote_weights(model: ir.Model) -> None:
 
 def fold_constants(model: ir.Model) -> None:
     """What is computed from constants becomes a constant if it is small or takes the place of as many elements."""
+    for node in model.graph.all_nodes():
+        _cast_as_told(node)
     with declared_outputs(model), _without_defaults(model):
         optimize_ir(model, output_size_limit=_FOLDED_ELEMENTS, should_fold=_small_constant_of_shape)
+
+
+def _cast_as_told(node: ir.Node) -> None:
+    """CastLike to float8 becomes a Cast here: onnxscript's rule drops `saturate`, on which overflow depends."""
+    like = node.inputs[1] if node.op_type == "CastLike" and node.domain == "" else None
+    if like is not None and like.dtype is not None and "saturate" in node.attributes:
+        node.op_type, node.attributes["to"] = "Cast", ir.AttrInt64("to", like.dtype)
+        node.resize_inputs(1)
 
 
 def fold_affine(model: ir.Model) -> None:

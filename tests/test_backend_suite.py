@@ -8,13 +8,13 @@ act on. Models that ONNX Runtime refuses must be refused with a ModelError. For 
 3. The result loads and runs, and its outputs have the same names, types and shapes.
 4. Where the pass is exact or changed nothing, outputs equal those of ONNX Runtime on the original.
 
-Outputs cannot be compared where the original itself fails on its data, answers differently each time, or has inputs of
-types that numpy lacks. The counts are printed: `pytest -s`.
+Outputs cannot be compared where the original itself fails on its data or answers differently each time. The counts are
+printed: `pytest -s`.
 """
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,10 +24,12 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import model as models
-from onnxcomp.core import Context, Outcome
+from onnxcomp.candidates import Effort
+from onnxcomp.core import Context
 from onnxcomp.data import open_dataset
 from onnxcomp.equivalence import unequal
 from onnxcomp.errors import InputError, ModelError, OnnxcompError
+from onnxcomp.optimizer import optimize
 from onnxcomp.registry import passes
 from onnxcomp.runtime import Session, Target
 from onnxcomp.samples import Dataset
@@ -54,24 +56,30 @@ def suite() -> list[BackendCase]:
 
 
 def test_every_ninth_model_through_every_pass(suite: list[BackendCase]) -> None:
-    tally = passed(_both(suite[::9]))
-    sys.stdout.write(f"\n{tally}\n")
-    assert not tally.problems, "\n".join(tally.problems)
+    small = [case for case in suite[::9] if case.kind != "light"]  # one DenseNet takes longer than all others
+    tally = examined(_both(small), _through_passes)
     assert tally.counts["loaded"] > 3 * tally.counts["refused"] > 0
     assert tally.counts["simplify: changed"] > 0
     assert tally.counts["quantize-static: changed"] > 0
 
 
+def test_every_fiftieth_model_through_optimize(suite: list[BackendCase]) -> None:
+    tally = examined(suite[::50], _through_optimize)
+    assert tally.counts["optimize: nothing lossy"] > 20
+
+
 @pytest.mark.slow
 def test_every_model_through_every_pass(suite: list[BackendCase]) -> None:
-    tally = passed(_both(suite))
-    sys.stdout.write(f"\n{tally}\n")
-    assert not tally.problems, "\n".join(tally.problems)
-    assert tally.counts["loaded"] > 1500
+    assert examined(_both(suite), _through_passes).counts["loaded"] > 2500
 
 
-def passed(suite: Iterable[BackendCase]) -> Tally:
-    """All cases through all passes."""
+@pytest.mark.slow
+def test_every_model_through_optimize(suite: list[BackendCase]) -> None:
+    assert examined(suite, _through_optimize).counts["loaded"] > 1500
+
+
+def examined(suite: Iterable[BackendCase], check: Callable[["Example", Tally], None]) -> Tally:
+    """All cases that load, checked; counts are printed, and each problem makes the test fail."""
     tally = Tally()
     for case in suite:
         refusal, reason = _refusal(case), ort_loads(case.model)
@@ -79,32 +87,86 @@ def passed(suite: Iterable[BackendCase]) -> Tally:
         if (refusal is None) != (reason is None):
             tally.problems.append(f"{case.name}: onnxcomp says {refusal or 'fine'}, ONNX Runtime {reason or 'fine'}")
         if refusal is None:
-            _examine(case, tally)
+            example = Example.of(case)
+            tally.counts["comparable"] += example.expected is not None
+            tally.counts["with data"] += example.data is not None
+            check(example, tally)
+    sys.stdout.write(f"\n{tally}\n")
+    assert not tally.problems, "\n".join(tally.problems)
     return tally
 
 
-def _examine(case: BackendCase, tally: Tally) -> None:
-    model = models.load(case.model)
-    expected = _answers(model, case)
-    tally.counts["comparable"] += expected is not None
-    data = _dataset(model, case)
-    tally.counts["with data"] += data is not None
-    before = models.to_bytes(model)
+@dataclass(frozen=True)
+class Example:
+    """A model that loads, what it answers (None where that is no answer to compare with), and its inputs as data."""
+
+    case: BackendCase
+    model: ir.Model
+    expected: dict[str, Any] | None
+    data: Dataset | None
+
+    @classmethod
+    def of(cls, case: BackendCase) -> "Example":
+        model = models.load(case.model)
+        return cls(case, model, _answers(model, case), _dataset(model, case))
+
+    def problem(self, result: ir.Model, *, exact: bool) -> str | None:
+        """What is wrong with a result, or None."""
+        try:
+            session = Session(models.load(models.to_bytes(result)), TARGET)
+            outputs = session.run(self.case.inputs) if self.expected is not None else {}
+        except OnnxcompError as error:
+            return f"gave a model that does not work: {error}"
+        if models.to_bytes(self.model) != models.to_bytes(models.load(self.case.model)):
+            return "changed the model it was given"
+        for name, value in (self.expected or {}).items():
+            if exact and (why := unequal(value, outputs[name])) is not None:
+                return f"changed output '{name}', which {why}"
+            if _form(value) != _form(outputs[name]):
+                return f"changed the form of output '{name}'"
+        return None
+
+
+def _through_passes(example: Example, tally: Tally) -> None:
     for name, kind in passes().items():
         technique = kind()
-        context = Context(None if technique.exact else data, TARGET)
+        context = Context(None if technique.exact else example.data, TARGET)  # exact on inputs that it has not seen too
         try:
-            outcome = technique(model, context)
+            outcome = technique(example.model, context)
         except Exception as error:  # noqa: BLE001  (any error is what this test looks for)
-            tally.problems.append(f"{case.name}: {name} raised {type(error).__name__}: {error}")
+            tally.problems.append(f"{example.case.name}: {name} raised {type(error).__name__}: {error}")
             continue
         tally.counts[f"{name}: {'changed' if outcome.modified else 'unchanged'}"] += 1
-        exact = technique.exact or not outcome.modified
-        problem = _problem(outcome, case, expected, exact=exact)
-        if models.to_bytes(model) != before:
-            problem = "changed the model it was given"
+        problem = example.problem(outcome.model, exact=technique.exact or not outcome.modified)
+        if not all(skip.node and skip.reason for skip in outcome.skips):
+            problem = "skipped without a reason"
         if problem is not None:
-            tally.problems.append(f"{case.name}: {name} {problem}")
+            tally.problems.append(f"{example.case.name}: {name} {problem}")
+
+
+def _through_optimize(example: Example, tally: Tally) -> None:
+    calib = None if example.data is None else [example.case.inputs]
+    try:
+        result = optimize(example.model, calib=calib, target=TARGET, effort=Effort.QUICK)
+    except OnnxcompError as error:
+        tally.counts[f"optimize: declined, {type(error).__name__}"] += 1
+        # Only what cannot be measured may be declined: no tensors go in, no numbers come out, or it does not run.
+        measurable = example.case.feedable and all(map(_is_number, (example.expected or {"": None}).values()))
+        if measurable or not (error.cause or error.remedy):
+            tally.problems.append(f"{example.case.name}: optimize declined: {error}")
+        return
+    except Exception as error:  # noqa: BLE001
+        tally.problems.append(f"{example.case.name}: optimize raised {type(error).__name__}: {error}")
+        return
+    exact = [repr(kind()).partition("(")[0] for kind in passes().values() if kind.exact]
+    lossy = any(step.changes and step.recipe.partition("(")[0] not in exact for step in result.report.steps)
+    tally.counts["optimize: quantized" if lossy else "optimize: nothing lossy"] += 1
+    if (problem := example.problem(result.model, exact=not lossy)) is not None:
+        tally.problems.append(f"{example.case.name}: optimize {problem}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.size > 0
 
 
 def _refusal(case: BackendCase) -> ModelError | None:
@@ -133,23 +195,6 @@ def _dataset(model: ir.Model, case: BackendCase) -> Dataset | None:
         return open_dataset([case.inputs], models.input_specs(model))
     except InputError:
         return None
-
-
-def _problem(outcome: Outcome, case: BackendCase, expected: dict[str, Any] | None, *, exact: bool) -> str | None:
-    """What is wrong with an outcome, or None."""
-    if not all(skip.node and skip.reason for skip in outcome.skips):
-        return "skipped without a reason"
-    try:
-        session = Session(models.load(models.to_bytes(outcome.model)), TARGET)
-        outputs = session.run(case.inputs) if expected is not None else {}
-    except OnnxcompError as error:
-        return f"gave a model that does not work: {error}"
-    if expected is None:
-        return None
-    if exact:
-        return next((f"{n} {why}" for n in expected if (why := unequal(expected[n], outputs[n])) is not None), None)
-    forms = {name: _form(value) for name, value in expected.items()}
-    return None if forms == {name: _form(outputs[name]) for name in expected} else "changed the form of outputs"
 
 
 def _form(value: Any) -> Any:
