@@ -18,7 +18,7 @@ casts them when it loads the model.
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import Observed, calibrate
 from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
-from onnxcomp.errors import ModelError
-from onnxcomp.graph import Builder, prepared, remove_unused
+from onnxcomp.errors import ModelError, OnnxcompError
+from onnxcomp.graph import Builder, constant_of, prepared, remove_unused
 from onnxcomp.model import opset
 from onnxcomp.runtime import Session, Target
 
@@ -99,6 +99,8 @@ class ConvertFloat(Pass):
         plans = _Planner(converted, self, context).plans()
         changes = _Surgery(converted, self.to, plans).run()
         remove_unused(converted)
+        if changes and (failure := _failure(model, converted, context)) is not None:
+            return Outcome(model, (), (Skip("model", failure),))
         skips = tuple(Skip(node.name or "", plan.reason) for node, plan in plans.items() if plan.reason)
         return Outcome(converted if changes else model, changes, skips)
 
@@ -118,9 +120,9 @@ def _cut_masks(model: ir.Model, to: Float) -> None:
     """Cut constants that a Softmax saturates on to half of the type's range."""
     for graph in model.graphs():
         for value in list(graph.initializers.values()):
-            if value.dtype != _FLOAT or value.is_graph_input() or value.const_value is None:
+            array = _constant(value)
+            if array is None:
                 continue
-            array = value.const_value.numpy()
             if np.isfinite(array).all() and np.abs(array).max(initial=0) > to.largest / 2 and _reaches_softmax(value):
                 value.const_value = ir.tensor(np.clip(array, -to.largest / 2, to.largest / 2), name=value.name)
 
@@ -147,10 +149,15 @@ class _Planner:
 
     def plans(self) -> dict[ir.Node, _Plan]:
         """The plan of each node that handles float32 tensors."""
-        exact, beyond = self._exact(), self._beyond()
-        plans = {}
+        plans = self._without_data({})
+        values = [value for node, plan in plans.items() if not plan.reason for value in _values(node)]
+        beyond = self._beyond(values) if values else {}
+        return self._without_data(beyond) if beyond else plans
+
+    def _without_data(self, beyond: Mapping[ir.Value, float]) -> dict[ir.Node, _Plan]:
+        exact, plans = self._exact(), {}
         for node in self._nodes:
-            if not any(value.dtype == _FLOAT for value in _values(node)) or node.op_type in _ANY_TYPE:
+            if not any(_is_float(value) for value in _values(node)) or node.op_type in _ANY_TYPE:
                 continue
             plan = self._slots(node)
             if obstacle := self._obstacle(node, exact, beyond):
@@ -176,18 +183,18 @@ class _Planner:
         inputs = {
             index: kind
             for index, value in enumerate(node.inputs)
-            if value is not None and value.dtype == _FLOAT and (kind := _kind(schema.inputs, index)) in free
+            if value is not None and _is_float(value) and (kind := _kind(schema.inputs, index)) in free
         }
         # What no input determines, an attribute does.
         outputs = [
             index
             for index, value in enumerate(node.outputs)
-            if value.dtype == _FLOAT and _kind(schema.outputs, index) in set(inputs.values())
+            if _is_float(value) and _kind(schema.outputs, index) in set(inputs.values())
         ]
         reason = "" if inputs else f"the standard has no {node.op_type} in {self._settings.to}"
         return _Plan(tuple(inputs), tuple(outputs), reason, stores=bool(reason))
 
-    def _obstacle(self, node: ir.Node, exact: set[ir.Node], beyond: dict[ir.Value, float]) -> str:
+    def _obstacle(self, node: ir.Node, exact: set[ir.Node], beyond: Mapping[ir.Value, float]) -> str:
         if self._context.excludes(node):
             return "excluded by the user"
         if node.name in self._settings.keep:
@@ -208,12 +215,12 @@ class _Planner:
             return "ONNX Runtime crashes on the product behind a Transpose of the batch axis"
         return ""
 
-    def _beyond(self) -> dict[ir.Value, float]:
-        """Tensors of the main graph that exceed the type on the data, and by what. Infinities count for nothing."""
+    def _beyond(self, values: Iterable[ir.Value]) -> dict[ir.Value, float]:
+        """Those of the main graph that exceed the type on the data, and by what. Infinities count for nothing."""
         if self._context.data is None:
             return {}
-        values = [*self._model.graph.inputs, *(value for node in self._model.graph for value in node.outputs)]
-        observed = [Observed(value) for value in values if value.dtype == _FLOAT and value.uses()]
+        main = [value for value in dict.fromkeys(values) if value.graph is self._model.graph]
+        observed = [Observed(value) for value in main if _is_float(value) and _constant(value) is None]
         statistics = calibrate(self._model, self._context.data, self._context, observed, finite=False).tensors
         histograms = {seen.value: statistics[seen.value.name or ""].histogram for seen in observed}
         peaks = {value: max(-seen.minimum, seen.maximum) for value, seen in histograms.items()}
@@ -225,7 +232,7 @@ class _Planner:
         front = deque(node for node in self._nodes if node.op_type == "Cast" and _gives_integers(node))
         while front:
             for value in front.popleft().inputs:
-                producer = None if value is None or value.dtype != _FLOAT else value.producer()
+                producer = None if value is None or not _is_float(value) else value.producer()
                 if producer is not None and producer not in found and not _is_layer(producer):
                     found.add(producer)
                     front.append(producer)
@@ -282,7 +289,7 @@ class _Surgery:
 
     def __init__(self, model: ir.Model, to: Float, plans: dict[ir.Node, _Plan]) -> None:
         self._model, self._to, self._plans = model, to, plans
-        self._floats = {value for graph in model.graphs() for value in _all_values(graph) if value.dtype == _FLOAT}
+        self._floats = {value for graph in model.graphs() for value in _all_values(graph) if _is_float(value)}
         self._casts: dict[tuple[ir.Value, ir.DataType, ir.Graph], ir.Value] = {}
         self._builders: dict[ir.Graph, Builder] = {}
 
@@ -358,6 +365,28 @@ class _Surgery:
         return self._builders[graph]
 
 
+def _is_float(value: ir.Value) -> bool:
+    return isinstance(value.type, ir.TensorType) and value.dtype == _FLOAT
+
+
+def _failure(before: ir.Model, after: ir.Model, context: Context) -> str | None:
+    """Why the target does not run the result, though it runs the original; some kernels find out as late as that."""
+    try:
+        session, original = Session(after, context.target), Session(before, context.target)
+    except ModelError as error:
+        return error.fact
+    for feeds in context.examples(before, 1):
+        try:
+            original.run(feeds)
+        except OnnxcompError:
+            continue
+        try:
+            session.run(feeds)
+        except OnnxcompError as error:
+            return error.fact
+    return None
+
+
 def _loads(model: ir.Model, target: Target) -> bool:
     try:
         Session(model, target)
@@ -386,9 +415,7 @@ def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
 
 def _constant(value: ir.Value) -> NDArray[Any] | None:
     """The elements of a float32 constant."""
-    if value.const_value is None or value.is_graph_input() or value.dtype != _FLOAT:
-        return None
-    return value.const_value.numpy()
+    return constant_of(value) if _is_float(value) else None
 
 
 def _is_layer(node: ir.Node) -> bool:
@@ -396,7 +423,7 @@ def _is_layer(node: ir.Node) -> bool:
     for value in node.inputs:
         producer = None if value is None else value.producer()
         source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else value
-        if value is None or value.dtype != _FLOAT or source is None or source.is_graph_input():
+        if value is None or not _is_float(value) or source is None or source.is_graph_input():
             continue
         if source.const_value is not None and source.const_value.size >= _LARGE:
             return True

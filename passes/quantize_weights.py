@@ -33,7 +33,7 @@ from onnxcomp.decode import (
     stored_bytes,
 )
 from onnxcomp.errors import OptionError
-from onnxcomp.graph import Builder, prepared, remove_unused
+from onnxcomp.graph import Builder, constant_of, prepared, remove_unused
 from onnxcomp.layers import FLOATS, Layer, layer_of
 from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.weights import Rounding, round_weights
@@ -218,8 +218,9 @@ class _Weight:
 
     @property
     def array(self) -> NDArray[Any]:
-        assert self.value.const_value is not None
-        return self.value.const_value.numpy()
+        content = constant_of(self.value)
+        assert content is not None
+        return content
 
     @property
     def lookups(self) -> list[ir.Node]:

@@ -244,3 +244,15 @@ def test_kept_and_excluded_nodes_stay_float32() -> None:
     excluded = ConvertFloat()(model, Context(exclude=re.compile("MatMul|Gemm")))
     assert not excluded.modified
     assert "excluded by the user" in {skip.reason for skip in excluded.skips}
+
+
+def test_a_result_that_does_not_run_is_not_given() -> None:
+    text = """
+    g (float[64, 64] x, int64[32, 1] rows, float[32, 64] added) => (float[64, 64] y) {
+        y = ScatterND <reduction="add"> (x, rows, added)
+    }
+    """
+    model = parse(text, rows=np.arange(32)[:, None], added=normal(32, 64))
+    outcome = ConvertFloat()(model)
+    assert not outcome.modified
+    assert "ScatterND" in outcome.skips[0].reason

@@ -13,13 +13,15 @@ import pytest
 from numpy.typing import NDArray
 
 from models import zoo
+from models.net import Net
 from onnxcomp import model as models
 from onnxcomp.core import Context, Outcome
 from onnxcomp.data import open_dataset
 from onnxcomp.errors import OptionError
 from onnxcomp.model import input_specs
 from onnxcomp.passes.quantize_weights import Form, QuantizeWeights
-from onnxcomp.runtime import Session, Target
+from onnxcomp.runtime import Session
+from onnxcomp.samples import Dataset
 from onnxcomp.weights import Rounding
 
 MODELS = Path(zoo.__file__).parent
@@ -127,29 +129,31 @@ def test_forms_agree(form: Form) -> None:
 
 
 def test_calibrated_rounding_beats_nearest_on_data() -> None:
-    model = models.load(MODELS / "letters.onnx")
-    evaluation = dict(np.load(MODELS / "letters_eval.npz"))
-    evaluation.pop("label")
-    expected = answers(model, evaluation)["logits"]
-    data = open_dataset(MODELS / "letters_calib.npz", input_specs(model)).select(range(128))
-    errors = {}
-    for rounding, given in ((Rounding(), data), (Rounding(gptq=True, sweeps=0), data), (Rounding(), None)):
-        context = Context(data=given, target=Target(threads=1))
-        outcome = QuantizeWeights(rounding=rounding, block=32)(model, context)
-        logits = answers(outcome.model, evaluation)["logits"]
-        errors[rounding.sweeps, given is None] = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
-    assert errors[3, False] < 0.8 * errors[3, True]
-    assert errors[0, False] < errors[3, True]
+    net = Net(17)
+    x = net.relu(net.gemm(net.input("x", ["batch", 8]), 8, 64))  # 64 inputs that vary in 8 directions
+    net.output("y", net.gemm(x, 64, 96), ["batch", 96])
+    model = net.model()
+    random = np.random.default_rng(0)
+    given, other = ({"x": random.normal(size=(256, 8)).astype(np.float32)} for _ in range(2))
+    data, expected = open_dataset(given, input_specs(model)), answers(model, other)["y"]
+
+    def loss(rounding: Rounding, data: Dataset | None) -> float:
+        outcome = QuantizeWeights(rounding=rounding, accuracy_level=0)(model, Context(data=data))
+        assert len(outcome.changes) == 1
+        return float(np.linalg.norm(answers(outcome.model, other)["y"] - expected) / np.linalg.norm(expected))
+
+    nearest = loss(Rounding(), None)
+    assert loss(Rounding(sweeps=0, bias_correction=False), data) < 0.8 * nearest
+    assert loss(Rounding(), data) < 0.7 * nearest
 
 
 def test_four_bits_keep_the_letters() -> None:
     model = models.load(MODELS / "letters.onnx")
-    data = open_dataset(MODELS / "letters_calib.npz", input_specs(model)).select(range(128))
-    outcome = QuantizeWeights()(model, Context(data=data, target=Target(threads=1)))
+    outcome = QuantizeWeights()(model)
     evaluation = dict(np.load(MODELS / "letters_eval.npz"))
     labels = evaluation.pop("label")
     logits = answers(outcome.model, evaluation)["logits"]
-    assert (logits.argmax(axis=1) == labels).mean() > 0.965  # 0.977 in float32
+    assert (logits.argmax(axis=1) == labels).mean() > 0.94  # 0.977 in float32, and no data were used
     assert len(models.to_bytes(outcome.model)) < 0.26 * len(models.to_bytes(model))
 
 
