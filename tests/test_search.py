@@ -10,14 +10,14 @@ import pytest
 
 from onnxcomp import runtime
 from onnxcomp.budget import Budget
-from onnxcomp.candidates import NOISE, Effort, Workbench
+from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Change, Context, Outcome, Pass
 from onnxcomp.errors import BudgetError, DataError, OnnxcompError, OptionError
 from onnxcomp.judges import Judges
 from onnxcomp.measure import paced
 from onnxcomp.metrics import METRICS
 from onnxcomp.passes.quantize_static import QuantizeStatic
-from onnxcomp.runtime import Session, Target
+from onnxcomp.runtime import Session, Target, Timing
 from onnxcomp.search import accepted_drop
 from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial
 
@@ -318,3 +318,15 @@ def test_latency_is_of_the_batch_asked_for_although_samples_are_fewer() -> None:
     bench = workbench(samples(5), batch=16)
     assert bench.rows == 16
     assert bench.batch.feeds["x"].shape == (16, 32)
+
+
+def timed(speedup: float, low: float) -> Candidate:
+    return Candidate("c", (), network(), (), timing=Timing(1.0, 1.0, 1.0, speedup, low, speedup))
+
+
+def test_faster_means_beyond_noise_and_in_three_of_four_rounds() -> None:
+    reference = timed(1.0, 1.0)
+    assert timed(1.1, 1.05).faster(reference)
+    assert not timed(1.02, 1.01).faster(reference)
+    assert not timed(1.5, 0.9).faster(reference)  # the wild figures of a model of microseconds
+    assert not Candidate("c", (), network(), ()).faster(reference)
