@@ -266,7 +266,7 @@ def _weights(model: ir.Model) -> list[_Weight]:
             value = node.inputs[index] if index < len(node.inputs) else None
             if value is None or not value.is_initializer() or value.is_graph_input() or value.dtype not in FLOATS:
                 continue
-            if len(_shape(value)) > 1:
+            if len(_shape(value)) > 1 and 0 not in _shape(value):
                 uses.setdefault(value, []).append((node, index))
     return [_Weight(value, tuple(found)) for value, found in uses.items()]
 
