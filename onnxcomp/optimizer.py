@@ -100,9 +100,8 @@ def optimize(
     proof = _Proof(bench, search, size, source, models.fingerprint(source), budget, output, about)
     best = search.run()
     result = proof.of(best)
-    for fallback in search.fallbacks(best):
-        if search.holds(result.report.result.drop):
-            break
+    fallbacks = search.fallbacks(best)
+    while not search.holds(result.report.result.drop) and (fallback := next(fallbacks, None)) is not None:
         result = proof.of(fallback)
     if not result.report.met and not best_effort:
         error = BudgetError(

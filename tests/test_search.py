@@ -18,7 +18,7 @@ from onnxcomp.measure import paced
 from onnxcomp.metrics import METRICS
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.runtime import Session, Target, Timing
-from onnxcomp.search import accepted_drop
+from onnxcomp.search import Search, accepted_drop
 from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial
 
 __all__ = ["lab"]
@@ -181,6 +181,11 @@ def test_a_result_that_fails_on_final_data_is_made_with_more_care(lab: Lab) -> N
     assert result.report.met
     assert trial(result, "static INT8").verdict == "over the budget on the final data"
     assert trial(result, "static INT8, 1 most sensitive nodes in float").verdict == "chosen"
+
+
+def test_a_result_that_holds_on_final_data_is_left_in_peace(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Search, "_back_off", lambda *_: pytest.fail("more work"))
+    assert lab.optimize(passes=["simplify", "quantize-static"]).report.met
 
 
 def test_a_result_that_fails_twice_gives_way_to_the_clean_model(lab: Lab) -> None:
