@@ -95,11 +95,12 @@ class ConvertFloat(Pass):
         if isinstance(converted, str):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
+        original = converted.clone()
         _cut_masks(converted, self.to)
         plans = _Planner(converted, self, context).plans()
         changes = _Surgery(converted, self.to, plans).run()
         remove_unused(converted)
-        if changes and (failure := _failure(model, converted, context)) is not None:
+        if changes and (failure := _failure(original, converted, context)) is not None:
             return Outcome(model, (), (Skip("model", failure),))
         skips = tuple(Skip(node.name or "", plan.reason) for node, plan in plans.items() if plan.reason)
         return Outcome(converted if changes else model, changes, skips)
