@@ -1,6 +1,5 @@
 """Candidates of one model: made by passes, run, timed and judged beside the original."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -204,8 +203,3 @@ class Workbench:
     def _tell(self, what: str) -> None:
         """Progress without an end: how many candidates there will be depends on what is measured."""
         self.context.progress(len(self.trials), 0, what)
-
-
-def fastest_first(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Sorted by measured speed."""
-    return sorted(candidates, key=lambda candidate: -candidate.speedup)
