@@ -1,6 +1,7 @@
 """The data in their roles: what techniques learn from, what judges candidates, what scores the result once."""
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,8 @@ class Judges:
                 notes.append("Errors are measured on the samples that techniques learn from, and flattered: give more.")
             elif learn is None:
                 notes.append("Half of the evaluation data is used to calibrate, as there is no --calib.")
-        must_run(original, next(iter(final.batches(SCORING_ROWS))).feeds, invented=tune is None)
+        for batch in islice(final.batches(SCORING_ROWS), None if tune is None else 1):
+            must_run(original, batch.feeds, invented=tune is None)
         reason = "as asked"
         if chosen is None:
             chosen, reason = usual_metric(original, final)

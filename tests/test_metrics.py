@@ -359,6 +359,23 @@ def test_a_named_output_settles_several(scores: Floats) -> None:
     assert metrics.evaluate(parse_metric("agreement:aux"), lambda f: both, data, lambda f: both, 37).value == 1
 
 
+@pytest.mark.parametrize("name", ["mse", "cosine", "sqnr", "relative-error"])
+def test_an_output_that_is_empty_for_some_samples_counts_for_the_others(name: str) -> None:
+    x = np.arange(12.0).reshape(4, 3)
+    answers = {start: {"a": x[start:][:2], "b": x[start:][:2, : start // 2]} for start in (0, 2)}
+
+    def reference(feeds: Arrays) -> Arrays:
+        return answers[0 if feeds["x"][0, 0] == 0 else 2]
+
+    def candidate(feeds: Arrays) -> Arrays:
+        return {"a": reference(feeds)["a"], "b": 2 * reference(feeds)["b"]}
+
+    metric = METRICS[name]
+    assert metrics.evaluate(metric, reference, FakeData(x), reference, 2).value == metric.best
+    expected = {"mse": (6**2 + 9**2) / 4, "cosine": 1.0, "sqnr": 0.0, "relative-error": 1.0}
+    assert metrics.evaluate(metric, candidate, FakeData(x), reference, 2).value == pytest.approx(expected[name])
+
+
 def test_fidelity_names_what_does_not_fit(scores: Floats) -> None:
     data = FakeData(scores)
     with pytest.raises(DataError, match=r"\(37, 10\) in the original, but has shape \(37, 4\) in the candidate"):

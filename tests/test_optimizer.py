@@ -251,6 +251,7 @@ ODD = {
     "integers only": "g (int64[n,4] x) => (int64[n,4] y) { y = Add(x, x) }",
     "constant": "g () => (float[2] y) { c = Constant <value = float[2] {1., 2.}> () y = Sin(c) }",
     "scalar": "g (float x) => (float y) { y = Sin(x) }",
+    "empty output": "g (float[n,4] x) => (float[n,0] y) <int64[1] i = {0}, int64[1] a = {1}> { y = Slice(x, i, i, a) }",
     "booleans": "g (bool[n] x) => (bool[n] y) { y = Not(x) }",
 }
 
