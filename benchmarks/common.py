@@ -94,31 +94,34 @@ def _sentences(folder: Path) -> Case:
 
 
 def _faces(folder: Path) -> Case:
-    from onnxcomp.runtime import Session as Runner
-
     photographs = np.load(folder / "faces_eval.npz")["input"]
-    original = Runner(str(folder / "ultraface_rfb320.onnx"))
-    expected = [faces(original.run({"input": photo[None]})) for photo in photographs]
+    original = Session(str(folder / "ultraface_rfb320.onnx"))
+    expected = [original.run({"input": photo[None]}) for photo in photographs]
 
     def same_faces(predict: Callable[[Feeds], Mapping[str, NDArray[Any]]]) -> float:
-        """Share of photographs on which the faces match one to one."""
-        return float(
-            np.mean(
-                [
-                    matches(want, faces(predict({"input": photo[None]})))
-                    for want, photo in zip(expected, photographs, strict=True)
-                ]
-            )
-        )
+        """Share of all faces, in both models' answers, that the other model sees too."""
+        pairs = [(want, predict({"input": photo[None]})) for want, photo in zip(expected, photographs, strict=True)]
+        seen = [found for want, got in pairs for found in (*seen_too(want, got), *seen_too(got, want))]
+        return float(np.mean(seen))
 
     return Case(
-        "ultraface_rfb320", "faces_calib.npz", same_faces, "photos with the same faces",
+        "ultraface_rfb320", "faces_calib.npz", same_faces, "faces both see",
         lambda batch: {"input": photographs[:1]}, (1,),
         {"calib": folder / "faces_calib.npz", "evaluation": folder / "faces_eval.npz"},
     )  # fmt: skip
 
 
-def faces(outputs: Mapping[str, NDArray[Any]], threshold: float = 0.7, overlap: float = 0.3) -> NDArray[np.float64]:
+SEEN, UNSURE = 0.7, 0.6
+"""A score above SEEN is a face; the other model must score it above UNSURE, lest the threshold alone decides."""
+
+
+def seen_too(one: Mapping[str, NDArray[Any]], other: Mapping[str, NDArray[Any]]) -> list[bool]:
+    """For each face that one model sees, whether the other gives a box there: IoU above 0.5 (PASCAL VOC)."""
+    also = faces(other, UNSURE)
+    return [any(intersection_over_union(box, match) > 0.5 for match in also) for box in faces(one, SEEN)]
+
+
+def faces(outputs: Mapping[str, NDArray[Any]], threshold: float, overlap: float = 0.3) -> NDArray[np.float64]:
     """The detector's faces: boxes scored above the threshold, after greedy non-maximum suppression.
 
     Returns:
@@ -140,19 +143,6 @@ def intersection_over_union(a: NDArray[Any], b: NDArray[Any]) -> float:
     common = float(np.prod(np.maximum(sides, 0)))
     total = float(np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2])) - common
     return common / total if total > 0 else 0.0
-
-
-def matches(expected: NDArray[np.float64], actual: NDArray[np.float64], overlap: float = 0.7) -> bool:
-    """Whether two sets of faces pair up one to one, each pair overlapping by more than `overlap` (IoU)."""
-    if len(expected) != len(actual):
-        return False
-    free = list(range(len(actual)))
-    for box in expected:
-        best = max(free, key=lambda i: intersection_over_union(box, actual[i]), default=None)
-        if best is None or intersection_over_union(box, actual[best]) <= overlap:
-            return False
-        free.remove(best)
-    return True
 
 
 def peers(model: Path, case: Case, calib: Path, folder: Path) -> dict[str, Path]:
