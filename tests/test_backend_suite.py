@@ -150,8 +150,10 @@ def _through_optimize(example: Example, tally: Tally) -> None:
         result = optimize(example.model, calib=calib, target=TARGET, effort=Effort.QUICK)
     except OnnxcompError as error:
         tally.counts[f"optimize: declined, {type(error).__name__}"] += 1
-        # Only what cannot be measured may be declined: no tensors go in, no numbers come out, or it does not run.
-        measurable = example.case.feedable and all(map(_is_number, (example.expected or {"": None}).values()))
+        # Only what cannot be measured may be declined: it does not run, no numbers come out, or no data fit it: then
+        # inputs are made up, which the model need not take.
+        numbers = example.expected is not None and all(map(_is_number, example.expected.values()))
+        measurable = example.data is not None and numbers
         if measurable or not (error.cause or error.remedy):
             tally.problems.append(f"{example.case.name}: optimize declined: {error}")
         return
