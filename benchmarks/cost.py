@@ -38,7 +38,7 @@ def _time(source: Path, folder: Path) -> None:
         passes = min(_forward(source / f"{name}.onnx", images) for _ in range(3))
         for what, switches in STEPS.items():
             seconds = min(
-                _quantize(source / f"{name}.onnx", source / "cifar10_calib.npz", folder, switches)[0] for _ in range(2)
+                _quantize(source / f"{name}.onnx", source / "cifar10_calib.npz", folder, switches)[0] for _ in range(3)
             )
             rows.append(
                 {

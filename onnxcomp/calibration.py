@@ -1,8 +1,9 @@
 """One streaming pass over the data: what goes through each tensor, in statistics that merge.
 
 Activations are reduced inside the graph: per-channel extremes are exact, histograms come from elements at evenly spaced
-positions (all of them where a batch of the tensor is small). Gram matrices take input vectors at random positions, as
-many as their width needs. Nothing is kept per sample, so memory does not depend on how many there are.
+positions of each sample (all of them where it has few), the same however samples are batched. Gram matrices take input
+vectors at random positions, as many as their width needs. Nothing is kept per sample, so memory does not depend on how
+many there are.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,17 +20,17 @@ from onnxcomp.layers import Layer
 from onnxcomp.model import content_hash, opset
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.runtime import Session
-from onnxcomp.samples import Dataset
+from onnxcomp.samples import Batch, Dataset
 
-HISTOGRAM_ELEMENTS = 1 << 13
-"""Elements per batch and tensor that its histogram sees, at least; up to twice as many."""
+HISTOGRAM_ELEMENTS = 384
+"""Elements per sample of a tensor that its histogram sees, up to a factor of two: where it has few, all of them."""
 
 GRAM_ROWS = 32
 """Input vectors per column of a Gram matrix: enough to tell it from noise, few enough to stay fast."""
 
 _LEAST_ROWS = 4096
 _UNKNOWN_SIZE = 128
-_BATCH = 32
+_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,7 @@ def calibrate(
         what = "calibrating" if len(groups) == 1 else f"calibrating, part {done + 1} of {len(groups)}"
         for part in _pass(model, data, context, group_tensors, group_layers, size, what):
             result = result.merge(part)
+            del part  # the next batch needs the room
     result = Statistics({**known.tensors, **result.tensors}, {**known.grams, **result.grams})
     if sum(gram.total.nbytes for gram in result.grams.values()) <= context.memory // 2:
         context.cache[key] = (data, result)
@@ -212,13 +214,7 @@ def _pass(
     share = {layer.name: max(_LEAST_ROWS, GRAM_ROWS * layer.input_width) / len(data) for layer in layers}
     done = 0
     for batch in data.batches(size):
-        outputs = session.run(batch.feeds, probe.outputs)
-        grams = {}
-        for layer in layers:
-            count = int(np.ceil(share[layer.name] * batch.valid))
-            data_in = batch.trim(outputs)[probe.inputs[layer.name]]
-            grams[layer.name] = Gram.of(layer.rows(data_in, count, generator))
-        yield Statistics({seen.value.name or "": probe.read(seen, outputs) for seen in tensors}, grams)
+        yield probe.read(batch, session.run(batch.feeds, probe.outputs), share, generator)
         done += batch.valid
         context.progress(done, len(data), what)
 
@@ -226,7 +222,7 @@ def _pass(
 class _Probe:
     """The model with the statistics it must output."""
 
-    def __init__(self, model: ir.Model, tensors: Iterable[Observed], layers: Iterable[Layer]) -> None:
+    def __init__(self, model: ir.Model, tensors: Iterable[Observed], layers: Sequence[Layer]) -> None:
         self.model = model.clone()
         self._graph = self.model.graph
         self._values = {value.name: value for value in self._all_values()}
@@ -234,22 +230,35 @@ class _Probe:
         self._names: dict[str, tuple[str, str, str]] = {}
         self._count = 0
         originals = {value.name for value in self._graph.outputs}
-        for seen in tensors:
+        # ONNX Runtime runs the leaves added last first, each with all that leads to it. From the front of the model to
+        # its end, a tensor is reduced while it is still in the cache, and its memory is free again.
+        places = {name: place for place, name in enumerate(self._values)}
+        for seen in sorted(tensors, key=lambda seen: places[seen.value.name], reverse=True):
             self._observe(seen)
-        self.inputs: dict[str, str] = {}
-        for layer in layers:
-            name = layer.data.name or ""
-            self.inputs[layer.name] = name
+        self._layers = tuple(layers)
+        inputs = dict.fromkeys(layer.data.name or "" for layer in layers)
+        for name in inputs:
             if name not in originals:
                 self._output(self._values[name])
-                originals.add(name)
-        self.outputs = [name for names in self._names.values() for name in names]
-        self.outputs += list(dict.fromkeys(self.inputs.values()))
+        self.outputs = [*(name for names in self._names.values() for name in names), *inputs]
 
-    def read(self, seen: Observed, outputs: Mapping[str, NDArray[np.generic]]) -> TensorStatistics:
-        """The statistics of one observed tensor, from one run's outputs."""
-        elements, low, high = (outputs[name].astype(np.float32) for name in self._names[seen.value.name or ""])
-        return TensorStatistics.of(elements, low, high)
+    def read(
+        self,
+        batch: Batch,
+        outputs: Mapping[str, NDArray[np.generic]],
+        share: Mapping[str, float],
+        generator: np.random.Generator,
+    ) -> Statistics:
+        """The statistics of one run's outputs; of each layer's input vectors that many per sample."""
+        tensors, grams, trimmed = {}, {}, batch.trim(outputs)
+        for tensor, (sample, low, high) in self._names.items():
+            arrays = trimmed[sample], outputs[low], outputs[high]  # padding repeats a row: no news for the extremes
+            tensors[tensor] = TensorStatistics.of(*(array.astype(np.float32) for array in arrays))
+        for layer in self._layers:
+            count = int(np.ceil(share[layer.name] * batch.valid))
+            data = trimmed[layer.data.name or ""]
+            grams[layer.name] = Gram.of(layer.rows(data, count, generator))
+        return Statistics(tensors, grams)
 
     def _all_values(self) -> Iterator[ir.Value]:
         yield from self._graph.inputs
@@ -264,13 +273,13 @@ class _Probe:
         if rank is not None and seen.axis is not None:
             axes = [axis for axis in range(rank) if axis != seen.axis % rank]
         low, high = self._reduce("ReduceMin", source, axes), self._reduce("ReduceMax", source, axes)
-        # A step of 1 + size // N takes between N / 2 and N elements; odd, so as not to meet one channel only.
-        size = self._node("Size", [source])
+        # The step is odd, so as not to meet one channel only.
+        flat = self._node("Reshape", [source, self._constant([0, -1] if rank else [1, -1])])
+        first, second, end = self._constant([0]), self._constant([1]), self._constant([np.iinfo(np.int64).max])
+        size = self._node("Slice", [self._node("Shape", [flat]), second, end])
         step = self._node("Div", [size, self._constant([2 * HISTOGRAM_ELEMENTS])])
-        step = self._node("Add", [self._node("Mul", [step, self._constant([2])]), self._constant([1])])
-        flat = self._node("Reshape", [source, self._constant([-1])])
-        zero, end = self._constant([0]), self._constant([np.iinfo(np.int64).max])
-        sample = self._node("Slice", [flat, zero, end, zero, step])
+        step = self._node("Add", [self._node("Mul", [step, self._constant([2])]), second])
+        sample = self._node("Slice", [flat, first, end, second, step])
         for output in (sample, low, high):
             self._output(output)
         self._names[value.name or ""] = (sample.name or "", low.name or "", high.name or "")
@@ -316,7 +325,7 @@ def _groups(
         if isinstance(request, Layer):
             need = 3 * 8 * request.groups * (request.input_width + 1) ** 2 + 8 * size * _elements(request.data)
         else:
-            need = 4 * 8 * 4096 + 2 * 4 * HISTOGRAM_ELEMENTS
+            need = 4 * 8 * 4096 + 2 * 4 * HISTOGRAM_ELEMENTS * size
         if used and used + need > memory // 2:
             yield portion
             portion, used = ([], []), 0

@@ -36,10 +36,10 @@ Progress = Callable[[int, int, str], None]
 
 _SYNTHETIC = 32
 
-_JUDGED = 64
+_JUDGED = 32
 """Samples of the calibration data that the loss is measured on where there are no others: it is an indication."""
 
-_PROTOCOL = Protocol(seconds=1.0)
+_PROTOCOL = Protocol(seconds=0.4)
 """Timing that stays a small part of the work."""
 
 

@@ -112,12 +112,23 @@ def test_ranges_are_those_of_all_activations(method: Range, signed: bool) -> Non
 
 
 def test_parts_merge_to_the_whole() -> None:
-    model, x = network(), images(64)  # of which every position is taken
-    parts = [gathered(model, x[start : start + 32]) for start in (0, 32)]
+    model, x = network(), images(64)  # of which every input vector is taken
+    parts = [gathered(model, x[start:stop]) for start, stop in ((0, 7), (7, 40), (40, 64))]
     merged = Statistics()
     for part in reversed(parts):
         merged = merged.merge(part)
     assert_same(merged, gathered(model, x))
+
+
+def test_padding_does_not_count() -> None:
+    model, x = network(), images(10)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.shape is not None
+        value.shape = ir.Shape([8, *value.shape[1:]])
+    statistics = gathered(model, x)  # the second run is filled up with six copies of its last row
+    for name, seen in gathered(network(), x).tensors.items():
+        assert statistics.tensors[name].histogram.count == seen.histogram.count
+        np.testing.assert_allclose(statistics.tensors[name].histogram.squares, seen.histogram.squares, rtol=1e-4)
 
 
 def test_a_small_cap_gives_the_same_in_several_passes() -> None:

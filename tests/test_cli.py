@@ -106,7 +106,7 @@ def test_every_scheme_leaves_its_operators(tmp_path: Path, scheme: str, operator
 
 def test_without_evaluation_data_the_loss_is_the_relative_error_and_says_on_what(model: Path, data: Path) -> None:
     learnt = run("quantize", model, "--calib", data, "--dry-run")
-    assert f"relative-error (no evaluation data) on 40 samples of {data}, the calibration data" in learnt.stdout
+    assert f"relative-error (no evaluation data) on 32 samples of {data}, the calibration data" in learnt.stdout
     invented = run("quantize", model, "--scheme", "int8-dynamic", "--dry-run")
     assert "relative-error (no evaluation data) on 32 samples of synthetic data" in invented.stdout
     assert "give --eval" in invented.stdout

@@ -121,7 +121,9 @@ def dequantize(integers: Ints, scale: Floats, zero_point: ArrayLike) -> Floats:
 def fake_quantize(values: Floats, scale: Floats, zero_point: ArrayLike, grid: IntGrid) -> Floats:
     """Quantize and dequantize, in the precision of values and scale together."""
     zero = np.asarray(zero_point, values.dtype)
-    result: Floats = (_steps(values, scale, zero, grid) - zero) * scale
+    result = _steps(values, scale, zero, grid)
+    result -= zero
+    result *= scale
     return result
 
 
@@ -132,6 +134,7 @@ def spread_blocks(parameters: NDArray[Any], block: int, width: int) -> NDArray[A
 
 def _steps(values: Floats, scale: Floats, zero_point: Floats, grid: IntGrid) -> Floats:
     with np.errstate(over="ignore"):  # a quotient past float32 saturates like any other
-        steps: Floats = np.rint(values / scale)
+        steps: Floats = np.asarray(values / scale)
+    np.rint(steps, out=steps)
     steps += zero_point
-    return np.clip(steps, grid.qmin, grid.qmax)
+    return np.clip(steps, grid.qmin, grid.qmax, out=steps)

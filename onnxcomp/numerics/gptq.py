@@ -9,7 +9,6 @@ one Cholesky factorization and one triangular inverse, and never forms H^-1.
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import cholesky, solve_triangular
 
 from onnxcomp.numerics.affine import IntGrid, dequantize, quantize
 from onnxcomp.numerics.arrays import Floats, Ints
@@ -132,6 +131,8 @@ def polish(
 
 def _inverse_factor(H: Floats, damping: float) -> NDArray[np.float64]:
     """U, upper triangular, with U^T U = (H + damping * mean(diag H) * I)^-1."""
+    from scipy.linalg import cholesky, solve_triangular  # here: loading it takes 0.15 s
+
     damped = np.array(H, np.float64)
     level = float(np.diagonal(damped).mean()) or 1.0  # all inputs dead: any multiple of the identity will do
     damped[np.diag_indices(len(damped))] += level * damping

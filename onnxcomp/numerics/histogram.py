@@ -92,7 +92,7 @@ class Histogram:
             # Beyond 62 doublings every index is already 0 or -1, and a longer shift is undefined.
             doublings = min(exponent - part.exponent, 62)
             index = (np.arange(part.counts.size) + part.first) >> doublings
-            np.add.at(counts, index - first, part.counts)
+            counts += np.bincount(index - first, part.counts, length).astype(np.int64)  # exact below 2**53
         return replace(
             self,
             bins=bins,

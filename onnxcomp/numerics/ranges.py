@@ -6,7 +6,6 @@ from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import rel_entr
 
 from onnxcomp.errors import OptionError
 from onnxcomp.numerics.affine import IntGrid, fake_quantize, parameters_from_range
@@ -76,8 +75,8 @@ def mse(histogram: Histogram, grid: IntGrid) -> tuple[float, float]:
         return 0.0, 0.0
     values, counts = _points(histogram)
 
-    def error(low: _Array, high: _Array) -> _Array:
-        return np.asarray(counts @ _squared_error(values, low, high, grid))
+    def error(lows: _Array, highs: _Array) -> _Array:
+        return _squared_error(values, lows[:, None], highs[:, None], grid) @ counts
 
     low, high = _search(
         np.asarray(min(histogram.minimum, 0.0)),
@@ -139,12 +138,13 @@ def blockwise(W: Floats, block: int, grid: IntGrid, H: Floats | None = None) -> 
 def _searched_parameters(stack: Floats, grid: IntGrid, gram: Floats | None) -> tuple[NDArray[np.float32], Ints]:
     """Parameters (blocks, out) for weights (blocks, out, block), given H's diagonal blocks (blocks, block, block)."""
 
-    def error(low: _Array, high: _Array) -> _Array:
-        scale, zero_point = parameters_from_range(low, high, grid)
-        delta = fake_quantize(stack, scale[..., None], zero_point[..., None], grid) - stack
-        weighted = delta if gram is None else np.matmul(delta, gram)
-        total: Floats = np.einsum("brk,brk->br", delta, weighted)
-        return total.astype(np.float64)
+    def error(lows: _Array, highs: _Array) -> _Array:
+        totals = np.empty(lows.shape)
+        for index, (scale, zero_point) in enumerate(zip(*parameters_from_range(lows, highs, grid), strict=True)):
+            delta = fake_quantize(stack, scale[..., None], zero_point[..., None], grid) - stack
+            weighted = delta if gram is None else np.matmul(delta, gram)
+            totals[index] = np.einsum("brk,brk->br", delta, weighted)
+        return totals
 
     low = np.minimum(stack.min(axis=-1), 0.0).astype(np.float64)
     high = np.maximum(stack.max(axis=-1), 0.0).astype(np.float64)
@@ -154,40 +154,42 @@ def _searched_parameters(stack: Floats, grid: IntGrid, gram: Floats | None) -> t
 def _search(
     low: _Array, high: _Array, error: Callable[[_Array, _Array], _Array], factors: _Array, symmetric: bool
 ) -> tuple[_Array, _Array]:
-    """Shrinks ranges so that `error(low, high)`, of the ranges' shape, is least.
+    """Shrinks ranges so that `error` is least.
 
     First both ends together, then (unless symmetric) each on its own, then twice a finer look around the best.
-    """
-    best_low, best_high, least = low, high, error(low, high)
 
-    def attempt(trial_low: _Array, trial_high: _Array) -> None:
+    Args:
+        low: the full ranges' lower ends, any shape.
+        high: their upper ends.
+        error: of (trials, *shape) ranges, as many errors.
+        factors: from 1 downwards, evenly spaced in logarithm.
+        symmetric: both ends always move together.
+    """
+    best_low, best_high, least = low, high, error(low[None], high[None])[0]
+
+    def attempt(lows: _Array, highs: _Array) -> None:
         nonlocal best_low, best_high, least
-        trial = error(trial_low, trial_high)
+        lows, highs = np.broadcast_arrays(lows, highs)
+        errors = error(lows, highs)
+        first = errors.argmin(axis=0)[None]
+        trial_low, trial_high, trial = (np.take_along_axis(a, first, axis=0)[0] for a in (lows, highs, errors))
         better = trial < least
         best_low, best_high = np.where(better, trial_low, best_low), np.where(better, trial_high, best_high)
         least = np.where(better, trial, least)
 
-    for factor in factors[1:]:
-        attempt(low * factor, high * factor)
-    if not symmetric:
-        for factor in factors:
-            attempt(low * factor, best_high)
-        for factor in factors:
-            attempt(best_low, high * factor)
     ratio = factors[0] / factors[1]
+    factors = factors.reshape(-1, *[1] * low.ndim)
+    attempt(low * factors[1:], high * factors[1:])
+    if not symmetric and low.any() and high.any():  # else the one end that is not zero has been searched
+        attempt(low * factors, best_high[None])
+        attempt(best_low[None], high * factors)
     for _ in range(2):
-        steps = np.geomspace(1 / ratio, ratio, 9)
+        steps = np.geomspace(1 / ratio, ratio, 9).reshape(-1, *[1] * low.ndim)
         if symmetric:
-            coarse_low, coarse_high = best_low, best_high
-            for step in steps:
-                attempt(np.maximum(coarse_low * step, low), np.minimum(coarse_high * step, high))
+            attempt(np.maximum(best_low * steps, low), np.minimum(best_high * steps, high))
         else:
-            coarse_low = best_low
-            for step in steps:
-                attempt(np.maximum(coarse_low * step, low), best_high)
-            coarse_high = best_high
-            for step in steps:
-                attempt(best_low, np.minimum(coarse_high * step, high))
+            attempt(np.maximum(best_low * steps, low), best_high[None])
+            attempt(best_low[None], np.minimum(best_high * steps, high))
         ratio **= 0.25
     return best_low, best_high
 
@@ -249,5 +251,5 @@ def _divergence(magnitudes: _Array, stop: int, levels: int) -> float:
     average = np.bincount(level, inside) / np.maximum(np.bincount(level, occupied), 1)
     reference = inside.copy()
     reference[-1] += magnitudes[stop:].sum()
-    quantized = np.where(occupied, average[level], 0.0)
-    return float(rel_entr(reference / reference.sum(), quantized / quantized.sum()).sum())
+    p, q = reference[occupied] / reference.sum(), average[level][occupied]
+    return float(p @ np.log(p * (q.sum() / q)))
