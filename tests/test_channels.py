@@ -1,0 +1,221 @@
+"""Removing coupled channels is the same as never computing them, on every model of the zoo."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+from models import zoo
+from models.net import Net
+from onnxcomp import model as models
+from onnxcomp.channels import ChannelGroup, ChannelGroups, all_values, channel_groups
+from onnxcomp.graph import Builder
+from onnxcomp.runtime import Session
+from onnxcomp.surgery import SurgeryError, without
+
+RUNNABLE = [name for name in zoo.BUILDERS if name not in zoo.UNRUNNABLE]
+
+WITHOUT_GROUPS = {"weights_as_inputs", "fp16_weights", "quantized_already"}
+"""Their weights are no plain constants: clean-up comes first, or they are integers."""
+
+
+class Case(NamedTuple):
+    groups: ChannelGroups
+    feeds: dict[str, Any]
+
+
+@functools.cache
+def case(name: str) -> Case:
+    proto = zoo.build(name)
+    return Case(channel_groups(models.load(proto)), zoo.feeds(proto))
+
+
+def masked(groups: ChannelGroups, removed: Mapping[ChannelGroup, Sequence[int]]) -> ir.Model:
+    """The model with zeros wherever a removed channel would be, its size unchanged.
+
+    Every tensor with such channels is multiplied by a mask, and the weights by which a recurrent state meets itself
+    lose the rows. What averages over channels does so over the survivors, in NumPy.
+    """
+    model = groups.model.clone()
+    twins = dict(zip(all_values(groups.model), all_values(model), strict=True))
+    masks: dict[ir.Value, dict[int, NDArray[np.float32]]] = {}
+    for group, indices in removed.items():
+        for slot in group.slots:
+            length = groups.facts.shapes[slot.value][slot.axis]
+            mask = masks.setdefault(twins[slot.value], {}).setdefault(slot.axis, np.ones(length, np.float32))
+            mask[slot.positions[list(indices)].ravel()] = 0
+    averaging = {"LayerNormalization", "ReduceMean"}
+    ranks = {twins[value]: len(shape) for value, shape in groups.facts.shapes.items() if value in twins}
+    for value, axes in masks.items():
+        rank = ranks[value]
+        shaped = [mask.reshape([-1 if k == axis else 1 for k in range(rank)]) for axis, mask in axes.items()]
+        producer = value.producer()
+        if value.const_value is not None:
+            if any(use.node.op_type in {"LSTM", "GRU", "RNN"} and use.idx == 2 for use in value.uses()):
+                value.const_value = ir.tensor(value.const_value.numpy() * shaped[-1], name=value.name)
+            continue
+        if value.dtype not in {ir.DataType.FLOAT, None} or producer is None:
+            continue
+        uses = list(value.uses())
+        builder = Builder(producer.graph)  # type: ignore[arg-type]
+        product = functools.reduce(np.multiply, shaped)
+        zeroed = builder.node(
+            "Mul", [value, builder.constant(product, "mask")], "masked", after=producer, dtype=ir.DataType.FLOAT
+        )
+        for use in uses:
+            use.node.replace_input_with(use.idx, zeroed)
+            if use.node.op_type in averaging and use.idx == 0:
+                use.node.domain = "survivors"
+                use.node.resize_inputs(len(use.node.inputs) + 1)
+                use.node.replace_input_with(len(use.node.inputs) - 1, builder.constant(product, "survivors"))
+        for graph in model.graphs():
+            for position, output in enumerate(graph.outputs):
+                if output is value and graph is not model.graph:
+                    graph.outputs[position] = zeroed
+    model.graph.opset_imports["survivors"] = 1
+    return model
+
+
+class LayerNormalization(OpRun):
+    """Over the survivors along the last axes (Ba et al. 2016, equation 3)."""
+
+    op_domain = "survivors"
+
+    def _run(self, x: Any, scale: Any, *rest: Any, axis: int = -1, epsilon: float = 1e-5, **_: Any) -> tuple[Any]:
+        bias, alive = (rest[0] if len(rest) > 1 else 0), np.broadcast_to(rest[-1], x.shape)
+        axes = tuple(range(axis % x.ndim, x.ndim))
+        count = alive.sum(axes, keepdims=True)
+        mean = (x * alive).sum(axes, keepdims=True) / count
+        variance = (np.square(x - mean) * alive).sum(axes, keepdims=True) / count
+        return (((x - mean) / np.sqrt(variance + epsilon) * scale + bias).astype(np.float32),)
+
+
+class ReduceMean(OpRun):
+    """Over the survivors."""
+
+    op_domain = "survivors"
+
+    def _run(self, x: Any, *rest: Any, axes: Any = None, keepdims: int = 1, **_: Any) -> tuple[Any]:
+        given = rest[0] if len(rest) > 1 else axes
+        over = tuple(int(axis) for axis in given) if given is not None else tuple(range(x.ndim))
+        alive = np.broadcast_to(rest[-1], x.shape)
+        count = np.maximum(alive.sum(over, keepdims=bool(keepdims)), 1)  # where all is masked, the mean is to be zero
+        return (((x * alive).sum(over, keepdims=bool(keepdims)) / count).astype(np.float32),)
+
+
+def answers(model: ir.Model, feeds: dict[str, Any]) -> dict[str, Any]:
+    """By ONNX Runtime, or NumPy where there are operators of our own."""
+    if not any(node.domain == "survivors" for node in models.all_nodes(model)):
+        return dict(Session(model).run(feeds))
+    evaluator = ReferenceEvaluator(ir.to_proto(model), new_ops=[LayerNormalization, ReduceMean])
+    return dict(zip(evaluator.output_names, evaluator.run(None, feeds), strict=True))
+
+
+def assert_removal_is_masking(case: Case, removed: Mapping[ChannelGroup, Sequence[int]]) -> None:
+    cut = without(case.groups, removed)
+    assert models.input_specs(cut) == models.input_specs(case.groups.model)
+    shapes = [str(value.shape) for value in cut.graph.outputs]
+    assert shapes == [str(value.shape) for value in case.groups.model.graph.outputs]
+    models.load(models.to_bytes(cut))  # checked
+    actual: dict[str, Any] = dict(Session(cut).run(case.feeds))
+    expected = answers(masked(case.groups, removed), case.feeds)
+    for name, want in expected.items():
+        if want.dtype.kind == "f":  # rounding of sums in another order, over tens of layers
+            np.testing.assert_allclose(actual[name], want, rtol=0, atol=2e-4 * max(np.abs(want).max(), 1e-3))
+
+
+@pytest.mark.parametrize("name", [name for name in RUNNABLE if name not in WITHOUT_GROUPS])
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_removing_is_masking(name: str, data: st.DataObject) -> None:
+    groups = case(name).groups
+    chosen = data.draw(st.lists(st.sampled_from(range(len(groups))), min_size=1, unique=True))
+    removed = {}
+    for index in chosen:
+        size = groups[index].size
+        most = max(1, size // 2)
+        removed[groups[index]] = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=most, unique=True))
+    assert_removal_is_masking(case(name), removed)
+
+
+@pytest.mark.parametrize("name", RUNNABLE)
+def test_each_layer_is_in_a_group_or_frozen_with_a_reason(name: str) -> None:
+    groups = case(name).groups
+    assert (len(groups) == 0) == (name in WITHOUT_GROUPS)
+    assert all(len(frozen.reason.split()) > 2 for frozen in groups.frozen)
+    assert len({group.name for group in groups}) == len(groups)
+
+
+def sizes(name: str) -> set[tuple[int, int]]:
+    """Of each group: channels, and positions that one takes where it takes most."""
+    return {(g.size, max(slot.positions.shape[1] for slot in g.slots)) for g in case(name).groups}
+
+
+def test_attention_has_heads_and_head_dimensions() -> None:
+    heads, dimension = 4, 16
+    assert {(heads, dimension), (dimension, heads)} <= sizes("bert")
+    assert {(heads, 3 * dimension), (dimension, 2 * heads), (dimension, heads)} <= sizes(
+        "gpt"
+    )  # q, k and v in one matrix
+
+
+def test_residual_streams_are_one_group() -> None:
+    spine = next(group for group in case("resnet").groups if group.name == "Conv_1")
+    consumers = [slot for slot in spine.slots if slot.axis == 1 and slot.value.const_value is not None]
+    assert len(consumers) >= 3
+
+
+def test_outputs_freeze() -> None:
+    assert [f.reason for f in case("resnet").groups.frozen] == ["'logits' is an output of the model"]
+
+
+def test_a_size_in_the_arithmetic_freezes() -> None:
+    net = Net(opset=17)
+    x = net.input("x", ["batch", 8])
+    hidden = net.gemm(x, 8, 16)
+    size = net.op("Cast", net.op("Gather", net.op("Shape", hidden), net.constant(1)), to=ir.DataType.FLOAT)
+    net.output("y", net.gemm(net.op("Div", hidden, net.op("Sqrt", size)), 16, 4), ["batch", 4])
+    groups = channel_groups(net.model())
+    assert len(groups) == 0
+    assert "computes with their number" in groups.frozen[0].reason
+
+
+def test_a_size_told_to_a_reshape_follows() -> None:
+    net = Net(opset=17)
+    x = net.input("x", ["batch", 8])
+    hidden = net.gemm(x, 8, 12)
+    batch = net.op("Gather", net.op("Shape", x), net.constant([0]))
+    shape = net.op("Concat", batch, net.constant([3]), net.constant([4]), axis=0)
+    turned = net.op("Transpose", net.op("Reshape", hidden, shape), perm=[0, 2, 1])
+    flat = net.op("Reshape", turned, net.op("Concat", batch, net.constant([12]), axis=0))
+    net.output("y", net.gemm(flat, 12, 4), ["batch", 4])
+    model = net.model()
+    groups = channel_groups(model)
+    assert sorted(group.size for group in groups) == [3, 4]
+    feeds = {"x": np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)}
+    for group in groups:
+        assert_removal_is_masking(Case(groups, feeds), {group: [1]})
+    assert_removal_is_masking(Case(groups, feeds), {group: [0, 2] for group in groups})
+
+
+def test_removing_everything_is_an_error() -> None:
+    groups = case("vgg").groups
+    with pytest.raises(SurgeryError, match="nothing would be left"):
+        without(groups, {groups[0]: range(groups[0].size)})
+
+
+def test_the_model_given_stays_as_it_is() -> None:
+    proto = zoo.build("gpt")
+    model = models.load(proto)
+    before = models.to_bytes(model)
+    groups = channel_groups(model)
+    without(groups, {group: [0] for group in groups})
+    assert models.to_bytes(model) == before
