@@ -80,6 +80,10 @@ class Candidate:
             and self.timing.speedup_low > other.speedup
         )
 
+    def smaller(self, other: "Candidate") -> bool:
+        """Whether it is, and as fast."""
+        return self.size < other.size * (1 - NOISE) and self.speedup >= other.speedup * (1 - NOISE)
+
     def figures(self) -> Figures:
         """For the report."""
         if self.timing is None:

@@ -8,6 +8,7 @@ import atexit
 import functools
 import gc
 import inspect
+import io
 import logging
 import re
 import traceback
@@ -45,6 +46,9 @@ class _Command(click.Command):
         except OnnxcompError as error:
             click.echo(_safe(f"Error: {error}"), err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            click.echo(_safe(f"Error: {error}"), err=True)
+            ctx.exit(OnnxcompError.exit_code)
         except Exception as error:  # noqa: BLE001  (whatever is left is a defect, and still no reason for a traceback)
             if ctx.params.get("verbose"):
                 click.echo(_safe(traceback.format_exc()), err=True)
@@ -145,9 +149,17 @@ def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
     from onnxcomp.console import Terminal
     from onnxcomp.model import check_target
 
-    if json is not None and json != "-":
-        check_target(json, overwrite=True)
+    path = Path(json) if json not in {None, "-"} else None
+    if path is not None and (path.is_file() or not path.exists()):
+        check_target(path, overwrite=_is_report(path))
     return Terminal(json, quiet, verbose)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is one that `--json` wrote, or empty, so that another may take its place."""
+    with path.open("rb") if path.is_file() else io.BytesIO() as stream:
+        start = stream.read(64)
+    return not start or start.lstrip().startswith(b'{\n  "schema"')
 
 
 def _images(
@@ -377,7 +389,11 @@ def _convert(
     from onnxcomp.console import wrote
     from onnxcomp.report import Result
 
+    if not model.name:
+        raise OptionError("no model was named", remedy="give the path of an .onnx file")
     output = output or model.with_name(model.name.removesuffix(".onnx") + ".opt.onnx")
+    if terminal.json not in {None, "-"} and Path(str(terminal.json)).resolve() == output.resolve():
+        raise OptionError(f"the model and the report are both to be '{output}'", remedy="give another name to --json")
     try:
         with terminal.progress() as progress:
             result = work(model, output=output, dry_run=dry_run, progress=progress, **settings)

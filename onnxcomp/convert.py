@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxcomp import metrics
 from onnxcomp import model as models
 from onnxcomp.budget import Budget, within
-from onnxcomp.core import Context, Pass, no_progress, node_pattern
+from onnxcomp.core import Context, Pass, chosen, no_progress, node_pattern
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import BudgetError, ModelError, OptionError
 from onnxcomp.layers import refuse_broken_weights
@@ -60,7 +60,7 @@ def simplify(
     source: ModelSource,
     *,
     output: str | os.PathLike[str] | None = None,
-    target: Target = Target(),
+    target: Target | str = Target(),
     batch: int = 1,
     seed: int = 0,
     overwrite: bool = False,
@@ -84,7 +84,8 @@ def simplify(
     Raises:
         InputError: the model or an option cannot be used.
     """
-    work = _Conversion(source, output, target, batch, overwrite, dry_run)
+    target = Target.of(target)
+    work = _Conversion(source, output, target, batch, overwrite, dry_run, ())
     context = Context(None, target, batch, seed, progress=progress)
     return work.run([Simplify(keep_overridable)], context, None, None, None, False)
 
@@ -92,8 +93,8 @@ def simplify(
 def quantize(
     source: ModelSource,
     *,
-    scheme: Scheme = Scheme.INT8,
-    range: Range = Range.MSE,  # noqa: A002  (the word for it)
+    scheme: Scheme | str = Scheme.INT8,
+    range: Range | str = Range.MSE,  # noqa: A002  (the word for it)
     gptq: bool = True,
     polish: bool = True,
     bias_correction: bool = True,
@@ -102,10 +103,10 @@ def quantize(
     output: str | os.PathLike[str] | None = None,
     calib: Any = None,
     evaluation: Any = None,
-    metric: str | None = None,
+    metric: str | Callable[[Any], float] | None = None,
     max_drop: float | None = None,
     exclude: str | None = None,
-    target: Target = Target(),
+    target: Target | str = Target(),
     batch: int = 1,
     seed: int = 0,
     memory: int = 2 * 10**9,
@@ -150,20 +151,20 @@ def quantize(
         InputError: the model, the data or an option cannot be used.
         BudgetError: it loses more than `max_drop`; its `result` is what came out.
     """
-    work = _Conversion(source, output, target, batch, overwrite, dry_run)
+    scheme, method, target = chosen(Scheme, scheme), chosen(Range, range), Target.of(target)
+    work = _Conversion(source, output, target, batch, overwrite, dry_run, (calib, evaluation))
     rounding = Rounding(gptq, Rounding.sweeps if polish else 0, bias_correction)
-    passes = [Simplify(keep_overridable), *_passes(scheme, range, rounding, equalize, smooth, target.provider)]
+    passes = [Simplify(keep_overridable), *_passes(scheme, method, rounding, equalize, smooth, target.provider)]
     if scheme is Scheme.INT8 and calib is None:
         raise OptionError(
             "scheme int8 needs calibration data", "activation ranges come from data", "add --calib, or use int8-dynamic"
         )
-    refuse_broken_weights(work.model)
     specs = models.input_specs(work.model)
     learn = None if calib is None else open_dataset(calib, specs, images)
     proof = None if evaluation is None else open_dataset(evaluation, specs, images)
-    chosen = metrics.parse_metric(metric) if metric else None
+    wanted = metrics.parse_metric(metric) if metric else None
     context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress)
-    return work.run(passes, context, proof, chosen, max_drop, best_effort)
+    return work.run(passes, context, proof, wanted, max_drop, best_effort)
 
 
 def _passes(
@@ -202,14 +203,16 @@ class _Conversion:
         batch: int,
         overwrite: bool,
         dry_run: bool,
+        data: Sequence[object],
     ) -> None:
         self._environment = circumstances(target, batch)
         self._output = None if output is None else Path(output)
         self._writes, self._overwrite = not dry_run, overwrite
         if self._output is not None and self._writes:
-            models.check_target(self._output, overwrite=overwrite, inputs=(source,))
+            models.check_target(self._output, overwrite=overwrite, inputs=(source, *data))
         self._source = source
         self.model = models.load(source)
+        refuse_broken_weights(self.model)
 
     def run(
         self,
@@ -227,7 +230,8 @@ class _Conversion:
             current = outcome.model
             steps.append(Step(repr(technique), outcome.changes, outcome.skips))
         fingerprint = models.fingerprint(self._source)
-        made = stamped(current, steps, fingerprint)
+        pattern = None if context.exclude is None else context.exclude.pattern
+        made = stamped(current, steps, fingerprint, context.seed, pattern)
         sizes = file_size(self._source, self.model), file_size(made, made)
         before, after = (Figures(size) for size in sizes)
         protocol, name, data, notes = str(_PROTOCOL), "", "nothing was measured", []

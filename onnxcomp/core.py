@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import onnx_ir as ir
 
@@ -111,6 +111,23 @@ class Context:
     def excludes(self, node: ir.Node) -> bool:
         """Whether the user asked to leave this node alone."""
         return self.exclude is not None and self.exclude.search(node.name or "") is not None
+
+
+E = TypeVar("E", bound=StrEnum)
+
+
+def chosen(kind: type[E], value: E | str) -> E:
+    """A value of a setting, also by its name as the command line has it.
+
+    Raises:
+        OptionError: no such value.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise OptionError(
+            f"there is no {kind.__name__.lower()} '{value}'", remedy=f"one of {', '.join(kind)}"
+        ) from None
 
 
 class Choice(StrEnum):

@@ -179,7 +179,7 @@ def _from_files(files: list[Path], specs: tuple[TensorSpec, ...], folder: Path) 
         bare = {name for name, array in raw.items() if array.ndim + 1 == ranks.get(name)}
         raw = {name: array[None] if name in bare else array for name, array in raw.items()}
         targets = {name: array[None] if bare else np.atleast_1d(array) for name, array in targets.items()}
-        return checked_sample(raw, targets, specs, str(path), pads=True)
+        return checked_sample({**targets, **raw}, targets, specs, str(path), pads=True)
 
     return Dataset(specs, len(files), read, origin=str(folder))
 
@@ -208,7 +208,8 @@ def _from_runs(items: Iterable[Mapping[str, Any]], specs: tuple[TensorSpec, ...]
     def read(index: int) -> Batch:
         arrays = load_npz(scratch.path / f"{index}.npz")
         raw, targets = _part(arrays, specs)
-        return checked_sample(raw, targets, specs, f"item {index} of the iterable", pads=index == size - 1)
+        whole = {**targets, **raw}
+        return checked_sample(whole, targets, specs, f"item {index} of the iterable", pads=index == size - 1)
 
     return Dataset(specs, size, read, stackable=False, origin="the iterable")
 

@@ -1,5 +1,6 @@
 """What to try: the quantizations that a target has kernels for, and the ways to refine one."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from onnxcomp import placement
@@ -10,24 +11,33 @@ from onnxcomp.passes.equalize import Equalize
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.smooth import Smooth
+from onnxcomp.registry import passes
 
 Recipe = tuple[str, tuple[Pass, ...]]
 
 _FP16 = {"cuda", "tensorrt", "nvtensorrtrtx", "rocm", "migraphx", "dml"}
 """Providers that compute in half precision; the CPU's converts to float32 and back."""
 
+_PART_OF_DRAFTS = {"simplify", "quantize-static", "quantize-dynamic", "quantize-weights"}
+"""Passes that the search applies in its own way."""
+
 _NO_INT8 = {"cuda", "rocm"}
 """Providers whose integer kernels are slow or missing."""
 
 
-def drafts(bench: Workbench, clean: Candidate, allowed: frozenset[str], effort: Effort) -> list[Candidate]:
+def drafts(
+    bench: Workbench, clean: Candidate, allowed: frozenset[str], effort: Effort, named: Sequence[str] = ()
+) -> list[Candidate]:
     """Every quantization with kernels on the target that changes the model and runs, weights rounded to the nearest.
+
+    Passes that the user named and that are no part of these are tried as they are.
 
     Args:
         bench: where they are made.
         clean: the model to compare placements with.
         allowed: names of the passes that may be used.
         effort: how many placements.
+        named: passes that the user asked for.
     """
     made = []
     if bench.provider in _FP16 and "convert-float" in allowed:
@@ -37,6 +47,11 @@ def drafts(bench: Workbench, clean: Candidate, allowed: frozenset[str], effort: 
     if bench.provider == "cpu" and "quantize-dynamic" in allowed:
         dynamic = replace(QuantizeDynamic.for_provider(bench.provider), rounding=NEAREST)
         made.append(bench.make("dynamic INT8", (dynamic,)))
+    tried = {draft.passes for draft in made}
+    for name in named:
+        recipe = (passes()[name](),)
+        if name not in _PART_OF_DRAFTS and recipe not in tried:
+            made.append(bench.make(name, recipe))
     return [draft for draft in made if bench.works(draft)]
 
 

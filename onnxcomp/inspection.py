@@ -22,7 +22,7 @@ def inspect(
     source: ModelSource,
     *,
     calib: Any = None,
-    target: Target = Target(),
+    target: Target | str = Target(),
     batch: int = 1,
     seed: int = 0,
     images: ImageOptions | None = None,
@@ -42,6 +42,7 @@ def inspect(
     Raises:
         InputError: the model, the data or an option cannot be used.
     """
+    target = Target.of(target)
     about = circumstances(target, batch)
     model = models.load(source)
     name_nodes(model)

@@ -1,5 +1,6 @@
 """The data in their roles: what techniques learn from, what judges candidates, what scores the result once."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -44,7 +45,7 @@ class Judges:
         original: Session,
         calib: Any,
         evaluation: Any,
-        metric: str | None,
+        metric: str | Callable[[Any], float] | None,
         images: ImageOptions | None,
         seed: int,
         most: int | None,

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from onnxcomp import metrics, runtime
@@ -18,10 +19,12 @@ from onnxcomp.core import no_progress
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import DataError, ModelError, OptionError
 from onnxcomp.footprint import Footprint, footprint
+from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.model import ModelSource
 from onnxcomp.report import Benchmark, Evaluation, Figures, Quality, Speed, Spread, environment, source_name
 from onnxcomp.runtime import Feeds, Protocol, Session, Target
 from onnxcomp.samples import Batch, Dataset
+from onnxcomp.scoring import LABEL
 from onnxcomp.synthetic import synthetic
 
 Progress = Callable[[int, int, str], None]
@@ -31,10 +34,10 @@ SCORING_ROWS = 16
 
 
 def bench(
-    sources: Sequence[ModelSource],
+    sources: ModelSource | Sequence[ModelSource],
     *,
     calib: Any = None,
-    target: Target = Target(),
+    target: Target | str = Target(),
     batch: int = 1,
     protocol: Protocol = Protocol(),
     processes: int = 3,
@@ -58,9 +61,10 @@ def bench(
     Raises:
         InputError: a model, the data or an option cannot be used, or the models take different inputs.
     """
+    target, sources = Target.of(target), _several(sources)
     about = circumstances(target, batch)
     loaded = _load_alike(sources)
-    data = inputs_for(loaded[0], calib, batch, seed, images)
+    data = inputs_for(_strictest(loaded), calib, batch, seed, images)
     first = next(iter(data.batches(batch)))
     rows = first.valid + first.padding
     notes = [] if rows == batch else [f"Runs have {rows} rows: the model or its data fix that."]
@@ -95,11 +99,26 @@ def inputs_for(model: ir.Model, data: Any, batch: int, seed: int, images: ImageO
     return synthetic(specs, batch, seed, models.vocabularies(model))
 
 
+def _several(sources: ModelSource | Sequence[ModelSource]) -> Sequence[ModelSource]:
+    """One model is a list of one."""
+    alone = isinstance(sources, str | os.PathLike | bytes | onnx.ModelProto | ir.Model)
+    return [sources] if alone else sources  # type: ignore[list-item, return-value]
+
+
+def _strictest(loaded: Sequence[ir.Model]) -> ir.Model:
+    """The model that fixes most axes of its inputs: what it takes, the others take."""
+    return max(
+        loaded, key=lambda model: sum(isinstance(a, int) for s in models.input_specs(model) for a in s.shape or ())
+    )
+
+
 def _load_alike(sources: Sequence[ModelSource]) -> list[ir.Model]:
     """The models, which must take the same inputs."""
     if not sources:
         raise OptionError("no model was given", remedy="give one or more")
     loaded = [models.load(source) for source in sources]
+    for model in loaded:
+        refuse_broken_weights(model)
     forms = [{spec.name: spec.dtype.name for spec in models.input_specs(model)} for model in loaded]
     for source, form in zip(sources, forms, strict=True):
         if form != forms[0]:
@@ -137,11 +156,11 @@ def _memory(taken: Sequence[Footprint]) -> Spread | None:
 
 
 def evaluate(
-    sources: Sequence[ModelSource],
+    sources: ModelSource | Sequence[ModelSource],
     evaluation: Any,
     *,
-    metric: str | None = None,
-    target: Target = Target(),
+    metric: str | Callable[[Any], float] | None = None,
+    target: Target | str = Target(),
     batch: int = SCORING_ROWS,
     images: ImageOptions | None = None,
     progress: Progress = no_progress,
@@ -160,10 +179,11 @@ def evaluate(
     Raises:
         InputError: a model, the data or an option cannot be used, or the models take different inputs.
     """
+    target, sources = Target.of(target), _several(sources)
     about = circumstances(target, batch)
     loaded = _load_alike(sources)
     chosen = metrics.parse_metric(metric) if metric else None
-    data = open_dataset(evaluation, models.input_specs(loaded[0]), images)
+    data = open_dataset(evaluation, models.input_specs(_strictest(loaded)), images)
     with _files(sources, loaded) as paths:
         reference = Session(paths[0], target)
         reason = "as asked"
@@ -289,4 +309,7 @@ def side_by_side(
 def usual_metric(session: Session, data: Dataset) -> tuple[metrics.Metric, str]:
     """The metric to use where the user named none, and why, from the first samples."""
     batch = next(iter(data.batches(SCORING_ROWS)))
-    return metrics.default_metric(batch.targets, batch.trim(session.run(batch.feeds)))
+    metric, reason = metrics.default_metric(batch.targets, batch.trim(session.run(batch.feeds)))
+    if LABEL in data.constants:
+        reason = f"'{LABEL}' is not as long as the samples are many"
+    return metric, reason

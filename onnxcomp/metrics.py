@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -208,19 +208,20 @@ def compare(baseline: Score, candidate: Score) -> Drop:
     return Drop(value, bootstrap_interval(both, drops))
 
 
-def parse_metric(text: str) -> Metric:
+def parse_metric(text: str | Callable[[Any], float]) -> Metric:
     """The metric that a user asked for.
 
     Args:
-        text: a name of `METRICS`; `NAME:OUTPUT` to compare one output; or `FILE.py:FUNCTION`, which is imported now.
+        text: a name of `METRICS`; `NAME:OUTPUT` to compare one output; `FILE.py:FUNCTION`, which is imported now; or
+            from Python the function itself.
 
     Raises:
         OptionError: no such metric, file or function, or the file does not import.
     """
+    if callable(text):
+        return _user_metric(UserFunction.of(text))
     if match := re.fullmatch(r"(.+\.py):(\w+)", text):
-        function = UserFunction.load(text, Path(match[1]), match[2])
-        best = np.inf if function.higher_is_better else -np.inf
-        return UserMetric(text, "none", best, -best, function)
+        return _user_metric(UserFunction.load(text, Path(match[1]), match[2]))
     name, _, output = text.partition(":")
     plain = {_plain(known): known for known in METRICS}
     if _plain(name) not in plain:
@@ -234,6 +235,11 @@ def parse_metric(text: str) -> Metric:
     if not output:
         return metric
     return replace(metric, name=f"{metric.name}:{output}", output=output)
+
+
+def _user_metric(function: UserFunction) -> "UserMetric":
+    best = np.inf if function.higher_is_better else -np.inf
+    return UserMetric(function.text, "none", best, -best, function)
 
 
 def default_metric(targets: Arrays, outputs: Arrays) -> tuple[Metric, str]:

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +88,11 @@ def load(source: ModelSource) -> ir.Model:
         return source.clone()
     folder: Path | None = None
     name = "the model"
+    if not isinstance(source, onnx.ModelProto | bytes | str | os.PathLike):
+        raise ModelError(
+            f"{type(source).__name__} is not a model",
+            remedy="give a path, bytes, an onnx.ModelProto or an onnx_ir.Model",
+        )
     if isinstance(source, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(source)  # onnx_ir reads tensors in place, and writes new names into them
@@ -110,7 +115,42 @@ def load(source: ModelSource) -> ir.Model:
         ) from error
     if folder is not None:
         external_data.set_base_dir(model.graph, folder)
+    _check_graph(model, name)
     return model
+
+
+def _check_graph(model: ir.Model, name: str) -> None:
+    """Refuse what no clone could be made of: values that nothing computes, and nodes that wait for each other.
+
+    Raises:
+        ModelError: naming the value.
+    """
+    for node in model.graph.all_nodes():
+        for value in node.inputs:
+            known = value is None or value.producer() is not None or value.is_graph_input() or value.is_initializer()
+            if not known and value is not None:
+                raise ModelError(
+                    f"{name} is not a valid ONNX graph: nothing computes '{value.name}', which node '{node.name}' "
+                    f"({node.op_type}) reads",
+                    "the exporter wrote a broken file, or a part of a model was cut out",
+                )
+    for graph in model.graphs():
+        places = {node: place for place, node in enumerate(graph)}
+        if all(places.get(above, -1) < place for node, place in places.items() for above in _above(node)):
+            continue
+        try:
+            graph.sort()
+        except ValueError as error:
+            raise ModelError(
+                f"{name} is not a valid ONNX graph: {error}", "the exporter wrote a broken file"
+            ) from error
+
+
+def _above(node: ir.Node) -> Iterator[ir.Node]:
+    for value in node.inputs:
+        producer = None if value is None else value.producer()
+        if producer is not None:
+            yield producer
 
 
 def fingerprint(source: ModelSource) -> str:
@@ -252,8 +292,13 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = Fal
     return (target, data)
 
 
-def check_target(path: str | os.PathLike[str], *, overwrite: bool, inputs: tuple[ModelSource, ...] = ()) -> None:
+def check_target(path: str | os.PathLike[str], *, overwrite: bool, inputs: Sequence[object] = ()) -> None:
     """Refuse a target that could not be written, before any work is done.
+
+    Args:
+        path: the target.
+        overwrite: whether an existing file may be replaced.
+        inputs: models and data that must stay: those that are paths, with a model's external data.
 
     Raises:
         ModelError: as for `save`, or the target is one of `inputs`.
@@ -262,15 +307,35 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool, inputs: tuple
     folder = target.parent
     if not folder.is_dir():
         raise ModelError(f"the output folder '{folder}' does not exist", remedy=f"mkdir -p '{folder}'")
-    for source in inputs:
-        if isinstance(source, (str, os.PathLike)) and Path(source).resolve() == target.resolve():
-            raise ModelError(f"'{target}' is the input itself", "inputs are never modified", "give another -o")
+    if target.resolve() in _files_of(inputs) or any(_holds(source, target) for source in inputs):
+        raise ModelError(f"'{target}' is an input itself", "inputs are never modified", "give another -o")
     if target.is_dir():
         raise ModelError(f"'{target}' is a folder", remedy="give a file name to -o")
+    if target.exists() and not target.is_file():
+        raise ModelError(f"'{target}' is no regular file", "a device or a pipe", "give a file name to -o")
     if target.exists() and not overwrite:
         raise ModelError(f"'{target}' exists", remedy="add --overwrite, or give another name to -o")
     if not os.access(folder, os.W_OK):
         raise ModelError(f"cannot write to '{folder}'", "the folder is read-only", "give another -o")
+
+
+def _files_of(inputs: Sequence[object]) -> set[Path]:
+    """The files that inputs are, and those in which models keep external data."""
+    files: set[Path] = set()
+    for path in (Path(source) for source in inputs if isinstance(source, str | os.PathLike)):
+        files.add(path.resolve())
+        if path.is_file() and path.suffix == ".onnx":
+            with contextlib.suppress(ModelError):  # loading will say what is wrong with it
+                parts = _external_parts(_parse(_read(path), str(path)), str(path))
+                files |= {(path.resolve().parent / location).resolve() for location, _, _ in parts}
+    return files
+
+
+def _holds(source: object, target: Path) -> bool:
+    """Whether the target is a file in a folder of data."""
+    if not isinstance(source, str | os.PathLike) or not Path(source).is_dir():
+        return False
+    return target.exists() and target.resolve().is_relative_to(Path(source).resolve())
 
 
 @contextlib.contextmanager
@@ -301,6 +366,9 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
         ModelError: the folder does not exist or is not writable.
     """
     target = Path(path)
+    if target.exists() and not target.is_file() and not target.is_dir():
+        target.write_text(text, encoding="utf-8")  # a pipe or a device
+        return
     check_target(target, overwrite=True)
     with _replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

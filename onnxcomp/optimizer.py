@@ -12,9 +12,9 @@ from typing import Any
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
-from onnxcomp.core import Context, Pass, no_progress, node_pattern
+from onnxcomp.core import Context, Pass, chosen, no_progress, node_pattern
 from onnxcomp.data import ImageOptions
-from onnxcomp.errors import BudgetError
+from onnxcomp.errors import BudgetError, OptionError
 from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side
@@ -26,6 +26,9 @@ from onnxcomp.search import Search
 
 __all__ = ["Effort", "Result", "optimize"]
 
+_GROWTH = 1.01
+"""Growth of the file that is worth a word; what the metadata add is not."""
+
 _PROOF = Protocol(rounds=15)
 """Timing of the result."""
 
@@ -36,13 +39,13 @@ def optimize(
     output: str | os.PathLike[str] | None = None,
     calib: Any = None,
     evaluation: Any = None,
-    metric: str | None = None,
+    metric: str | Callable[[Any], float] | None = None,
     budget: Budget = Budget(),
     passes: Sequence[str] | None = None,
     exclude: str | None = None,
-    target: Target = Target(),
+    target: Target | str = Target(),
     batch: int = 1,
-    effort: Effort = Effort.DEFAULT,
+    effort: Effort | str = Effort.DEFAULT,
     seed: int = 0,
     memory: int = 2 * 10**9,
     images: ImageOptions | None = None,
@@ -59,11 +62,12 @@ def optimize(
         output: where to write the result; None to keep it in memory.
         calib: data that techniques may learn from, as `data.open_dataset` takes them.
         evaluation: data that results are judged on; without it a part of `calib`.
-        metric: a metric's name or `FILE.py:FUNCTION`; by default accuracy where there are labels, else relative error.
+        metric: a metric's name, `FILE.py:FUNCTION` or the function itself; by default accuracy where there are labels,
+            else relative error.
         budget: limits. Without `max_drop`: 0.5 points with labels, a relative output error of 0.2 without.
         passes: names of the passes to use, or groups; clean-up and quantization by default.
         exclude: regular expression of node names to leave alone.
-        target: execution provider and threads.
+        target: execution provider and threads, or the provider's name.
         batch: samples per run that latency is measured at.
         effort: how long to search.
         seed: of the split of the data and everything random.
@@ -82,10 +86,14 @@ def optimize(
         InputError: the model, the data or an option cannot be used.
         BudgetError: no result within the budget; its `result` is the best effort.
     """
+    target, effort = Target.of(target), chosen(Effort, effort)
     if output is not None and not dry_run:
-        models.check_target(output, overwrite=overwrite, inputs=(source,))
+        models.check_target(output, overwrite=overwrite, inputs=(source, calib, evaluation))
     about = circumstances(target, batch)
-    allowed = resolve(passes if passes is not None else ["simplify", *GROUPS])
+    names = ["simplify", *GROUPS] if passes is None else list(passes)
+    if not names:
+        raise OptionError("no pass was named", remedy="name one or more: `onnxcomp passes` lists them")
+    allowed = resolve(names)
     pattern = node_pattern(exclude)
     model = models.load(source)
     refuse_broken_weights(model)
@@ -95,9 +103,9 @@ def optimize(
     prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
     bench = Workbench(model, original, context, judges, effort, prefix)
     size = file_size(source, model)
-    search = Search(bench, budget, effort, allowed, size)
+    search = Search(bench, budget, effort, allowed, size, tuple(name for name in names if name not in GROUPS))
     about |= {"batch": bench.rows, "seed": seed}
-    proof = _Proof(bench, search, size, source, models.fingerprint(source), budget, output, about)
+    proof = _Proof(bench, search, size, source, models.fingerprint(source), budget, output, about, exclude)
     best = search.run()
     result = proof.of(best)
     fallbacks = search.fallbacks(best)
@@ -128,12 +136,13 @@ class _Proof:
     budget: Budget
     output: str | os.PathLike[str] | None
     about: Mapping[str, str | int]
+    exclude: str | None
 
     def of(self, best: Candidate) -> Result:
         """The candidate as a result."""
         bench, judges = self.bench, self.bench.judges
         best.verdict = "chosen"
-        model = stamped(best.model, best.steps, self.fingerprint)
+        model = stamped(best.model, best.steps, self.fingerprint, bench.context.seed, self.exclude)
         sessions = bench.original, Session(model, bench.context.target)
         sizes = self.size, models.file_bytes(model)
         feeds = bench.batch.feeds
@@ -171,6 +180,6 @@ class _Proof:
             notes.append("Nothing here can be quantized for this target: the cleaned-up model is the result.")
         if speedup < 1 - NOISE:
             notes.append("The result is slower than the original on this target.")
-        elif after.size > before.size * (1 + NOISE) and speedup < 1 + NOISE:
+        elif after.size > before.size * _GROWTH and speedup < 1 + NOISE:
             notes.append("The result is larger than the original, and not faster.")
         return notes

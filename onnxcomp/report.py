@@ -137,16 +137,24 @@ class Result:
     report: Report
 
 
-def stamped(model: ir.Model, steps: Sequence[Step], fingerprint: str) -> ir.Model:
-    """A clone that says in its metadata what made it: tool version, fingerprint of the input, recipe line by line."""
+def stamped(
+    model: ir.Model, steps: Sequence[Step], fingerprint: str, seed: int = 0, exclude: str | None = None
+) -> ir.Model:
+    """A clone that says in its metadata what made it: tool version, fingerprint of the input, recipe line by line.
+
+    Beside the recipe stand the seed and the pattern of the nodes left alone, which together make it repeatable.
+    """
     clone = model.clone()
     clone.metadata_props.update(
         {
             "onnxcomp.version": __version__,
             "onnxcomp.input": fingerprint,
             "onnxcomp.recipe": "\n".join(step.recipe for step in steps if step.changes),
+            "onnxcomp.seed": str(seed),
         }
     )
+    if exclude is not None:
+        clone.metadata_props["onnxcomp.exclude"] = exclude
     return clone
 
 

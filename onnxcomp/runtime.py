@@ -20,7 +20,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from onnxcomp import model as models
-from onnxcomp.errors import ModelError, OnnxcompError, ProviderError
+from onnxcomp.errors import ModelError, OnnxcompError, OptionError, ProviderError
 
 Feeds = Mapping[str, NDArray[np.generic]]
 
@@ -29,6 +29,7 @@ VERSION: str = ort.__version__
 _NUMPY_TYPES = {ir.DataType.from_numpy(np.dtype(kind)) for kind in "?bBhHiIlLefdFD"} | {ir.DataType.STRING}
 _SUFFIX = "ExecutionProvider"
 _SILENT = 4
+_MOST_THREADS = 1024
 ort.set_default_logger_severity(_SILENT)
 
 
@@ -39,10 +40,24 @@ class Target:
     Attributes:
         provider: an ONNX Runtime execution provider by its short name: cpu, cuda, tensorrt, ...
         threads: threads within an operator; 0 is ONNX Runtime's own choice (one per core).
+
+    Raises:
+        OptionError: more threads than any machine has, or fewer than none.
     """
 
     provider: str = "cpu"
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.threads <= _MOST_THREADS:
+            raise OptionError(
+                f"{self.threads} threads are not possible", remedy=f"--threads 1 to {_MOST_THREADS}, or 0 for the usual"
+            )
+
+    @classmethod
+    def of(cls, target: "Target | str") -> "Target":
+        """A target, also by its provider's name."""
+        return target if isinstance(target, Target) else cls(target)
 
     @property
     def providers(self) -> list[str]:

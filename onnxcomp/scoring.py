@@ -187,6 +187,11 @@ def class_scores(outputs: Arrays, labels: NDArray[np.int64]) -> FloatArray:
         axes = [axis for shape in shapes if (axis := _class_axis(array.shape, shape)) is not None]
         if axes and _is_float(array):
             found[name] = np.moveaxis(array, axes[0], -1)
+    if not found:  # models that end in ArgMax say the class itself
+        told = {name: array for name, array in outputs.items() if array.dtype.kind in "iu" and array.shape in shapes}
+        found = {
+            name: array[..., None] == np.arange(1 + max(array.max(), labels.max())) for name, array in told.items()
+        }
     if not found:
         seen = ", ".join(f"'{name}' {array.dtype}{list(array.shape)}" for name, array in outputs.items())
         raise DataError(

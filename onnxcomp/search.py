@@ -9,7 +9,7 @@
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from onnxcomp.budget import Budget, within
@@ -50,9 +50,15 @@ class Search:
     """
 
     def __init__(
-        self, bench: Workbench, budget: Budget, effort: Effort, allowed: frozenset[str], original_bytes: int
+        self,
+        bench: Workbench,
+        budget: Budget,
+        effort: Effort,
+        allowed: frozenset[str],
+        original_bytes: int,
+        named: Sequence[str] = (),
     ) -> None:
-        self._bench, self._budget, self._effort, self._allowed = bench, budget, effort, allowed
+        self._bench, self._budget, self._effort, self._allowed, self._named = bench, budget, effort, allowed, named
         self._limit = self._max_drop = accepted_drop(bench.judges.metric, budget)
         self._original_bytes = original_bytes
         self._has_data = bench.context.data is not None
@@ -61,15 +67,15 @@ class Search:
 
     def run(self) -> Candidate:
         """The best candidate."""
-        made = drafts(self._bench, self.clean, self._allowed, self._effort)
+        made = drafts(self._bench, self.clean, self._allowed, self._effort, self._named)
         self.drafted = bool(made)
         self._bench.time(self.clean, *made)
         self._bench.drop(self.clean)
         self.clean.verdict = "the reference for all others"
         best = self.clean
         for draft in sorted(made, key=lambda draft: -draft.speedup):
-            refined = self._refine(draft) if draft.faster(best) else draft
-            if refined is not None and refined.faster(best):
+            refined = self._refine(draft) if self._gains(draft, best) else draft
+            if refined is not None and self._gains(refined, best):
                 best = refined
             elif refined is not None:
                 refined.verdict = "not faster beyond noise" if refined.speedup > best.speedup else "not faster"
@@ -95,6 +101,10 @@ class Search:
             yield careful
             careful.verdict = "over the budget on the final data"
         yield self.clean
+
+    def _gains(self, candidate: Candidate, best: Candidate) -> bool:
+        """Whether it is faster; of what the user asked for by name, as fast and smaller is enough."""
+        return candidate.faster(best) or (candidate.name in self._named and candidate.smaller(best))
 
     # -- refining ---------------------------------------------------------------------------------------------------
 
@@ -166,7 +176,8 @@ class Search:
             fits = limit is not None and trial.size <= limit
             if not self._bench.works(trial):
                 continue
-            if trial.size > best.size * (1 - NOISE) and not (fits and trial.size < best.size):
+            small = trial.size <= best.size * (1 - NOISE) and trial.size < self._original_bytes
+            if not small and not (fits and trial.size < best.size):
                 trial.verdict = "not smaller"
                 continue
             if not self._within(trial):

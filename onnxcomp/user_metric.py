@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import inspect
 import sys
 import traceback
 from collections.abc import Callable
@@ -48,6 +49,12 @@ class UserFunction:
                 f"def {name}(predict) -> float: ...",
             )
         return cls(text, file, function)
+
+    @classmethod
+    def of(cls, function: Callable[[Any], object]) -> Self:
+        """A function that Python code gave."""
+        name = getattr(function, "__qualname__", type(function).__name__)
+        return cls(name, Path(inspect.getsourcefile(inspect.unwrap(function)) or name), function)
 
     @property
     def higher_is_better(self) -> bool:

@@ -186,7 +186,8 @@ def test_a_target_that_cannot_be_written(model: Path, command: str) -> None:
         return refused(command, model, "-o", output)
 
     assert "does not exist" in message(model.parent / "none" / "o.onnx")
-    assert "is the input itself" in message(model)
+    assert "is an input itself" in message(model)
+    assert "is no regular file" in message(Path("/dev/null"))
     assert "is a folder" in message(model.parent)
     model.with_name("there.onnx").touch()
     assert "add --overwrite" in message(model.with_name("there.onnx"))

@@ -486,3 +486,77 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, data: Path, monkeypatch: pyte
     assert [item.name for item in scratch.iterdir() if item.name != ".ses"] == []  # .ses is ONNX Runtime's own
     assert not model.with_name("tiny.opt.onnx").exists()
     assert not (model.parent / "r.json").exists()
+
+
+def test_inputs_are_never_written_over(model: Path, data: Path) -> None:
+    before = model.read_bytes(), data.read_bytes()
+    on_data = run("quantize", model, "--calib", data, "-o", data, "--overwrite", code=2)
+    on_model = run("inspect", model, "--json", model, code=2)
+    twice = run("simplify", model, "-o", model.with_name("x.onnx"), "--json", model.with_name("x.onnx"), code=2)
+    assert "is an input itself" in on_data.stderr
+    assert "exists" in on_model.stderr
+    assert "both to be" in twice.stderr
+    assert before == (model.read_bytes(), data.read_bytes())
+
+
+def test_a_report_takes_the_place_of_an_earlier_one(model: Path) -> None:
+    report = model.with_name("report.json")
+    assert [run("inspect", model, "--json", report).exit_code for _ in range(2)] == [0, 0]
+
+
+def test_external_data_of_the_input_is_not_written_over(tmp_path: Path) -> None:
+    source = mlp(tmp_path / "large.onnx")
+    onnx.save(onnx.load(source), source, save_as_external_data=True, location="large.bin", size_threshold=0)
+    before = (tmp_path / "large.bin").read_bytes()
+    run("simplify", source, "-o", tmp_path / "large.bin", "--overwrite", code=2)
+    assert (tmp_path / "large.bin").read_bytes() == before
+
+
+def test_models_of_which_one_fixes_the_batch_are_compared_in_any_order(model: Path, data: Path, tmp_path: Path) -> None:
+    fixed = onnx.load(model)
+    for value in (*fixed.graph.input, *fixed.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 8
+    path = tmp_path / "fixed.onnx"
+    onnx.save(fixed, path)
+    assert run("eval", model, path, "--eval", data).exit_code == 0
+    assert run("eval", path, model, "--eval", data).exit_code == 0
+
+
+def test_one_model_alone_and_a_metric_of_python(model: Path, data: Path) -> None:
+    def always(predict: Any) -> float:
+        return 0.5
+
+    result = onnxcomp.evaluate(str(model), str(data), metric=always)
+    assert (result.models[0].score, len(result.models)) == (0.5, 1)
+    with pytest.raises(onnxcomp.errors.ModelError, match="int is not a model"):
+        onnxcomp.simplify(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("loop", [False, True])
+def test_a_broken_graph_is_bad_input_everywhere(tmp_path: Path, loop: bool) -> None:
+    text = "{ b = Relu (a) a = Relu (b) y = Add (x, a) }" if loop else "{ y = Add (x, lost) }"
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) {text}')
+    path = tmp_path / "broken.onnx"
+    onnx.save(proto, path)
+    for command in ("simplify", "inspect", "bench", "optimize"):
+        assert "not a valid ONNX graph" in run(command, path, code=2).stderr
+
+
+def test_a_model_that_says_the_class_itself_has_an_accuracy(tmp_path: Path) -> None:
+    graph = "g (float[n,4] x) => (int64[n] y) { y = ArgMax <axis=1, keepdims=0> (x) }"
+    text = f'<ir_version: 8, opset_import: ["": 17]> {graph}'
+    path, data = tmp_path / "argmax.onnx", tmp_path / "data.npz"
+    onnx.save(onnx.parser.parse_model(text), path)
+    x = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    label = x.argmax(1)
+    label[:5] = (label[:5] + 1) % 4
+    np.savez(data, x=x, label=label)
+    assert onnxcomp.evaluate(path, data).models[0].score == 0.75
+
+
+def test_nan_in_weights_is_refused_everywhere(tmp_path: Path) -> None:
+    broken = weights()
+    broken["w1"][0, 0] = np.nan
+    path = mlp(tmp_path / "nan.onnx", broken)
+    for command in ("simplify", "bench", "optimize"):
+        assert "NaN" in run(command, path, code=2).stderr

@@ -417,7 +417,7 @@ def test_bad_targets_are_refused_before_anything_is_written(tmp_path: Path, monk
         models.save(model, source)
     with pytest.raises(ModelError, match="is a folder"):
         models.save(model, tmp_path, overwrite=True)
-    with pytest.raises(ModelError, match="is the input itself"):
+    with pytest.raises(ModelError, match="is an input itself"):
         models.check_target(tmp_path / "." / "model.onnx", overwrite=True, inputs=(b"", str(source)))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(ModelError, match="read-only"):

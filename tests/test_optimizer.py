@@ -82,7 +82,7 @@ def test_the_recipe_reads_back_and_gives_the_same_bytes(lab: Lab) -> None:
         technique = builtins.eval(line, names)
         assert repr(technique) == line
         model = technique(model, context).model
-    again = stamped(model, result.report.steps, result.report.fingerprint)
+    again = stamped(model, result.report.steps, result.report.fingerprint, 3)
     assert models.to_bytes(again) == models.to_bytes(result.model)
 
 
@@ -310,7 +310,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "InferenceSession", Anywhere)
 
 
-def drafted(lab: Lab, provider: str) -> dict[str, str]:
+INT8_AND_HALF = ("quantize-static", "quantize-dynamic", "convert-float")
+
+
+def drafted(lab: Lab, provider: str, *named: str) -> dict[str, str]:
     """The drafts for a provider, with the recipe of each."""
     lab.latency = lambda model: 1.0
     made = []
@@ -322,9 +325,7 @@ def drafted(lab: Lab, provider: str) -> dict[str, str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(candidates.Workbench, "make", record)
-        lab.optimize(
-            target=Target(provider, 1), passes=["simplify", "quantize-static", "quantize-dynamic", "convert-float"]
-        )
+        lab.optimize(target=Target(provider, 1), passes=["simplify", *(named or INT8_AND_HALF)])
     return dict(made[1:])
 
 
@@ -342,8 +343,29 @@ def test_tensorrt_gets_half_precision_and_its_own_placement(lab: Lab) -> None:
     assert "inputs_only=True" in found["static INT8"]
 
 
-def test_the_cpu_gets_no_half_precision(lab: Lab) -> None:
-    assert set(drafted(lab, "cpu")) == {"static INT8", "dynamic INT8"}
+def test_the_cpu_gets_no_half_precision_unasked(lab: Lab) -> None:
+    found = drafted(lab, "cpu", "quantize")
+    assert {"static INT8", "dynamic INT8"} <= set(found)
+    assert not {"fp16", "convert-float"} & set(found)
+
+
+def test_what_the_user_names_is_tried(lab: Lab) -> None:
+    assert set(drafted(lab, "cpu", "convert-float")) == {"convert-float"}
+    assert "smooth" in drafted(lab, "cpu", "quantize-static", "smooth")
+
+
+def test_names_of_the_command_line_serve_in_python(lab: Lab) -> None:
+    result = lab.optimize(effort="quick", target="cpu")
+    assert result.report.environment["provider"] == "CPUExecutionProvider"
+    with pytest.raises(OptionError, match="there is no effort 'hasty'"):
+        lab.optimize(effort="hasty")
+    with pytest.raises(OptionError, match="no pass was named"):
+        lab.optimize(passes=[])
+
+
+def test_seed_and_exclusion_are_beside_the_recipe(lab: Lab) -> None:
+    props = lab.optimize(seed=7, exclude="g2").model.metadata_props
+    assert (props["onnxcomp.seed"], props["onnxcomp.exclude"]) == ("7", "g2")
 
 
 @pytest.mark.usefixtures("gpu")
