@@ -1,5 +1,7 @@
 """The data in their roles: what techniques learn from, what judges candidates, what scores the result once."""
 
+import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -86,7 +88,9 @@ class Judges:
             elif learn is None:
                 notes.append("Half of the evaluation data is used to calibrate, as there is no --calib.")
         for batch in islice(final.batches(SCORING_ROWS), None if tune is None else 1):
-            must_run(original, batch.feeds, invented=tune is None)
+            if not must_run(original, batch.feeds, invented=tune is None):
+                notes.append("The original's outputs are not all finite: where they are not, no error is measured.")
+                break
         reason = "as asked"
         if chosen is None:
             chosen, reason = usual_metric(original, final)
@@ -103,10 +107,18 @@ class Judges:
             )
         return cls(tune, judge, final, chosen, description, tuple(notes))
 
+    @functools.cached_property
+    def gate(self) -> metrics.Metric:
+        """What a budget is on: the metric, but the relative error where the original's own score is infinite (SQNR)."""
+        if self.metric.needs != "reference" or math.isfinite(self.metric.best):
+            return self.metric
+        _, _, output = self.metric.name.partition(":")
+        return metrics.parse_metric(f"relative-error:{output}" if output else "relative-error")
+
     def score(self, session: Session, reference: Session, *, final: bool = False) -> metrics.Score:
-        """Score a model on the judge's data, or on the final ones."""
+        """Score a model on the judge's data, or on the final ones, by what a budget is on."""
         data = self.final if final else self.judge
-        return metrics.evaluate(self.metric, session.run, data, reference.run, SCORING_ROWS)
+        return metrics.evaluate(self.gate, session.run, data, reference.run, SCORING_ROWS)
 
     def run_of(self, rows: int) -> Batch:
         """One run to measure latency on, of that many rows where model and data allow; few samples are repeated."""
@@ -114,20 +126,25 @@ class Judges:
         return next(iter(data.select(row % len(data) for row in range(rows)).batches(rows)))
 
 
-def must_run(original: Session, feeds: Feeds, *, invented: bool) -> None:
+def must_run(original: Session, feeds: Feeds, *, invented: bool) -> bool:
     """Refuse data that the original itself cannot work on.
+
+    Returns:
+        Whether what it gives is finite.
 
     Raises:
         DataError: it does not run.
     """
     try:
-        original.run(feeds)
+        outputs = original.run(feeds)
     except OnnxcompError as error:
         raise DataError(
             f"the model does not run on {'made-up inputs' if invented else 'the data'}: {error.fact}",
             "inputs such as sizes, axes and indices have a meaning that cannot be guessed" if invented else error.cause,
             "give real ones with --calib or --eval" if invented else "give data that the model accepts, or --batch 1",
         ) from error
+    arrays = (array for array in outputs.values() if isinstance(array, np.ndarray) and array.dtype.kind == "f")
+    return all(bool(np.isfinite(array).all()) for array in arrays)
 
 
 def _deal(learn: Dataset | None, proof: Dataset | None, seed: int) -> Split:

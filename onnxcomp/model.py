@@ -481,6 +481,10 @@ def _check_external(proto: onnx.ModelProto, folder: Path | None, name: str) -> N
                 "the .onnx file was copied without its data file",
                 f"copy '{location}' beside it",
             )
+        if not os.access(file, os.R_OK):
+            raise ModelError(
+                f"{name} needs its external data '{location}', which may not be read", remedy=f"chmod +r '{file}'"
+            )
         if file.stat().st_size < offset + length:
             raise ModelError(f"{name}: its external data '{location}' is truncated", remedy="copy it again")
 

@@ -6,9 +6,10 @@ the original, and written.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from onnxcomp import metrics
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
@@ -148,6 +149,9 @@ class _Proof:
         feeds = bench.batch.feeds
         protocol = paced(_PROOF, bench.original, feeds)
         before, after = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final)
+        if judges.gate is not judges.metric:
+            own, made = (judges.score(session, bench.original, final=True) for session in sessions)
+            after = replace(after, drop=metrics.compare(own, made).value)
         unmet = self.search.unmet(after)
         report = Report(
             source=source_name(self.source),
@@ -170,6 +174,10 @@ class _Proof:
 
     def _notes(self, best: Candidate, before: Figures, after: Figures) -> list[str]:
         notes, speedup, metric = [], after.speedup or 0.0, self.bench.judges.metric
+        if self.bench.judges.gate is not metric:
+            notes.append(
+                f"The budget is on the {self.bench.judges.gate.name}: {metric.name} of the original is infinite."
+            )
         if metric.needs == "reference" and before.score != metric.best:
             notes.append("The original answers differently each time, so that errors say little.")
         if self.bench.rows != self.bench.context.batch:

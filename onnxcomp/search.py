@@ -8,14 +8,12 @@
 4. What is still float is stored as integers where that costs neither time nor budget.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from onnxcomp.budget import Budget, within
 from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench
 from onnxcomp.drafts import drafts, variants
-from onnxcomp.errors import OptionError
 from onnxcomp.metrics import Metric
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
@@ -25,17 +23,7 @@ from onnxcomp.sensitivity import ranking
 
 
 def accepted_drop(metric: Metric, budget: Budget) -> float:
-    """The largest loss to accept: the budget's, else a relative error of 0.2, else half a point.
-
-    Raises:
-        OptionError: the original's own value of the metric is infinite, so any loss is.
-    """
-    if metric.needs == "reference" and math.isinf(metric.best):
-        raise OptionError(
-            f"{metric.name} cannot be given a budget",
-            "the original compared with itself is infinitely good, so that every loss is infinite",
-            "--metric relative-error: 20 dB are 0.1, 40 dB are 0.01",
-        )
+    """The largest loss to accept: the budget's, else a relative error of 0.2, else half a point."""
     default = 0.2 if metric.name.partition(":")[0] == "relative-error" else 0.005
     return default if budget.max_drop is None else budget.max_drop
 
@@ -59,7 +47,7 @@ class Search:
         named: Sequence[str] = (),
     ) -> None:
         self._bench, self._budget, self._effort, self._allowed, self._named = bench, budget, effort, allowed, named
-        self._limit = self._max_drop = accepted_drop(bench.judges.metric, budget)
+        self._limit = self._max_drop = accepted_drop(bench.judges.gate, budget)
         self._original_bytes = original_bytes
         self._has_data = bench.context.data is not None
         self.clean = bench.make("clean-up", ())
@@ -202,7 +190,7 @@ class Search:
         budget, unmet = self._budget, []
         latency, speedup = result.latency or 0.0, result.speedup or 0.0
         if not self.holds(result.drop):
-            unmet.append(f"{self._bench.judges.metric.name} drops by {result.drop:.4g}, more than {self._limit:.4g}")
+            unmet.append(f"{self._bench.judges.gate.name} drops by {result.drop:.4g}, more than {self._limit:.4g}")
         if budget.max_latency is not None and latency > budget.max_latency:
             unmet.append(f"latency {latency * 1e3:.3g} ms is above {budget.max_latency * 1e3:.3g} ms")
         if budget.min_speedup is not None and speedup < budget.min_speedup:

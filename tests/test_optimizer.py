@@ -169,12 +169,29 @@ def test_a_pass_without_clean_up(lab: Lab) -> None:
         ({"passes": ["quantise"]}, "did you mean 'quantize'"),
         ({"batch": 0}, "a batch of 0"),
         ({"metric": "acuracy"}, "did you mean 'accuracy'"),
-        ({"metric": "sqnr"}, "sqnr cannot be given a budget"),
     ],
 )
 def test_options_that_make_no_sense(lab: Lab, options: dict[str, Any], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         lab.optimize(**options)
+
+
+def test_where_the_original_is_infinitely_good_the_budget_is_on_the_relative_error(lab: Lab) -> None:
+    lab.loss = lambda model: 0.1 if integers(model) else 0.0
+    report = lab.optimize(metric="sqnr").report
+    assert report.metric == "sqnr"
+    assert report.result.drop == pytest.approx(0.1)
+    assert report.met
+    assert any("budget is on the relative-error" in note for note in report.notes)
+
+
+def test_outputs_that_are_not_finite_are_said(lab: Lab) -> None:
+    model = network()
+    model.graph.outputs[0] = ir.val("log", dtype=ir.DataType.FLOAT, shape=ir.Shape(["n", 32]))
+    node = ir.node("Log", [model.graph.node(-1).outputs[0]], outputs=[model.graph.outputs[0]], name="log")
+    model.graph.append(node)
+    result = lab.optimize(source=model)
+    assert any("not all finite" in note for note in result.report.notes)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------

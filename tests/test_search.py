@@ -12,7 +12,7 @@ from onnxcomp import runtime
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Change, Context, Outcome, Pass
-from onnxcomp.errors import BudgetError, DataError, OnnxcompError, OptionError
+from onnxcomp.errors import BudgetError, DataError, OnnxcompError
 from onnxcomp.judges import Judges
 from onnxcomp.measure import paced
 from onnxcomp.metrics import METRICS
@@ -220,11 +220,6 @@ def test_stored_weights_that_fail_on_final_data_give_way_too(lab: Lab) -> None:
 )
 def test_accepted_drop(metric: str, budget: Budget, drop: float) -> None:
     assert accepted_drop(METRICS[metric], budget) == drop
-
-
-def test_a_metric_on_which_the_original_is_infinitely_good_has_no_budget() -> None:
-    with pytest.raises(OptionError, match="sqnr cannot be given a budget"):
-        accepted_drop(METRICS["sqnr"], Budget())
 
 
 @pytest.mark.parametrize(("labels", "limit"), [(True, 0.005), (False, 0.2)])
