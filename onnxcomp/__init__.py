@@ -10,7 +10,7 @@ from onnxcomp import errors
 
 if TYPE_CHECKING:
     from onnxcomp.budget import Budget
-    from onnxcomp.convert import quantize, simplify
+    from onnxcomp.convert import prune, quantize, simplify
     from onnxcomp.core import Context, Pass
     from onnxcomp.inspection import inspect
     from onnxcomp.measure import bench, evaluate
@@ -33,6 +33,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "prune",
     "quantize",
     "save",
     "simplify",
@@ -40,7 +41,7 @@ __all__ = [
 
 _HOMES = {
     "budget": ("Budget",),
-    "convert": ("quantize", "simplify"),
+    "convert": ("prune", "quantize", "simplify"),
     "core": ("Context", "Pass"),
     "inspection": ("inspect",),
     "measure": ("bench", "evaluate"),

@@ -58,6 +58,20 @@ def parse_share(text: str) -> float:
     return number / 100 if unit else number
 
 
+def parse_target(text: str) -> tuple[str, float]:
+    """`flops=50%` is ("flops", 0.5): half of the FLOPs remain.
+
+    Raises:
+        OptionError: not a cost and a share of it.
+    """
+    cost, _, share = text.partition("=")
+    if cost not in {"flops", "params", "size"} or not share:
+        raise OptionError(
+            f"'{text}' is not a target", remedy="a cost and what remains of it: flops=50%, params=70%, size=60%"
+        )
+    return cost, parse_share(share)
+
+
 def parse_latency(text: str) -> float:
     """`5ms` in seconds.
 

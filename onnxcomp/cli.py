@@ -365,6 +365,48 @@ def quantize(
 @main.command()
 @_model
 @_writing
+@click.option(
+    "--target",
+    "goal",
+    metavar="COST=SHARE",
+    required=True,
+    type=_Parsed("COST=SHARE", budget.parse_target),
+    help="What remains: flops=50%, params=70% or size=60%.",
+)
+@click.option("--multiple", type=click.IntRange(1), default=1, show_default=True, help="Widths are multiples of this.")
+@click.option("--no-reconstruct", is_flag=True, help="Do not fit the layers again.")
+@_calib
+@_eval
+@_metric
+@_max_drop
+@_best_effort
+@_exclude
+@_overridable
+@_running
+@_batch
+@_seed
+@_memory
+@_picturing
+@_showing
+def prune(
+    model: Path,
+    output: Path | None,
+    goal: tuple[str, float],
+    no_reconstruct: bool,
+    dry_run: bool,
+    terminal: "Terminal",
+    **settings: Any,
+) -> None:
+    """Remove whole channels of MODEL until a share of its cost remains, and fit the others again."""
+    from onnxcomp.convert import prune as work
+
+    settings |= {"cost": goal[0], "remains": goal[1], "reconstruct": not no_reconstruct}
+    _convert(work, model, output, dry_run, terminal, settings)
+
+
+@main.command()
+@_model
+@_writing
 @_overridable
 @_running
 @_batch

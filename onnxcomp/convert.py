@@ -1,4 +1,4 @@
-"""The commands `simplify` and `quantize`: from a model to another by a fixed list of passes, with the proof."""
+"""The commands `simplify`, `quantize` and `prune`: a model made into another by a fixed list of passes, with proof."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +21,7 @@ from onnxcomp.measure import circumstances, file_size, paced, side_by_side, usua
 from onnxcomp.model import ModelSource
 from onnxcomp.passes.convert_float import ConvertFloat, Float
 from onnxcomp.passes.equalize import Equalize
+from onnxcomp.passes.prune import Cost, Prune
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.quantize_weights import QuantizeWeights
@@ -165,6 +166,70 @@ def quantize(
     wanted = metrics.parse_metric(metric) if metric else None
     context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress)
     return work.run(passes, context, proof, wanted, max_drop, best_effort)
+
+
+def prune(
+    source: ModelSource,
+    *,
+    remains: float,
+    cost: Cost | str = Cost.FLOPS,
+    reconstruct: bool = True,
+    multiple: int = 1,
+    output: str | os.PathLike[str] | None = None,
+    calib: Any = None,
+    evaluation: Any = None,
+    metric: str | Callable[[Any], float] | None = None,
+    max_drop: float | None = None,
+    exclude: str | None = None,
+    target: Target | str = Target(),
+    batch: int = 1,
+    seed: int = 0,
+    memory: int = 2 * 10**9,
+    images: ImageOptions | None = None,
+    overwrite: bool = False,
+    best_effort: bool = False,
+    dry_run: bool = False,
+    keep_overridable: bool = False,
+    progress: Progress = no_progress,
+) -> Result:
+    """Clean up, remove channels until a share of a cost remains, fit the others again, and measure what came of it.
+
+    Args:
+        source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; never modified.
+        remains: share of the cost that is to remain.
+        cost: FLOPs, parameters or bytes.
+        reconstruct: fit every layer again.
+        multiple: widths are multiples of this.
+        output: where to write the result; None to keep it in memory.
+        calib: data to learn from, as `data.open_dataset` takes them; without, layers are fitted on made-up inputs.
+        evaluation: data to measure the loss on; without them it is the relative output error on `calib`.
+        metric: a metric's name, `FILE.py:FUNCTION` or the function itself.
+        max_drop: largest loss to accept, in the metric's unit; None accepts any.
+        exclude: regular expression of node names to leave alone.
+        target: execution provider and threads, or the provider's name.
+        batch: samples per run that latency is measured at.
+        seed: of everything random.
+        memory: cap in bytes on what calibration and fitting keep.
+        images: how image files become inputs.
+        overwrite: replace an existing output.
+        best_effort: write the result even where it loses more than `max_drop`.
+        dry_run: measure, but write nothing.
+        keep_overridable: leave weights that are also graph inputs overridable.
+        progress: called with (done, total, what).
+
+    Raises:
+        InputError: the model, the data or an option cannot be used.
+        BudgetError: it loses more than `max_drop`; its `result` is what came out.
+    """
+    target = Target.of(target)
+    technique = Prune(remains, chosen(Cost, cost), reconstruct, multiple)
+    work = _Conversion(source, output, target, batch, overwrite, dry_run, (calib, evaluation))
+    specs = models.input_specs(work.model)
+    learn = None if calib is None else open_dataset(calib, specs, images)
+    proof = None if evaluation is None else open_dataset(evaluation, specs, images)
+    wanted = metrics.parse_metric(metric) if metric else None
+    context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress)
+    return work.run([Simplify(keep_overridable), technique], context, proof, wanted, max_drop, best_effort)
 
 
 def _passes(

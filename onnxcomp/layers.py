@@ -181,6 +181,22 @@ class Layer:
         chosen = np.asarray(flat[_draw(len(flat), count, generator)], np.float32)
         return np.ascontiguousarray(np.swapaxes(chosen.reshape(len(chosen), self.groups, -1), 0, 1))
 
+    def output_rows(self, output: Array, count: int, generator: np.random.Generator) -> Array:
+        """The vectors that the layer gives, or what is added to them, at the positions that `rows` draws.
+
+        Args:
+            output: a tensor of the output's shape.
+            count: as for `rows`.
+            generator: in the state that `rows` had it in.
+
+        Returns:
+            (rows, out).
+        """
+        axis = 1 if "Conv" in self.node.op_type else -1 if self.index == 1 else -2
+        moved = np.moveaxis(output, axis, -1)
+        flat = moved.reshape(-1, moved.shape[-1])
+        return flat[_draw(len(flat), count, generator)]
+
     def _patches(self, data: Array, count: int, generator: np.random.Generator) -> NDArray[np.float32]:
         kernel, attributes = self.kernel, self.node.attributes
         rank = len(kernel)

@@ -8,7 +8,7 @@ import pytest
 import onnxcomp
 
 NAMES = {
-    *("optimize", "quantize", "simplify", "bench", "evaluate", "inspect", "load", "save"),
+    *("optimize", "prune", "quantize", "simplify", "bench", "evaluate", "inspect", "load", "save"),
     *("Budget", "Context", "Pass", "Report", "Target", "errors"),
 }
 

@@ -1,0 +1,143 @@
+"""Which inputs of a layer can go, and what the others become: group optimal brain surgeon.
+
+For an input channel with columns S of the weight matrix W, the least increase of tr(dW H dW^T) at which W_S becomes
+zero is tr(W_S [(H^-1)_SS]^-1 W_S^T), and the other weights and the inverse change by (Hassibi and Stork 1992, equations
+3 to 5, for blocks; Kurtic et al. 2022, "The Optimal BERT Surgeon", equation 6):
+
+    W    <-  W    - W_S    [(H^-1)_SS]^-1 (H^-1)_S,:
+    H^-1 <-  H^-1 - (H^-1)_:,S [(H^-1)_SS]^-1 (H^-1)_S,:
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxcomp.numerics.arrays import Floats
+
+_ELIMINATED = 64
+"""Channels that go at a time, at most, where there are thousands: a share of what is left."""
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """A layer that reads a group of channels.
+
+    Attributes:
+        weight: (out, in) its matrix.
+        second_moment: (in, in) H of its inputs; centred where a bias takes up the mean.
+        columns: (channels, n) the columns of the matrix that read each channel.
+    """
+
+    weight: Floats
+    second_moment: Floats
+    columns: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Elimination:
+    """Every width of a group from one sweep.
+
+    Attributes:
+        order: (channels,) the channel that goes first, second, ...
+        errors: (channels + 1,) the consumers' summed error, each relative to its output, when so many are gone.
+    """
+
+    order: NDArray[np.int64]
+    errors: NDArray[np.float64]
+
+
+def eliminate(consumers: Sequence[Consumer], damping: float = 1e-2) -> Elimination:
+    """Remove the channels one after another, always the one that costs the consumers least.
+
+    Args:
+        consumers: all layers that read the channels.
+        damping: added to H's diagonal, as a share of its mean.
+    """
+    states = [_State(consumer, damping) for consumer in consumers]
+    total = len(consumers[0].columns)
+    alive = np.arange(total)
+    order: list[int] = []
+    errors = [0.0]
+    while len(alive):
+        scores = np.sum([state.scores(alive) for state in states], axis=0)
+        count = max(1, min(_ELIMINATED, len(alive) // _ELIMINATED))
+        for channel in alive[np.argsort(scores, kind="stable")[:count]].tolist():
+            cost = sum(state.remove(channel) for state in states)
+            order.append(channel)
+            errors.append(errors[-1] + max(cost, 0.0))
+        alive = np.setdiff1d(alive, order, assume_unique=False)
+    return Elimination(np.asarray(order), np.asarray(errors))
+
+
+def survivors(weight: Floats, second_moment: Floats, kept: NDArray[np.bool_], damping: float = 1e-2) -> Floats:
+    """The weights (out, kept) that come nearest to the layer's output when only some columns are left.
+
+    argmin over V of tr((W - V E) H (W - V E)^T) + damping ||V - W_K||^2, with E choosing the kept columns.
+    """
+    H = np.asarray(second_moment, np.float64)
+    inner = H[np.ix_(kept, kept)]
+    ridge = _level(H) * damping * np.eye(len(inner))
+    lost = np.asarray(weight, np.float64)[:, ~kept] @ H[np.ix_(~kept, kept)]
+    correction: Floats = np.linalg.solve(inner + ridge, lost.T).T
+    result: Floats = weight[:, kept] + correction
+    return result
+
+
+def refit(weight: Floats, second_moment: Floats, cross: Floats, damping: float = 1e-2) -> Floats:
+    """The weights that map other inputs to the outputs wanted, no further from the old ones than pays.
+
+    W + (G - W H) (H + damping mean(diag H) I)^-1: ridge regression centred on W.
+
+    Args:
+        weight: (out, in) to start from.
+        second_moment: (in, in) H = E[x x^T] of the inputs as they are now.
+        cross: (out, in) G = E[y x^T] of the outputs wanted.
+        damping: as a share of H's mean diagonal.
+    """
+    H = np.asarray(second_moment, np.float64)
+    missing = cross - np.asarray(weight, np.float64) @ H
+    result: Floats = weight + np.linalg.solve(H + _level(H) * damping * np.eye(len(H)), missing.T).T
+    return result
+
+
+def _level(H: Floats) -> float:
+    return float(np.diagonal(H).mean()) or 1.0
+
+
+class _State:
+    """One consumer while channels go."""
+
+    def __init__(self, consumer: Consumer, damping: float) -> None:
+        H = np.array(consumer.second_moment, np.float64)
+        W = np.array(consumer.weight, np.float64)
+        self._energy = float(np.einsum("ij,ij->", W @ H, W)) or 1.0
+        H[np.diag_indices(len(H))] += _level(H) * damping
+        self._inverse = np.linalg.inv(H)
+        self._weight = W
+        self._columns = consumer.columns
+
+    def scores(self, channels: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What each channel would cost, relative to the layer's output."""
+        S = self._columns[channels]
+        inner = self._inverse[S[:, :, None], S[:, None, :]]
+        W = self._weight[:, S].swapaxes(0, 1)  # (channels, out, n)
+        weighted = np.matmul(W, np.linalg.inv(inner))
+        cost: NDArray[np.float64] = np.einsum("cok,cok->c", weighted, W) / self._energy
+        return cost
+
+    def remove(self, channel: int) -> float:
+        """Remove one and let the others make up for it."""
+        S = self._columns[channel]
+        rows = self._inverse[S]
+        solved = np.linalg.solve(rows[:, S], rows)  # [(H^-1)_SS]^-1 (H^-1)_S,:
+        cost = float(np.einsum("ij,ij->", self._weight[:, S] @ np.linalg.inv(rows[:, S]), self._weight[:, S]))
+        self._weight -= self._weight[:, S] @ solved
+        self._inverse -= rows.T @ solved
+        # What is gone must not come back by rounding: its own block stays invertible, its weights zero.
+        self._weight[:, S] = 0
+        self._inverse[S] = 0
+        self._inverse[:, S] = 0
+        self._inverse[S, S] = 1
+        return cost / self._energy
