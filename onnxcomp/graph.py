@@ -100,6 +100,16 @@ def single_consumer(value: ir.Value) -> ir.Node | None:
     return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
 
 
+def replace(node: ir.Node, result: ir.Value) -> None:
+    """Put a value in the place of a node's only output, its name included, and remove the node."""
+    graph, output = node.graph, node.outputs[0]
+    assert graph is not None
+    name = output.name
+    output.replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    result.name = name
+
+
 def remove_unused(model: ir.Model) -> None:
     """Remove nodes and initializers that nothing reads."""
     common.RemoveUnusedNodesPass()(model)

@@ -52,6 +52,14 @@ class Layer:
         """The bias input of the operator itself, where it has one."""
         return self.node.inputs[2] if len(self.node.inputs) > 2 else None
 
+    def bias_vector(self) -> NDArray[np.float64]:
+        """The operator's own bias, (out,), zeros where it has none."""
+        tensor = None if self.bias is None or self.bias.is_graph_input() else self.bias.const_value
+        size = len(self.by_output())
+        if tensor is None:
+            return np.zeros(size)
+        return np.array(np.broadcast_to(tensor.numpy().astype(np.float64).reshape(-1), (size,)))
+
     @property
     def groups(self) -> int:
         """Groups of a convolution; 1 otherwise."""

@@ -105,14 +105,7 @@ def _outputs(layer: Layer, x: NDArray[np.floating], kept: NDArray[np.int64]) -> 
     for group in np.unique(kept // per_group):
         chosen = kept // per_group == group
         result[:, chosen] = x[group] @ matrix[kept[chosen]].T
-    return result + bias_of(layer)[kept]
-
-
-def bias_of(layer: Layer) -> Rows:
-    """The operator's own bias, (out,), zeros where it has none."""
-    bias = constant_of(layer.bias)
-    size = len(layer.by_output())
-    return np.zeros(size) if bias is None else np.broadcast_to(bias.astype(np.float64).reshape(-1), (size,))
+    return result + layer.bias_vector()[kept]
 
 
 def set_matrix(layer: Layer, matrix: NDArray[np.floating]) -> None:

@@ -20,10 +20,11 @@ from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
 from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip
 from onnxcomp.errors import OnnxcompError, OptionError
+from onnxcomp.graph import remove_unused
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.model import free_inputs, input_specs, spec_of, vocabularies
 from onnxcomp.numerics.obs import Consumer, eliminate, survivors
-from onnxcomp.reconstruction import Pair, bias_of, ordered, reconstruct, set_bias, set_matrix
+from onnxcomp.reconstruction import Pair, ordered, reconstruct, set_bias, set_matrix
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Dataset, Feeds
 from onnxcomp.surgery import SurgeryError, without
@@ -95,6 +96,7 @@ class Prune(Pass):
         pruned = work.cut(removed)
         if self.reconstruct:
             work.fit_again(pruned)
+        remove_unused(pruned)  # the weights as they were before
         note = "" if context.data is not None else ", fitted on made-up inputs"
         changes = [
             Change(group.name.partition("#")[0], f"{group.size - len(gone)} of {group.size} channels left{note}")
@@ -201,7 +203,7 @@ class _Work:
             if layer.node.op_type != "MatMul" and layer.node.op_type != "ConvTranspose":
                 mean = gram.mean[0]
                 shift = matrix @ mean - fitted @ mean[kept]
-                set_bias(twin, (shift + bias_of(layer))[rows])
+                set_bias(twin, (shift + layer.bias_vector())[rows])
             set_matrix(twin, fitted[_matrix_rows(layer, rows)])
         return pruned
 

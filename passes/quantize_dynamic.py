@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.decode import CONTRIB, PackedMatrix, StoredMatrix, View, lookups, stored_bytes
-from onnxcomp.graph import Builder, constant_of, prepared, remove_unused
+from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, replace
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.affine import IntGrid, quantize
 from onnxcomp.numerics.ranges import weight_scales
@@ -234,13 +234,3 @@ def _quantize_table(table: ir.Value, nodes: list[ir.Node]) -> None:
         decoded = stored.decoded(whole, ir.DataType.FLOAT, before=table.graph[0])
         for reader, index in readers:
             reader.replace_input_with(index, decoded)
-
-
-def replace(node: ir.Node, result: ir.Value) -> None:
-    """Put a value in the place of a node's only output, its name included, and remove the node."""
-    graph, output = node.graph, node.outputs[0]
-    assert graph is not None
-    name = output.name
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    result.name = name

@@ -326,7 +326,9 @@ class _Surgery:
         for (weight, _), group in sharing.items():
             # With smaller scales a bias would not fit 32 bits in steps of s_x s_W.
             steps = [float(self._of_range(layer.data).numbers.scale) * 2**30 for layer in group]
-            least = np.max([np.abs(_bias(layer)) / step for layer, step in zip(group, steps, strict=True)], axis=0)
+            least = np.max(
+                [np.abs(layer.bias_vector()) / step for layer, step in zip(group, steps, strict=True)], axis=0
+            )
             grams = [self._statistics.grams[layer.name] for layer in group if rounding.needs_gram]
             gram = reduce(Gram.merge, grams) if grams else None
             rounded = round_weights(group[0], grid, rounding, gram, least_scale=least, cache=self._cache)
@@ -336,14 +338,8 @@ class _Surgery:
                 shift = rounded.bias_shift
                 if len(group) > 1 and rounding.bias_correction:
                     shift = mean_error(layer.matrix(), rounded, grams[index], grid)
-                result[layer.name] = _Weights(integers, scale, rounded.scale[:, 0], _bias(layer) + shift, shift)
+                result[layer.name] = _Weights(integers, scale, rounded.scale[:, 0], layer.bias_vector() + shift, shift)
         return result
-
-
-def _bias(layer: Layer) -> NDArray[np.float64]:
-    """The operator's own bias, (out,), zeros where it has none."""
-    bias = constant_of(layer.bias)
-    return np.zeros(len(layer.by_output())) if bias is None else bias.astype(np.float64)
 
 
 class _Parameters(NamedTuple):

@@ -33,7 +33,7 @@ from onnxcomp.decode import (
     stored_bytes,
 )
 from onnxcomp.errors import OptionError
-from onnxcomp.graph import Builder, constant_of, prepared, remove_unused
+from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, replace
 from onnxcomp.layers import FLOATS, Layer, layer_of
 from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.weights import Rounding, round_weights
@@ -318,13 +318,3 @@ def _shift_bias(layer: Layer, shift: NDArray[np.float64]) -> None:
         return
     shifted = (array + shift).astype(array.dtype)
     layer.node.replace_input_with(2, Builder(_graph(layer.node)).constant(shifted, f"{bias.name}_shifted"))
-
-
-def replace(node: ir.Node, result: ir.Value) -> None:
-    """Put a value in the place of a node's only output, its name included, and remove the node."""
-    graph, output = node.graph, node.outputs[0]
-    assert graph is not None
-    name = output.name
-    output.replace_all_uses_with(result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    result.name = name

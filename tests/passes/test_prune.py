@@ -52,6 +52,7 @@ def test_fitting_again_lowers_the_error(digits: ir.Model) -> None:
     fitted = Prune(0.5)(digits, context(digits)).model
     assert error(digits, fitted) < 0.7 * error(digits, plain)
     assert error(digits, fitted) < 0.05
+    assert models.file_bytes(fitted) < 0.8 * models.file_bytes(digits)
 
 
 def test_widths_are_multiples(digits: ir.Model) -> None:
