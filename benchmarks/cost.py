@@ -4,6 +4,7 @@ Time of a whole `onnxcomp quantize` process against N fp32 forward passes, and i
 """
 
 import argparse
+import statistics
 import subprocess
 import sys
 import time
@@ -61,7 +62,8 @@ def _memory(source: Path, folder: Path) -> None:
             calib = folder / f"calib{samples}.npz"
             np.savez(calib, input=np.resize(images, (samples, *images.shape[1:])))
             for what, switches in STEPS.items():
-                peak = min(_quantize(source / f"{name}.onnx", calib, folder, switches)[1] for _ in range(2))
+                runs = [_quantize(source / f"{name}.onnx", calib, folder, switches)[1] for _ in range(3)]
+                peak = statistics.median(runs)
                 rows.append({"model": name, "samples": samples, "steps": what, "peak memory, MB": round(peak / 1e6)})
     show("Peak memory of static quantization", rows)
 

@@ -21,7 +21,7 @@ from onnxcomp.measure import circumstances, file_size, paced, side_by_side, usua
 from onnxcomp.model import ModelSource
 from onnxcomp.passes.convert_float import ConvertFloat, Float
 from onnxcomp.passes.equalize import Equalize
-from onnxcomp.passes.prune import Cost, Prune
+from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.quantize_weights import QuantizeWeights
@@ -32,6 +32,7 @@ from onnxcomp.runtime import Protocol, Session, Target
 from onnxcomp.samples import Dataset
 from onnxcomp.synthetic import synthetic
 from onnxcomp.weights import Rounding
+from onnxcomp.widths import Cost
 
 Progress = Callable[[int, int, str], None]
 

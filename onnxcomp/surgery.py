@@ -10,8 +10,9 @@ import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
 from onnxcomp import movement
-from onnxcomp.channels import ChannelGroup, ChannelGroups, all_values, is_fixed
+from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.facts import all_values, is_fixed
 from onnxcomp.graph import Builder, constant_of, declared_outputs, remove_unused
 
 Kept = NDArray[np.bool_]

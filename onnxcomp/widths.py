@@ -6,22 +6,20 @@ lower convex hull of each group's errors, the cheapest first (Lagrange relaxatio
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.channels import ChannelGroup, ChannelGroups
+from onnxcomp.channels import ChannelGroups
+from onnxcomp.core import Choice
 from onnxcomp.cost import Totals, node_costs
 from onnxcomp.layers import FLOATS
 
-Removed = Mapping[ChannelGroup, int]
 
-
-class Quantity(StrEnum):
+class Cost(Choice):
     """What a target limits."""
 
     FLOPS = "flops"
@@ -51,13 +49,13 @@ class CostModel:
 
     Args:
         groups: of the model.
-        quantity: which cost.
+        which: which cost.
     """
 
-    def __init__(self, groups: ChannelGroups, quantity: Quantity) -> None:
+    def __init__(self, groups: ChannelGroups, which: Cost) -> None:
         self.groups = tuple(groups)
         self._shares = _shares(groups)
-        terms = _flops(groups) if quantity is Quantity.FLOPS else _stored(groups, quantity)
+        terms = _flops(groups) if which is Cost.FLOPS else _stored(groups, which)
         self._terms = [_Term(cost, tuple(self._shares[a] for a in axes if a in self._shares)) for cost, axes in terms]
         self._by_group: dict[int, list[_Term]] = defaultdict(list)
         for term in self._terms:
@@ -104,13 +102,13 @@ def _shares(groups: ChannelGroups) -> dict[tuple[ir.Value, int], tuple[_Share, .
 _Axes = tuple[tuple[ir.Value, int], ...]
 
 
-def _stored(groups: ChannelGroups, quantity: Quantity) -> list[tuple[float, _Axes]]:
+def _stored(groups: ChannelGroups, which: Cost) -> list[tuple[float, _Axes]]:
     result: list[tuple[float, _Axes]] = []
     for graph in groups.model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if tensor is not None and (quantity is Quantity.SIZE or tensor.dtype in FLOATS):
-                cost = tensor.nbytes if quantity is Quantity.SIZE else tensor.size
+            if tensor is not None and (which is Cost.SIZE or tensor.dtype in FLOATS):
+                cost = tensor.nbytes if which is Cost.SIZE else tensor.size
                 result.append((float(cost), tuple((value, axis) for axis in range(len(tensor.shape)))))
     return result
 

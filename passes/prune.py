@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
-from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip
+from onnxcomp.core import Change, Context, Outcome, Pass, Skip
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.graph import remove_unused
 from onnxcomp.layers import Layer, layer_of
@@ -29,21 +29,13 @@ from onnxcomp.runtime import Session
 from onnxcomp.samples import Dataset, Feeds
 from onnxcomp.surgery import SurgeryError, without
 from onnxcomp.synthetic import synthetic
-from onnxcomp.widths import CostModel, Curve, Quantity, allocate
+from onnxcomp.widths import Cost, CostModel, Curve, allocate
 
 _MADE_UP = 64
 _PROBED = 64
 """Samples on which it is measured what a group's error does to the outputs."""
 
 _DAMPING = 1e-2
-
-
-class Cost(Choice):
-    """What is limited."""
-
-    FLOPS = "flops"
-    PARAMS = "params"
-    SIZE = "size"
 
 
 @dataclass(frozen=True)
@@ -140,7 +132,7 @@ class _Work:
         curves: list[Curve | None] = []
         for group in self._groups:
             curves.append(self._curve(group) if group in self._readers else None)
-        cost = CostModel(self._groups, Quantity(settings.cost.value))
+        cost = CostModel(self._groups, settings.cost)
         counts = allocate(cost, curves, settings.remains, multiple=settings.multiple)
         return {
             group: curve.order[:count]

@@ -16,7 +16,8 @@ from onnx.reference.op_run import OpRun
 from models import zoo
 from models.net import Net
 from onnxcomp import model as models
-from onnxcomp.channels import ChannelGroup, ChannelGroups, all_values, channel_groups
+from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
+from onnxcomp.facts import all_values
 from onnxcomp.graph import Builder
 from onnxcomp.runtime import Session
 from onnxcomp.surgery import SurgeryError, without
