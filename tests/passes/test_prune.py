@@ -51,7 +51,7 @@ def test_fitting_again_lowers_the_error(digits: ir.Model) -> None:
     plain = Prune(0.5, reconstruct=False)(digits, context(digits)).model
     fitted = Prune(0.5)(digits, context(digits)).model
     assert error(digits, fitted) < 0.7 * error(digits, plain)
-    assert error(digits, fitted) < 0.05  # of the outputs' energy, at which no answer changes by much
+    assert error(digits, fitted) < 0.0025  # twice what was measured, and less than the 0.0029 without fitting
     assert models.file_bytes(fitted) < 0.8 * models.file_bytes(digits)
 
 
