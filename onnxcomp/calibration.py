@@ -211,12 +211,12 @@ def _pass(
     probe = _Probe(model, tensors, layers)
     session = Session(probe.model, context.target)
     generator = np.random.default_rng(context.seed)
-    share = {layer.name: max(_LEAST_ROWS, GRAM_ROWS * layer.input_width) / len(data) for layer in layers}
+    share = {layer.name: max(_LEAST_ROWS, GRAM_ROWS * layer.input_width) / data.samples for layer in layers}
     done = 0
     for batch in data.batches(size):
         yield probe.read(batch, session.run(batch.feeds, probe.outputs), share, generator)
         done += batch.valid
-        context.progress(done, len(data), what)
+        context.progress(done, data.samples, what)
 
 
 class _Probe:

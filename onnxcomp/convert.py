@@ -7,7 +7,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import metrics
@@ -357,8 +356,8 @@ class _Loss:
         data, where = proof, ""
         if data is None:
             data, where = context.data, ", the calibration data: what was learnt from them is flattered"
-            if data is not None and len(data) > _JUDGED:
-                data = data.select(np.linspace(0, len(data) - 1, _JUDGED).astype(int).tolist())
+            if data is not None:
+                data = data.at_most(_JUDGED, context.seed)
         invented = data is None
         if data is None:
             specs = models.input_specs(model)
@@ -368,7 +367,8 @@ class _Loss:
             metric, reason = metrics.METRICS["relative-error"], "no evaluation data"
         elif metric is None:
             metric, reason = usual_metric(Session(model, context.target), data)
-        return cls(metric, data, f"{metric.name} ({reason}) on {len(data)} samples of {data.origin}{where}", invented)
+        samples = f"{data.samples} samples of {data.origin}{where}"
+        return cls(metric, data, f"{metric.name} ({reason}) on {samples}", invented)
 
     def measure(
         self, original: ir.Model, made: ir.Model, sizes: tuple[int, int], context: Context

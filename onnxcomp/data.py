@@ -1,6 +1,5 @@
 """Data without writing code: what a path or a Python object holds, as a dataset that fits the model."""
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.images import IMAGE_SUFFIXES, ImageOptions, image_reader
 from onnxcomp.model import TensorSpec
 from onnxcomp.npz import Column, Scratch, load_npy, load_npz, npy_column, npz_columns, reading, write_npz
-from onnxcomp.samples import Batch, Dataset, Feeds, checked_sample, strings
+from onnxcomp.samples import Batch, Dataset, Feeds, checked_sample, common_rows, strings
 from onnxcomp.synthetic import synthetic
 
 __all__ = [
@@ -23,6 +22,7 @@ __all__ = [
     "Feeds",
     "ImageOptions",
     "Split",
+    "divisible",
     "open_dataset",
     "split",
     "synthetic",
@@ -109,14 +109,20 @@ class Split:
 def split(dataset: Dataset, seed: int = 0) -> Split:
     """Deal the samples out at random: half to tune, a quarter each to judge and final.
 
-    Fewer than `SMALLEST_SPLIT` samples are not split: all three are the dataset itself.
+    Fewer than `SMALLEST_SPLIT` samples are not split: all three are the dataset itself. Runs that a source gave whole
+    are dealt out whole.
     """
-    if dataset.size < SMALLEST_SPLIT:
+    if not divisible(dataset, 4):
         return Split(dataset, dataset, dataset)
     order = np.random.default_rng(seed).permutation(dataset.size).tolist()
     half, three_quarters = len(order) // 2, len(order) * 3 // 4
     parts = order[:half], order[half:three_quarters], order[three_quarters:]
     return Split(*map(dataset.select, parts))
+
+
+def divisible(dataset: Dataset, parts: int) -> bool:
+    """Whether there are samples enough to split, and entries enough for that many parts."""
+    return dataset.samples >= SMALLEST_SPLIT and dataset.size >= parts
 
 
 def _from_path(path: Path, specs: tuple[TensorSpec, ...], images: ImageOptions) -> Dataset:
@@ -187,11 +193,11 @@ def _from_files(files: list[Path], specs: tuple[TensorSpec, ...], folder: Path) 
 def _from_runs(items: Iterable[Mapping[str, Any]], specs: tuple[TensorSpec, ...]) -> Dataset:
     """Runs that may come only once, copied to disk."""
     scratch = Scratch()
-    size = 0
-    for size, item in zip(itertools.count(1), items):
+    rows: list[int] = []
+    for number, item in enumerate(items):
         if not isinstance(item, Mapping):
             raise DataError(
-                f"item {size - 1} of the iterable is {type(item).__name__}, not a mapping of arrays",
+                f"item {number} of the iterable is {type(item).__name__}, not a mapping of arrays",
                 remedy=f"yield dictionaries like {{{specs[0].name!r}: array}}",
             )
         arrays = {name: np.asarray(array) for name, array in item.items()}
@@ -200,18 +206,19 @@ def _from_runs(items: Iterable[Mapping[str, Any]], specs: tuple[TensorSpec, ...]
                 text = strings(array)
                 if text is None:
                     raise DataError(
-                        f"{name!r} in item {size - 1} of the iterable holds Python objects", remedy="give plain arrays"
+                        f"{name!r} in item {number} of the iterable holds Python objects", remedy="give plain arrays"
                     )
                 arrays[name] = text.astype(np.str_)
-        write_npz(scratch.path / f"{size - 1}.npz", arrays)
+        write_npz(scratch.path / f"{number}.npz", arrays)
+        rows.append(common_rows(_part(arrays, specs)[0]) or 1)
 
     def read(index: int) -> Batch:
         arrays = load_npz(scratch.path / f"{index}.npz")
         raw, targets = _part(arrays, specs)
         whole = {**targets, **raw}
-        return checked_sample(whole, targets, specs, f"item {index} of the iterable", pads=index == size - 1)
+        return checked_sample(whole, targets, specs, f"item {index} of the iterable", pads=index == len(rows) - 1)
 
-    return Dataset(specs, size, read, stackable=False, origin="the iterable")
+    return Dataset(specs, len(rows), read, tuple(rows), stackable=False, origin="the iterable")
 
 
 def _from_test_data(folders: list[Path], specs: tuple[TensorSpec, ...], origin: Path) -> Dataset:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxcomp import metrics
 from onnxcomp import model as models
-from onnxcomp.data import SMALLEST_SPLIT, ImageOptions, Split, open_dataset, split
+from onnxcomp.data import ImageOptions, Split, divisible, open_dataset, split
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.measure import SCORING_ROWS, usual_metric
 from onnxcomp.runtime import Session
@@ -97,13 +97,13 @@ class Judges:
         if isinstance(chosen, metrics.UserMetric):
             description = f"{chosen.name}, called whole (judge = final)"
         elif judge is final:
-            description = f"{chosen.name} ({reason}) on {len(final)} samples, too few to split (judge = final)"
+            description = f"{chosen.name} ({reason}) on {final.samples} samples, too few to split (judge = final)"
         else:
-            if most is not None and len(judge) > most:
-                judge = judge.select(np.random.default_rng(seed).permutation(len(judge))[:most].tolist())
+            if most is not None:
+                judge = judge.at_most(most, seed)
             description = (
-                f"{chosen.name} ({reason}) on {len(final)} samples held out from the search, "
-                f"which judged on {len(judge)} others"
+                f"{chosen.name} ({reason}) on {final.samples} samples held out from the search, "
+                f"which judged on {judge.samples} others"
             )
         return cls(tune, judge, final, chosen, description, tuple(notes))
 
@@ -150,7 +150,7 @@ def must_run(original: Session, feeds: Feeds, *, invented: bool) -> bool:
 def _deal(learn: Dataset | None, proof: Dataset | None, seed: int) -> Split:
     """Deal out one dataset, or keep one to learn from and halve the other; what is too small serves in every role."""
     if learn is not None and proof is not None:
-        if len(proof) < SMALLEST_SPLIT:
+        if not divisible(proof, 2):
             return Split(learn, proof, proof)
         order = np.random.default_rng(seed).permutation(len(proof)).tolist()
         half = len(order) // 2

@@ -210,7 +210,7 @@ def evaluate(
                     agreement,
                 )
             )
-    return Evaluation(tuple(qualities), about, chosen.name, f"{reason}; {len(data)} samples of {data.origin}")
+    return Evaluation(tuple(qualities), about, chosen.name, f"{reason}; {data.samples} samples of {data.origin}")
 
 
 def _fidelity(reference: Session, data: Dataset) -> list[metrics.Metric]:
@@ -238,7 +238,7 @@ class _Counted:
         for batch in self.data.batches(size):
             yield batch
             done += batch.valid
-            self.progress(done, len(self.data), self.what)
+            self.progress(done, self.data.samples, self.what)
 
 
 def circumstances(target: Target, batch: int) -> dict[str, str | int]:

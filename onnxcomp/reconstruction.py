@@ -60,7 +60,8 @@ def reconstruct(
     """
     prefixes = _Prefix(original, data, context), _Prefix(pruned, data, context)
     for done, pair in enumerate(pairs):
-        _fit(pair, prefixes, max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / len(data), context, damping)
+        share = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / data.samples
+        _fit(pair, prefixes, share, context, damping)
         context.progress(done + 1, len(pairs), "fitting layers again")
 
 

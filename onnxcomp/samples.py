@@ -51,8 +51,9 @@ class Dataset:
 
     Attributes:
         specs: the model's inputs.
-        size: number of samples.
-        read: gives the i-th sample as a run of its own, checked against the specs.
+        size: number of entries, each a sample or a run of several.
+        read: gives the i-th entry as a run of its own, checked against the specs.
+        rows: samples in each entry; None for one each.
         stackable: whether samples of one row may share a run. False where the source says what a run is.
         constants: keys of the source that do not run along the samples, whole.
         origin: what error messages call the source.
@@ -61,6 +62,7 @@ class Dataset:
     specs: tuple[TensorSpec, ...]
     size: int
     read: Callable[[int], Batch] = field(repr=False)
+    rows: tuple[int, ...] | None = field(default=None, repr=False)
     stackable: bool = True
     constants: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     origin: str = "the data"
@@ -70,6 +72,11 @@ class Dataset:
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.read, range(self.size))
+
+    @property
+    def samples(self) -> int:
+        """How many samples the entries hold."""
+        return self.size if self.rows is None else sum(self.rows)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -98,9 +105,17 @@ class Dataset:
             yield _join(group, fixed)
 
     def select(self, indices: Iterable[int]) -> "Dataset":
-        """A view on some of the samples, in ascending order."""
+        """A view on some of the entries, in ascending order."""
         chosen = sorted(indices)
-        return replace(self, size=len(chosen), read=lambda index: self.read(chosen[index]))
+        rows = None if self.rows is None else tuple(self.rows[index] for index in chosen)
+        return replace(self, size=len(chosen), read=lambda index: self.read(chosen[index]), rows=rows)
+
+    def at_most(self, samples: int, seed: int = 0) -> "Dataset":
+        """A random part of about that many samples, or all if there are no more."""
+        if self.samples <= samples:
+            return self
+        entries = max(samples * self.size // self.samples, 1)
+        return self.select(np.random.default_rng(seed).permutation(self.size)[:entries].tolist())
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) over names, dtypes, shapes and values of every sample; reads them all."""
@@ -118,7 +133,7 @@ def _fixed_batch(specs: Sequence[TensorSpec]) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
-def _rows(feeds: Feeds) -> int | None:
+def common_rows(feeds: Feeds) -> int | None:
     """The common first axis of all arrays."""
     lengths = {array.shape[:1] for array in feeds.values()}
     return next(iter(lengths.pop()), None) if len(lengths) == 1 else None
@@ -131,7 +146,7 @@ def _alike(left: Batch, right: Batch) -> bool:
         return {name: (array.dtype.kind, array.shape) for name, array in arrays.items()}
 
     same = form(left.feeds) == form(right.feeds) and form(left.targets) == form(right.targets)
-    return same and _rows(left.feeds) == 1
+    return same and common_rows(left.feeds) == 1
 
 
 def _join(samples: list[Batch], fixed: int | None) -> Batch:
@@ -141,7 +156,7 @@ def _join(samples: list[Batch], fixed: int | None) -> Batch:
         feeds = {name: np.concatenate([sample.feeds[name] for sample in samples]) for name in feeds}
         targets = {name: np.concatenate([sample.targets[name] for sample in samples]) for name in targets}
         valid = len(samples)
-    padding = max((fixed or 0) - valid, 0) if _rows(feeds) == valid else 0
+    padding = max((fixed or 0) - valid, 0) if common_rows(feeds) == valid else 0
     if padding:
         feeds = {name: np.concatenate([array, *[array[-1:]] * padding]) for name, array in feeds.items()}
     return Batch(feeds, targets, valid, padding)
@@ -182,7 +197,7 @@ def checked_sample(
             remedy="; ".join(dict.fromkeys(problem.remedy for problem in problems)),
         )
     feeds = {name: item for name, item in checked.items() if not isinstance(item, _Problem)}
-    return Batch(feeds, targets, valid=_rows(feeds) or 1)
+    return Batch(feeds, targets, valid=common_rows(feeds) or 1)
 
 
 def _fit(raw: Mapping[str, NDArray[Any]], spec: TensorSpec, fixed: int | None) -> NDArray[Any] | _Problem:
@@ -225,12 +240,16 @@ def _fit(raw: Mapping[str, NDArray[Any]], spec: TensorSpec, fixed: int | None) -
 
 
 def _convert(array: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any] | None:
-    """The array in the model's dtype: exact, a wider integer, or another float; None for anything else."""
+    """The array in the model's dtype, in this machine's byte order; None if it has another.
+
+    Two kinds have no dtype of their own in NumPy's files, so text of any kind is taken for strings, and float32 for the
+    floats of ml_dtypes.
+    """
     have = array.dtype
     if dtype.hasobject:
         return strings(array)
-    wider = have.kind in "iu" and dtype.kind in "iu" and np.can_cast(have, dtype, "safe")
-    if not (have == dtype or wider or (_is_float(have) and _is_float(dtype))):
+    stands_in = have == np.float32 and dtype.isbuiltin != 1 and _is_float(dtype)
+    if not (have.newbyteorder("=") == dtype or stands_in):
         return None
     with np.errstate(over="ignore"):  # what overflows is reported by name
         return np.require(array, dtype, requirements="C")

@@ -45,7 +45,7 @@ class Reader:
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz_with_targets_and_constants(tmp_path: Path, save: Any) -> None:
-    x, label, extra = RNG.standard_normal((10, 3)), np.arange(10), np.arange(4)
+    x, label, extra = RNG.standard_normal((10, 3)).astype("f4"), np.arange(10), np.arange(4)
     save(tmp_path / "a.npz", x=x, label=label, extra=extra)
     data = open_dataset(tmp_path / "a.npz", [X])
     assert (len(data), data.targets) == (10, ("label",))
@@ -53,7 +53,7 @@ def test_npz_with_targets_and_constants(tmp_path: Path, save: Any) -> None:
     for _ in range(2):
         batches = list(data.batches(4))
         assert [batch.valid for batch in batches] == [4, 4, 2]
-        assert np.array_equal(np.concatenate([batch.feeds["x"] for batch in batches]), x.astype("f4"))
+        assert np.array_equal(np.concatenate([batch.feeds["x"] for batch in batches]), x)
         assert np.array_equal(np.concatenate([batch.targets["label"] for batch in batches]), label)
 
 
@@ -117,7 +117,7 @@ def test_a_fixed_batch_is_filled() -> None:
 
 def test_files_of_different_lengths(tmp_path: Path) -> None:
     for index, length in enumerate([3, 3, 5]):
-        ids = np.arange(length, dtype="i4") + index
+        ids = np.arange(length, dtype="i8") + index
         np.savez(tmp_path / f"{index}.npz", ids=ids, mask=np.ones(length, "i8"), score=index / 2)
     batches = list(open_dataset(tmp_path, [IDS, MASK]).batches(8))
     assert [batch.feeds["ids"].shape for batch in batches] == [(2, 3), (1, 5)]
@@ -292,3 +292,15 @@ def test_few_samples_are_not_split(count: int, shared: bool) -> None:
     parts = split(data)
     assert parts.shared is shared
     assert (len(parts.final) == count) is shared
+
+
+@pytest.mark.parametrize(("runs", "shared"), [(3, True), (4, False), (12, False)])
+def test_samples_are_counted_not_runs(runs: int, shared: bool) -> None:
+    data = open_dataset(Reader([{"x": np.ones((32, 3), "f4")}] * runs), [X])
+    parts = split(data)
+    assert (len(data), data.samples) == (runs, 32 * runs)
+    assert parts.shared is shared
+    assert [part.samples for part in (parts.tune, parts.judge, parts.final)] == (
+        [96] * 3 if shared else [16 * runs, 8 * runs, 8 * runs]
+    )
+    assert data.at_most(64).samples == 64

@@ -108,19 +108,14 @@ def test_fingerprint_depends_on_content_alone() -> None:
 @pytest.mark.parametrize(
     ("given", "wanted"),
     [
-        ("i4", "i8"),
-        ("u1", "i4"),
         (">i8", "i8"),
-        ("f8", "f4"),
-        ("f2", "f4"),
-        ("f4", "f2"),
         (">f4", "f4"),
         ("f4", ml_dtypes.bfloat16),
         ("?", "?"),
         ("c8", "c8"),
     ],
 )
-def test_safe_casts(given: Any, wanted: Any) -> None:
+def test_the_same_type_in_another_guise(given: Any, wanted: Any) -> None:
     array = np.array([[0, 1, 1]]).astype(given)
     feed = checked_sample({"x": array}, {}, (spec("x", None, 3, dtype=wanted),), "sample").feeds["x"]
     assert feed.dtype == np.dtype(wanted)
@@ -129,9 +124,20 @@ def test_safe_casts(given: Any, wanted: Any) -> None:
 
 @pytest.mark.parametrize(
     ("given", "wanted"),
-    [("i8", "i4"), ("u1", "f4"), ("f4", "i8"), ("?", "i8"), ("i4", "u8"), ("U1", "f4"), ("i8", "O")],
+    [
+        ("i8", "i4"),
+        ("i4", "i8"),
+        ("f8", "f4"),
+        ("f4", "f2"),
+        ("u1", "f4"),
+        ("f4", "i8"),
+        ("?", "i8"),
+        ("i4", "u8"),
+        ("U1", "f4"),
+        ("i8", "O"),
+    ],
 )
-def test_other_casts_are_refused(given: str, wanted: str) -> None:
+def test_other_types_are_refused(given: str, wanted: str) -> None:
     message = refusal({"x": np.array(["1"]).astype(given)}, spec("x", None, dtype=wanted))
     assert f"the model takes {'str' if wanted == 'O' else np.dtype(wanted).name}" in message
 
@@ -150,8 +156,8 @@ def test_bytes_that_are_no_text_are_refused() -> None:
 
 
 def test_values_beyond_the_range_are_named() -> None:
-    message = refusal({"x": np.array([1.0, -1e6])}, spec("x", None, dtype="f2"))
-    assert "holds -1000000.0 at [1], beyond the range of float16" in message
+    message = refusal({"x": np.array([1.0, -1e6], "f4")}, spec("x", None, dtype=ml_dtypes.float8_e5m2))
+    assert "holds -1000000.0 at [1], beyond the range of float8_e5m2" in message
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -188,4 +194,4 @@ def test_empty_arrays_are_refused_unless_the_model_takes_them() -> None:
 
 def test_inputs_of_unknown_rank_take_anything() -> None:
     unknown = TensorSpec("x", np.dtype("f4"), None)
-    assert checked_sample({"x": np.ones((2, 3, 4))}, {}, (unknown,), "sample").valid == 2
+    assert checked_sample({"x": np.ones((2, 3, 4), "f4")}, {}, (unknown,), "sample").valid == 2
