@@ -34,6 +34,12 @@ class Consumer:
     second_moment: Floats
     columns: NDArray[np.int64]
 
+    @property
+    def energy(self) -> float:
+        """tr(W H W^T): the mean square of its output, summed over its rows."""
+        W = np.asarray(self.weight, np.float64)
+        return float(np.einsum("ij,ij->", W @ self.second_moment, W))
+
 
 @dataclass(frozen=True, eq=False)
 class Elimination:
@@ -102,6 +108,28 @@ def refit(weight: Floats, second_moment: Floats, cross: Floats, damping: float =
     return result
 
 
+def removal_costs(weight: Floats, inverse: Floats, columns: NDArray[np.int64]) -> NDArray[np.float64]:
+    """tr(W_S [(H^-1)_SS]^-1 W_S^T) of each channel: what it costs to remove it alone, the others making up for it.
+
+    Args:
+        weight: (out, in).
+        inverse: (in, in) H^-1.
+        columns: (channels, n) the columns S of each.
+    """
+    inner = inverse[columns[:, :, None], columns[:, None, :]]
+    W = weight[:, columns].swapaxes(0, 1)  # (channels, out, n)
+    cost: NDArray[np.float64] = np.einsum("cok,cok->c", np.matmul(W, np.linalg.inv(inner)), W)
+    return cost
+
+
+def damped_inverse(second_moment: Floats, damping: float) -> Floats:
+    """(H + damping mean(diag H) I)^-1."""
+    H = np.array(second_moment, np.float64)
+    H[np.diag_indices(len(H))] += _level(H) * damping
+    inverse: Floats = np.linalg.inv(H)
+    return inverse
+
+
 def _level(H: Floats) -> float:
     return float(np.diagonal(H).mean()) or 1.0
 
@@ -110,22 +138,14 @@ class _State:
     """One consumer while channels go."""
 
     def __init__(self, consumer: Consumer, damping: float) -> None:
-        H = np.array(consumer.second_moment, np.float64)
-        W = np.array(consumer.weight, np.float64)
-        self._energy = float(np.einsum("ij,ij->", W @ H, W)) or 1.0
-        H[np.diag_indices(len(H))] += _level(H) * damping
-        self._inverse = np.linalg.inv(H)
-        self._weight = W
+        self._energy = consumer.energy or 1.0
+        self._inverse = damped_inverse(consumer.second_moment, damping)
+        self._weight = np.array(consumer.weight, np.float64)
         self._columns = consumer.columns
 
     def scores(self, channels: NDArray[np.int64]) -> NDArray[np.float64]:
         """What each channel would cost, relative to the layer's output."""
-        S = self._columns[channels]
-        inner = self._inverse[S[:, :, None], S[:, None, :]]
-        W = self._weight[:, S].swapaxes(0, 1)  # (channels, out, n)
-        weighted = np.matmul(W, np.linalg.inv(inner))
-        cost: NDArray[np.float64] = np.einsum("cok,cok->c", weighted, W) / self._energy
-        return cost
+        return removal_costs(self._weight, self._inverse, self._columns[channels]) / self._energy
 
     def remove(self, channel: int) -> float:
         """Remove one and let the others make up for it."""
