@@ -2,23 +2,25 @@
 
 Activations are reduced inside the graph: per-channel extremes are exact, histograms come from elements at evenly spaced
 positions of each sample (all of them where it has few), the same however samples are batched. Gram matrices take input
-vectors at random positions, as many as their width needs. Nothing is kept per sample, so memory does not depend on how
-many there are.
+vectors at random positions, as many as their width needs. Moments of channels come from sums over each sample. Nothing
+is kept per sample, so memory does not depend on how many there are.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxcomp.channels import Slot
 from onnxcomp.core import Context
 from onnxcomp.errors import DataError
 from onnxcomp.layers import Layer
 from onnxcomp.model import content_hash, opset
 from onnxcomp.numerics.histogram import Histogram
+from onnxcomp.numerics.moments import Moments
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset
 
@@ -31,6 +33,9 @@ GRAM_ROWS = 32
 _LEAST_ROWS = 4096
 _UNKNOWN_SIZE = 128
 _BATCH = 64
+
+Place: TypeAlias = tuple[str, int, bytes]
+"""Where channels lie: the tensor's name, the axis, and the bytes of their positions along it."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +124,12 @@ class Statistics:
     Attributes:
         tensors: by tensor name.
         grams: by layer name.
+        channels: by place, as `moments` looks them up.
     """
 
     tensors: Mapping[str, TensorStatistics] = field(default_factory=dict)
     grams: Mapping[str, Gram] = field(default_factory=dict)
+    channels: Mapping[Place, Moments] = field(default_factory=dict)
 
     def merge(self, other: "Statistics") -> "Statistics":
         """Statistics of both data together."""
@@ -132,12 +139,36 @@ class Statistics:
         grams = dict(self.grams)
         for name, gram in other.grams.items():
             grams[name] = grams[name].merge(gram) if name in grams else gram
-        return Statistics(tensors, grams)
+        channels = dict(self.channels)
+        for place, moments in other.channels.items():
+            channels[place] = channels[place].merge(moments) if place in channels else moments
+        return Statistics(tensors, grams, channels)
 
-    def answers(self, request: Observed) -> bool:
-        """Whether this holds what is asked for: per channel, if an axis is given."""
+    def moments(self, slot: Slot) -> Moments:
+        """Of the channels that lie there; they must have been asked for."""
+        return self.channels[_place(slot)]
+
+    def answers(self, request: Observed | Slot | Layer) -> bool:
+        """Whether this holds what is asked for: of a tensor per channel, if an axis is given."""
+        if isinstance(request, Slot):
+            return _place(request) in self.channels
+        if isinstance(request, Layer):
+            return request.name in self.grams
         known = self.tensors.get(request.value.name or "")
         return known is not None and (request.axis is None or known.low.size > 1)
+
+
+def _place(slot: Slot) -> Place:
+    return slot.tensor, slot.axis, slot.positions.tobytes()
+
+
+@dataclass(frozen=True)
+class _Requests:
+    """What one pass over the data is to gather."""
+
+    tensors: list[Observed] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
+    channels: list[Slot] = field(default_factory=list)
 
 
 def calibrate(
@@ -147,6 +178,7 @@ def calibrate(
     tensors: Sequence[Observed] = (),
     layers: Sequence[Layer] = (),
     *,
+    channels: Sequence[Slot] = (),
     finite: bool = True,
 ) -> Statistics:
     """Run the model over the data and gather what is asked for.
@@ -158,6 +190,8 @@ def calibrate(
             the data for each.
         tensors: tensors of the main graph whose ranges are wanted.
         layers: layers of the main graph whose Gram matrix is wanted.
+        channels: where channels lie in activations of the main graph, of known rank, whose moments are wanted. The
+            first axis counts samples; where it counts channels, a run is one sample.
         finite: refuse NaN and infinity, for which no integers stand.
 
     Raises:
@@ -167,30 +201,41 @@ def calibrate(
     seen_data, known = context.cache.get(key, (data, Statistics()))
     if seen_data is not data:
         known = Statistics()
-    new_tensors = [seen for seen in tensors if not known.answers(seen)]
-    new_layers = [layer for layer in layers if layer.name not in known.grams]
+    new = _Requests(
+        [seen for seen in tensors if not known.answers(seen)],
+        [layer for layer in layers if not known.answers(layer)],
+        list({_place(slot): slot for slot in channels if not known.answers(slot)}.values()),
+    )
     sample_bytes = _activation_bytes(model)
     size = int(np.clip(context.memory // (4 * max(sample_bytes, 1)), 1, _BATCH))
-    groups = list(_groups(new_tensors, new_layers, size, context.memory))
+    groups = list(_groups(new, size, context.memory))
     result = Statistics()
-    for done, (group_tensors, group_layers) in enumerate(groups):
+    for done, requests in enumerate(groups):
         what = "calibrating" if len(groups) == 1 else f"calibrating, part {done + 1} of {len(groups)}"
-        for part in _pass(model, data, context, group_tensors, group_layers, size, what):
+        for part in _pass(model, data, context, requests, size, what):
             result = result.merge(part)
             del part  # the next batch needs the room
-    result = Statistics({**known.tensors, **result.tensors}, {**known.grams, **result.grams})
+    result = Statistics(
+        {**known.tensors, **result.tensors},
+        {**known.grams, **result.grams},
+        {**known.channels, **result.channels},
+    )
     if sum(gram.total.nbytes for gram in result.grams.values()) <= context.memory // 2:
         context.cache[key] = (data, result)
     if finite:
-        _refuse_nonfinite(result, tensors, layers)
+        _refuse_nonfinite(result, tensors, layers, channels)
     return result
 
 
-def _refuse_nonfinite(statistics: Statistics, tensors: Sequence[Observed], layers: Sequence[Layer]) -> None:
+def _refuse_nonfinite(
+    statistics: Statistics, tensors: Sequence[Observed], layers: Sequence[Layer], channels: Sequence[Slot]
+) -> None:
     names = [seen.value.name or "" for seen in tensors]
     broken = [f"tensor '{name}'" for name in names if statistics.tensors[name].histogram.nonfinite]
     totals = {layer.name: statistics.grams[layer.name].total for layer in layers}
     broken += [f"the input of '{name}'" for name, total in totals.items() if not np.isfinite(total).all()]
+    infinite = [slot.tensor for slot in channels if not np.isfinite(statistics.moments(slot).magnitudes).all()]
+    broken += [f"tensor '{name}'" for name in infinite]
     if broken:
         raise DataError(
             f"{broken[0]} is not finite on the calibration data",
@@ -200,18 +245,12 @@ def _refuse_nonfinite(statistics: Statistics, tensors: Sequence[Observed], layer
 
 
 def _pass(
-    model: ir.Model,
-    data: Dataset,
-    context: Context,
-    tensors: Sequence[Observed],
-    layers: Sequence[Layer],
-    size: int,
-    what: str,
+    model: ir.Model, data: Dataset, context: Context, requests: _Requests, size: int, what: str
 ) -> Iterator[Statistics]:
-    probe = _Probe(model, tensors, layers)
+    probe = _Probe(model, requests)
     session = Session(probe.model, context.target)
     generator = np.random.default_rng(context.seed)
-    share = {layer.name: max(_LEAST_ROWS, GRAM_ROWS * layer.input_width) / data.samples for layer in layers}
+    share = {layer.name: max(_LEAST_ROWS, GRAM_ROWS * layer.input_width) / data.samples for layer in requests.layers}
     done = 0
     for batch in data.batches(size):
         yield probe.read(batch, session.run(batch.feeds, probe.outputs), share, generator)
@@ -222,25 +261,31 @@ def _pass(
 class _Probe:
     """The model with the statistics it must output."""
 
-    def __init__(self, model: ir.Model, tensors: Iterable[Observed], layers: Sequence[Layer]) -> None:
+    def __init__(self, model: ir.Model, requests: _Requests) -> None:
         self.model = model.clone()
         self._graph = self.model.graph
         self._values = {value.name: value for value in self._all_values()}
         self._version = opset(model)
         self._names: dict[str, tuple[str, str, str]] = {}
+        self._sums: dict[tuple[str, int], tuple[str, ...]] = {}
         self._count = 0
         originals = {value.name for value in self._graph.outputs}
         # ONNX Runtime runs the leaves added last first, each with all that leads to it. From the front of the model to
         # its end, a tensor is reduced while it is still in the cache, and its memory is free again.
         places = {name: place for place, name in enumerate(self._values)}
-        for seen in sorted(tensors, key=lambda seen: places[seen.value.name], reverse=True):
-            self._observe(seen)
-        self._layers = tuple(layers)
-        inputs = dict.fromkeys(layer.data.name or "" for layer in layers)
+        watched: list[Observed | Slot] = [*requests.tensors, *requests.channels]
+        for seen in sorted(watched, key=lambda seen: places[seen.value.name], reverse=True):
+            if isinstance(seen, Observed):
+                self._observe(seen)
+            elif (seen.tensor, seen.axis) not in self._sums:
+                self._sum(seen.tensor, seen.axis)
+        self._layers, self._channels = requests.layers, requests.channels
+        inputs = dict.fromkeys(layer.data.name or "" for layer in self._layers)
         for name in inputs:
             if name not in originals:
                 self._output(self._values[name])
-        self.outputs = [*(name for names in self._names.values() for name in names), *inputs]
+        reduced = [*self._names.values(), *self._sums.values()]
+        self.outputs = [*(name for names in reduced for name in names), *inputs]
 
     def read(
         self,
@@ -258,7 +303,20 @@ class _Probe:
             count = int(np.ceil(share[layer.name] * batch.valid))
             data = trimmed[layer.data.name or ""]
             grams[layer.name] = Gram.of(layer.rows(data, count, generator))
-        return Statistics(tensors, grams)
+        channels = {_place(slot): self._moments(slot, outputs, trimmed) for slot in self._channels}
+        return Statistics(tensors, grams, channels)
+
+    def _moments(
+        self, slot: Slot, outputs: Mapping[str, NDArray[np.generic]], trimmed: Mapping[str, NDArray[np.generic]]
+    ) -> Moments:
+        """Of one run, each channel with all the positions that belong to it."""
+        shape, *names = self._sums[slot.tensor, slot.axis]
+        rows, length = outputs[names[0]].shape
+        count = int(np.prod(outputs[shape].tolist())) // max(rows * length, 1) * slot.positions.shape[1]
+        sums, squares, magnitudes, nonzeros = (
+            trimmed[name].astype(np.float64)[:, slot.positions].sum(axis=2) for name in names
+        )
+        return Moments.of(count, sums=sums, squares=squares, magnitudes=magnitudes, nonzeros=nonzeros)
 
     def _all_values(self) -> Iterator[ir.Value]:
         yield from self._graph.inputs
@@ -267,7 +325,7 @@ class _Probe:
 
     def _observe(self, seen: Observed) -> None:
         value = self._values[seen.value.name or ""]
-        source = value if value.dtype == ir.DataType.FLOAT else self._node("Cast", [value], to=ir.DataType.FLOAT)
+        source = self._float(value)
         rank = None if value.shape is None else len(value.shape)
         axes = None
         if rank is not None and seen.axis is not None:
@@ -284,12 +342,34 @@ class _Probe:
             self._output(output)
         self._names[value.name or ""] = (sample.name or "", low.name or "", high.name or "")
 
+    def _sum(self, name: str, axis: int) -> None:
+        """Sums over all but the first axis and that of the channels: of x, x^2, |x| and of whether x is not zero."""
+        value = self._values[name]
+        source = self._float(value)
+        assert value.shape is not None, f"the rank of '{name}' is unknown"
+        channels = axis % len(value.shape)
+        axes = [other for other in range(1, len(value.shape)) if other != channels]
+        # Sign would count in one step, but ONNX Runtime takes four times as long for it.
+        nonzero = self._node("Cast", [self._node("Cast", [source], to=ir.DataType.BOOL)], to=ir.DataType.FLOAT)
+        terms = source, self._node("Mul", [source, source]), self._node("Abs", [source]), nonzero
+        reduced = [self._reduce("ReduceSum", term, axes) for term in terms]
+        if channels == 0:
+            reduced = [self._node("Reshape", [each, self._constant([1, -1])]) for each in reduced]
+        shape = self._node("Shape", [value])
+        shape.dtype = ir.DataType.INT64
+        for output in (shape, *reduced):
+            self._output(output)
+        self._sums[name, axis] = tuple(output.name or "" for output in (shape, *reduced))
+
+    def _float(self, value: ir.Value) -> ir.Value:
+        return value if value.dtype == ir.DataType.FLOAT else self._node("Cast", [value], to=ir.DataType.FLOAT)
+
     def _reduce(self, operator: str, value: ir.Value, axes: list[int] | None) -> ir.Value:
         if axes is None:
             return self._node(operator, [value], keepdims=0)
         if not axes:
             return self._node("Identity", [value])
-        if self._version >= 18:
+        if self._version >= 18 or operator == "ReduceSum":
             return self._node(operator, [value, self._constant(axes)], keepdims=0)
         return self._node(operator, [value], axes=axes, keepdims=0)
 
@@ -314,28 +394,34 @@ class _Probe:
         self._graph.outputs.append(value)
 
 
-def _groups(
-    tensors: Sequence[Observed], layers: Sequence[Layer], size: int, memory: int
-) -> Iterator[tuple[list[Observed], list[Layer]]]:
+def _groups(requests: _Requests, size: int, memory: int) -> Iterator[_Requests]:
     """Requests in portions whose statistics stay below the cap together."""
-    portion: tuple[list[Observed], list[Layer]] = ([], [])
-    used = 0
-    requests: list[Observed | Layer] = [*tensors, *layers]
-    for request in requests:
-        if isinstance(request, Layer):
-            need = 3 * 8 * request.groups * (request.input_width + 1) ** 2 + 8 * size * _elements(request.data)
-        else:
-            need = 4 * 8 * 4096 + 2 * 4 * HISTOGRAM_ELEMENTS * size
+    portion, used = _Requests(), 0
+    each: list[Observed | Layer | Slot] = [*requests.tensors, *requests.layers, *requests.channels]
+    for request in each:
+        need = _bytes(request, size)
         if used and used + need > memory // 2:
             yield portion
-            portion, used = ([], []), 0
+            portion, used = _Requests(), 0
         used += need
-        if isinstance(request, Layer):
-            portion[1].append(request)
+        if isinstance(request, Observed):
+            portion.tensors.append(request)
+        elif isinstance(request, Layer):
+            portion.layers.append(request)
         else:
-            portion[0].append(request)
+            portion.channels.append(request)
     if used:
         yield portion
+
+
+def _bytes(request: Observed | Layer | Slot, size: int) -> int:
+    """What a request needs: its statistics, those of a run that are merged into them, and what a run hands out."""
+    if isinstance(request, Observed):
+        return 4 * 8 * 4096 + 2 * 4 * HISTOGRAM_ELEMENTS * size
+    if isinstance(request, Layer):
+        return 3 * 8 * request.groups * (request.input_width + 1) ** 2 + 8 * size * _elements(request.data)
+    per_channel = 3 * 6 * 8 * len(request.positions)
+    return per_channel + 4 * (4 + 2 * 8) * size * (int(request.positions.max(initial=0)) + 1)
 
 
 def _elements(value: ir.Value) -> int:

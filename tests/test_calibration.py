@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from models.net import Net
 from onnxcomp.calibration import Observed, Statistics, calibrate
+from onnxcomp.channels import Slot
 from onnxcomp.core import Context
 from onnxcomp.data import open_dataset
 from onnxcomp.errors import DataError
@@ -18,6 +19,7 @@ from onnxcomp.layers import Layer, layers
 from onnxcomp.model import input_specs
 from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.numerics.histogram import Histogram
+from onnxcomp.numerics.moments import Moments
 from onnxcomp.passes.quantize_static import Range
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Dataset
@@ -48,9 +50,15 @@ def requests(model: ir.Model) -> tuple[list[Observed], list[Layer]]:
     return [Observed(value, axis=1) for value in values], list(layers(model))
 
 
+def slots(model: ir.Model) -> list[Slot]:
+    """Every channel of the four activations, and channels in pairs."""
+    alone, pairs = np.arange(8)[:, None], np.array([[0, 4], [7, 2], [1, 3]])
+    return [Slot(seen.value, 1, positions) for seen in requests(model)[0] for positions in (alone, pairs)]
+
+
 def gathered(model: ir.Model, x: NDArray[np.float32], **settings: Any) -> Statistics:
     tensors, found = requests(model)
-    return calibrate(model, dataset(model, x), Context(**settings), tensors, found)
+    return calibrate(model, dataset(model, x), Context(**settings), tensors, found, channels=slots(model))
 
 
 def activations(model: ir.Model, x: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -77,6 +85,29 @@ def assert_same(left: Statistics, right: Statistics, rtol: float = 1e-12) -> Non
     for name, gram in left.grams.items():
         assert gram.rows == right.grams[name].rows
         np.testing.assert_allclose(gram.total, right.grams[name].total, rtol=rtol)
+    assert left.channels.keys() == right.channels.keys()
+    for place, moments in left.channels.items():
+        assert_moments(moments, right.channels[place], rtol)
+
+
+def assert_moments(left: Moments, right: Moments, rtol: float) -> None:
+    np.testing.assert_array_equal(left.nonzeros, right.nonzeros)
+    np.testing.assert_allclose(left.magnitudes, right.magnitudes, rtol=rtol)
+    for one, other in ((left.values, right.values), (left.levels, right.levels)):
+        assert one.count == other.count
+        # A mean of both signs may be far smaller than what it is the mean of.
+        scale = np.sqrt(other.variance).max(initial=0)
+        np.testing.assert_allclose(one.mean, other.mean, rtol=rtol, atol=rtol * scale)
+        squares = other.deviations + other.count * other.mean**2
+        np.testing.assert_allclose(one.deviations, other.deviations, rtol=rtol, atol=rtol * squares.max(initial=0))
+
+
+def moments_of(values: NDArray[np.float32], slot: Slot) -> Moments:
+    """Of a whole activation in float64."""
+    places = np.moveaxis(values, slot.axis, 1)[:, slot.positions].astype(np.float64)
+    x = places.reshape(*places.shape[:2], -1)
+    sums = {"sums": x, "squares": x**2, "magnitudes": np.abs(x), "nonzeros": (x != 0).astype(float)}
+    return Moments.of(x.shape[2], **{name: array.sum(axis=2) for name, array in sums.items()})
 
 
 def test_statistics_are_those_of_all_activations() -> None:
@@ -97,6 +128,68 @@ def test_statistics_are_those_of_all_activations() -> None:
         assert gram.rows == rows.shape[1]  # so few samples that every position is taken
         np.testing.assert_allclose(gram.second_moment, rows.swapaxes(1, 2) @ rows / gram.rows, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(gram.mean, rows.mean(axis=1), rtol=1e-3, atol=1e-4)
+
+
+def test_moments_are_those_of_all_activations() -> None:
+    model, x = network(), images(40)
+    statistics, truth = gathered(model, x), activations(network(), x)
+    assert len(slots(model)) == 8
+    for slot in slots(model):
+        # Sums of up to 128 values in float32.
+        assert_moments(statistics.moments(slot), moments_of(truth[slot.tensor], slot), rtol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [13, 17, 18, 21])
+def test_channels_on_any_axis_in_any_opset(opset: int) -> None:
+    net = Net(opset=opset)
+    x = net.input("x", ["batch", 3, 4])
+    y = net.op("Neg", x)
+    half = net.op("Cast", x, to=ir.DataType.FLOAT16)
+    turned = net.op("Transpose", x, perm=[1, 0, 2])
+    flat = net.reshape(x, -1)
+    half.type, half.shape = ir.TensorType(ir.DataType.FLOAT16), ir.Shape(["batch", 3, 4])
+    net.output("half", net.op("Cast", half, to=ir.DataType.FLOAT), ["batch", 3, 4])
+    net.output("turned", turned, [3, "batch", 4])
+    net.output("flat", flat, ["all"])
+    net.output("y", y, ["batch", 3, 4])
+    model = net.model()
+    values = np.round(np.random.default_rng(0).normal(size=(5, 3, 4)), 1).astype(np.float32)
+    values[:, 1] = np.maximum(values[:, 1], 0)
+
+    def moments(value: ir.Value, axis: int, size: int) -> Moments:
+        slot = Slot(value, axis, np.arange(size)[:, None])
+        return calibrate(model, open_dataset({"x": values}, input_specs(model)), Context(), channels=[slot]).moments(
+            slot
+        )
+
+    def expected(array: NDArray[np.float32], axis: int) -> Moments:
+        return moments_of(array, Slot(x, axis, np.arange(array.shape[axis])[:, None]))
+
+    for axis, size in ((1, 3), (2, 4), (-1, 4), (-2, 3)):
+        assert_moments(moments(x, axis, size), expected(values, axis), rtol=1e-6)
+        assert_moments(moments(y, axis, size), expected(-values, axis), rtol=1e-6)
+        assert_moments(
+            moments(half, axis, size), expected(values.astype(np.float16).astype(np.float32), axis), rtol=1e-6
+        )
+    # Where the first axis counts channels, a run is one sample.
+    assert_moments(moments(turned, 0, 3), expected(values.swapaxes(0, 1).reshape(1, 3, -1), 1), rtol=1e-6)
+    assert_moments(moments(turned, -3, 3), expected(values.swapaxes(0, 1).reshape(1, 3, -1), 1), rtol=1e-6)
+    assert_moments(moments(flat, 0, 60), expected(values.reshape(1, 60), 1), rtol=1e-6)
+
+
+def test_moments_do_not_depend_on_batches() -> None:
+    model, x = network(), images(20)
+    asked = slots(model)
+
+    def gather(size: int) -> Statistics:
+        feeds = [{"x": x[start : start + size]} for start in range(0, 20, size)]
+        return calibrate(model, open_dataset(feeds, input_specs(model)), Context(), channels=asked)
+
+    whole = gather(20)
+    for size in (1, 7):
+        parts = gather(size)
+        for slot in asked:
+            assert_moments(parts.moments(slot), whole.moments(slot), rtol=1e-4)  # as for other sums of floats, above
 
 
 @pytest.mark.parametrize("method", list(Range))
@@ -129,6 +222,8 @@ def test_padding_does_not_count() -> None:
     for name, seen in gathered(network(), x).tensors.items():
         assert statistics.tensors[name].histogram.count == seen.histogram.count
         np.testing.assert_allclose(statistics.tensors[name].histogram.squares, seen.histogram.squares, rtol=1e-4)
+    for slot in slots(model):
+        assert_moments(statistics.moments(slot), gathered(network(), x).moments(slot), rtol=1e-4)
 
 
 def test_a_small_cap_gives_the_same_in_several_passes() -> None:
@@ -142,6 +237,17 @@ def test_a_small_cap_gives_the_same_in_several_passes() -> None:
         np.testing.assert_allclose(capped.tensors[name].high, seen.high, rtol=1e-4, atol=1e-6)
     for name, gram in whole.grams.items():
         np.testing.assert_allclose(capped.grams[name].total, gram.total, rtol=1e-3, atol=1e-3)
+    for slot in slots(model):
+        assert_moments(capped.moments(slot), whole.moments(slot), rtol=1e-4)
+
+
+def test_a_cap_below_one_request_takes_each_apart() -> None:
+    model, x = network(), images(6)
+    reports: list[str] = []
+    capped = gathered(model, x, memory=1, progress=lambda done, total, what: reports.append(what))
+    assert any("of 15" in report for report in reports)  # four ranges, three Gram matrices, eight times moments
+    for slot in slots(model):
+        assert_moments(capped.moments(slot), gathered(model, x).moments(slot), rtol=1e-4)
 
 
 def test_memory_does_not_grow_with_the_data() -> None:
@@ -197,6 +303,22 @@ def test_known_statistics_are_not_gathered_again() -> None:
     assert len(reports) == 3
 
 
+def test_known_moments_are_not_gathered_again() -> None:
+    model, data = network(), dataset(network(), images(16))
+    reports: list[int] = []
+    context = Context(progress=lambda done, total, what: reports.append(done))
+    asked = slots(model)
+    first = calibrate(model, data, context, channels=[*asked[:1], *asked[:1]])
+    again = calibrate(model, data, context, channels=asked[:1])
+    assert len(reports) == 1
+    assert first.moments(asked[0]) is again.moments(asked[0])
+    assert first.moments(asked[0]).levels.count == 16  # not twice what was asked for twice
+    assert first.answers(asked[0])
+    assert not first.answers(asked[1])  # other positions on the same axis
+    calibrate(model, data, context, channels=asked[1:2])
+    assert len(reports) == 2
+
+
 def test_nan_in_activations_is_refused() -> None:
     net = Net(opset=17)
     x = net.relu(net.op("Log", net.input("x", ["batch", 4])))
@@ -208,6 +330,9 @@ def test_nan_in_activations_is_refused() -> None:
         calibrate(model, data, Context(), [Observed(relu.outputs[0])])
     with pytest.raises(DataError, match="not finite on the calibration data"):
         calibrate(model, data, Context(), layers=list(layers(model)))
+    relu.outputs[0].shape = ir.Shape(["batch", 4])
+    with pytest.raises(DataError, match=f"tensor '{relu.outputs[0].name}' is not finite"):
+        calibrate(model, data, Context(), channels=[Slot(relu.outputs[0], 1, np.arange(4)[:, None])])
 
 
 def test_padding_of_a_fixed_batch_does_not_count() -> None:
