@@ -369,7 +369,7 @@ class _Probe:
             return self._node(operator, [value], keepdims=0)
         if not axes:
             return self._node("Identity", [value])
-        if self._version >= 18 or operator == "ReduceSum":
+        if self._version >= (13 if operator == "ReduceSum" else 18):
             return self._node(operator, [value, self._constant(axes)], keepdims=0)
         return self._node(operator, [value], axes=axes, keepdims=0)
 

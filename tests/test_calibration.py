@@ -139,7 +139,7 @@ def test_moments_are_those_of_all_activations() -> None:
         assert_moments(statistics.moments(slot), moments_of(truth[slot.tensor], slot), rtol=1e-5)
 
 
-@pytest.mark.parametrize("opset", [13, 17, 18, 21])
+@pytest.mark.parametrize("opset", [11, 13, 17, 18, 21])
 def test_channels_on_any_axis_in_any_opset(opset: int) -> None:
     net = Net(opset=opset)
     x = net.input("x", ["batch", 3, 4])

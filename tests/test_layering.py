@@ -17,7 +17,7 @@ LAYERS = (
     {"runtime", "footprint"},
     {"core"},
     {"calibration", "equivalence", "weights", "decode", "rescale", "integers",
-     "relations", "movement", "facts", "channels", "surgery", "widths", "reconstruction"},
+     "relations", "movement", "facts", "channels", "members", "saliency", "surgery", "widths", "reconstruction"},
     {"passes"},
     {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
      "optimizer", "measure", "inspection", "convert"},
