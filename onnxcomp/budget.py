@@ -65,7 +65,7 @@ def parse_target(text: str) -> tuple[str, float]:
         OptionError: not a cost and a share of it.
     """
     cost, _, share = text.partition("=")
-    if cost not in {"flops", "params", "size"} or not share:
+    if cost not in {"flops", "params", "size", "latency"} or not share:
         raise OptionError(
             f"'{text}' is not a target", remedy="a cost and what remains of it: flops=50%, params=70%, size=60%"
         )

@@ -30,6 +30,9 @@ HISTOGRAM_ELEMENTS = 384
 GRAM_ROWS = 32
 """Input vectors per column of a Gram matrix: enough to tell it from noise, few enough to stay fast."""
 
+_ROUNDING = 1e-12
+"""Of a float64 sum over up to a million squares, relative to it."""
+
 _LEAST_ROWS = 4096
 _UNKNOWN_SIZE = 128
 _BATCH = 64
@@ -114,6 +117,16 @@ class Gram:
     def mean(self) -> NDArray[np.float64]:
         """(groups, in): E[x]."""
         result: NDArray[np.float64] = self.total[:, :-1, -1] / max(self.rows, 1)
+        return result
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """(groups, in, in), exactly zero for inputs that are constant but for rounding."""
+        squares, mean = self.second_moment, self.mean
+        result: NDArray[np.float64] = squares - mean[:, :, None] * mean[:, None, :]
+        before, after = (np.diagonal(each, axis1=1, axis2=2) for each in (squares, result))
+        varies = after > _ROUNDING * before
+        result *= varies[:, :, None] * varies[:, None, :]
         return result
 
 

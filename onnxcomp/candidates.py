@@ -162,7 +162,7 @@ class Workbench:
         if passes not in self._applied:
             model, steps = self._apply(passes[:-1])
             outcome = passes[-1](model, self.context)
-            self._applied[passes] = (outcome.model, (*steps, Step(repr(passes[-1]), outcome.changes, outcome.skips)))
+            self._applied[passes] = (outcome.model, (*steps, Step.of(passes[-1], outcome)))
         return self._applied[passes]
 
     def works(self, candidate: Candidate) -> bool:

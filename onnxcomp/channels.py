@@ -530,7 +530,7 @@ def _makers(model: ir.Model, facts: Facts) -> Iterator[tuple[str, ir.Value, int]
         layer = layer_of(node)
         axis = None
         if layer is not None and rank:
-            axis = 1 if "Conv" in node.op_type else rank - 1 if layer.index == 1 else rank - 2
+            axis = layer.output_axis % rank
         elif node.op_type in {"LSTM", "GRU", "RNN"}:
             recurrent = next((value for value in node.outputs if value in facts.shapes), None)
             out, axis = recurrent, len(facts.shapes[recurrent]) - 1 if recurrent is not None else None

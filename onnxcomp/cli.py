@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from onnxcomp.runtime import Target
 
 _INTERRUPTED = 130
+_CRITERIA = ["obs", "obd", "l1", "l2", "l1-nonzero", "l2-nonzero", "activation", "activation-std", "feature-map"]
+_CRITERIA += ["apoz", "wanda", "gamma", "fpgm", "random"]
 
 
 class _Command(click.Command):
@@ -369,11 +371,42 @@ def quantize(
     "--target",
     "goal",
     metavar="COST=SHARE",
-    required=True,
     type=_Parsed("COST=SHARE", budget.parse_target),
-    help="What remains: flops=50%, params=70% or size=60%.",
+    help="What remains: flops=50%, params=70%, size=60% or latency=75% (on --provider, at --batch and --threads).",
 )
+@click.option(
+    "--criterion",
+    type=click.Choice(_CRITERIA),
+    default="obs",
+    show_default=True,
+    help="What makes a channel worth keeping.",
+)
+@click.option(
+    "--aggregate",
+    type=click.Choice(["mean", "max", "sum"]),
+    default="mean",
+    show_default=True,
+    help="What becomes of the scores of layers that share channels.",
+)
+@click.option("--no-normalise", is_flag=True, help="Do not divide each layer's scores by their mean first.")
+@click.option(
+    "--rates",
+    type=click.Choice(["measured", "global", "local"]),
+    default="measured",
+    show_default=True,
+    help="Least measured error for the cost, lowest scores of the whole model, or the same share everywhere.",
+)
+@click.option("--penalty", type=float, default=0.0, show_default=True, help="lambda in: score - lambda * cost.")
+@click.option("--threshold", type=float, help="Channels that score less go, in place of --target.")
+@click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Each ranks what is left anew.")
 @click.option("--multiple", type=click.IntRange(1), default=1, show_default=True, help="Widths are multiples of this.")
+@click.option(
+    "--least",
+    type=_Parsed("SHARE", budget.parse_share),
+    default=0.1,
+    show_default=True,
+    help="Share of its channels that every group keeps.",
+)
 @click.option("--no-reconstruct", is_flag=True, help="Do not fit the layers again.")
 @_calib
 @_eval
@@ -391,7 +424,8 @@ def quantize(
 def prune(
     model: Path,
     output: Path | None,
-    goal: tuple[str, float],
+    goal: tuple[str, float] | None,
+    no_normalise: bool,
     no_reconstruct: bool,
     dry_run: bool,
     terminal: "Terminal",
@@ -400,7 +434,11 @@ def prune(
     """Remove whole channels of MODEL until a share of its cost remains, and fit the others again."""
     from onnxcomp.convert import prune as work
 
-    settings |= {"cost": goal[0], "remains": goal[1], "reconstruct": not no_reconstruct}
+    if (goal is None) == (settings["threshold"] is None):
+        raise OptionError("how much is to go is not said once", remedy="give either --target or --threshold")
+    if goal is not None:
+        settings |= {"cost": goal[0], "remains": goal[1]}
+    settings |= {"normalised": not no_normalise, "reconstruct": not no_reconstruct}
     _convert(work, model, output, dry_run, terminal, settings)
 
 

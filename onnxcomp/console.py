@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxcomp.budget import Budget
-from onnxcomp.core import no_progress
+from onnxcomp.core import Width, no_progress
 from onnxcomp.model import write_text
 from onnxcomp.report import (
     Benchmark,
@@ -40,6 +40,7 @@ from onnxcomp.report import (
 _PIPE_WIDTH = 10_000  # nothing wraps in a pipe
 _REFRESH = 0.1  # seconds
 _NAMES = 3
+_WIDTHS = 40
 _GROUPS = 8
 _WORDS = {"note", "op", "output", "verdict", "what", "what it does"}
 """Headings of columns that hold words."""
@@ -337,6 +338,9 @@ def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
     skips = _grouped([(skip.node, skip.reason) for skip in step.skips])
     if not changes:
         yield _line("    nothing changed")
+    elif step.widths:
+        yield from _widths(step.widths)
+        changes = []
     for what, nodes in changes[:_GROUPS]:
         yield _line(f"    {len(nodes):>4} x {what}")
     for reason, nodes in skips[:_GROUPS]:
@@ -345,6 +349,18 @@ def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
     hidden = sum(len(nodes) for _, nodes in [*changes[_GROUPS:], *skips[_GROUPS:]])
     if hidden:
         yield _line(f"    {hidden:>4} more, shown by -v", "dim")
+
+
+def _widths(widths: Sequence[Width]) -> Iterator[RenderableType]:
+    """Groups of channels before and after, those that lost the largest share first."""
+    ordered = sorted(widths, key=lambda width: len(width.kept) / width.size)
+    rows = [
+        (f"    {width.group}", str(width.size), str(len(width.kept)), f"{len(width.kept) / width.size:.0%}")
+        for width in ordered[:_WIDTHS]
+    ]
+    yield _table(["    group of channels", "before", "after", "left"], rows)
+    if hidden := len(ordered) - len(rows):
+        yield _line(f"    and {hidden} groups that keep as much or more (-v shows them)", "dim")
 
 
 def _trial(trial: Trial, metric: str) -> tuple[str, ...]:

@@ -28,10 +28,11 @@ from onnxcomp.passes.simplify import Simplify
 from onnxcomp.passes.smooth import Smooth
 from onnxcomp.report import Figures, Report, Result, Step, source_name, stamped
 from onnxcomp.runtime import Protocol, Session, Target
+from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset
 from onnxcomp.synthetic import synthetic
 from onnxcomp.weights import Rounding
-from onnxcomp.widths import Cost
+from onnxcomp.widths import Cost, Rates
 
 Progress = Callable[[int, int, str], None]
 
@@ -171,10 +172,18 @@ def quantize(
 def prune(
     source: ModelSource,
     *,
-    remains: float,
+    remains: float = 0.7,
     cost: Cost | str = Cost.FLOPS,
+    criterion: Criterion | str = Criterion.OBS,
+    aggregate: Aggregate | str = Aggregate.MEAN,
+    normalised: bool = True,
+    rates: Rates | str = Rates.MEASURED,
+    penalty: float = 0.0,
+    threshold: float | None = None,
+    rounds: int = 1,
     reconstruct: bool = True,
     multiple: int = 1,
+    least: float = 0.1,
     output: str | os.PathLike[str] | None = None,
     calib: Any = None,
     evaluation: Any = None,
@@ -197,9 +206,17 @@ def prune(
     Args:
         source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; never modified.
         remains: share of the cost that is to remain.
-        cost: FLOPs, parameters or bytes.
-        reconstruct: fit every layer again.
+        cost: FLOPs, parameters, bytes, or the latency on the target at `batch`.
+        criterion: what makes a channel worth keeping.
+        aggregate: how the scores of the layers that share channels become one.
+        normalised: divide each layer's scores by their mean first.
+        rates: least measured error for the cost, lowest scores of the model, or the same share everywhere.
+        penalty: lambda in score - lambda cost.
+        threshold: channels that score less go, in place of a target.
+        rounds: in how many rounds, each ranking what is left anew.
+        reconstruct: least squares on what is left, and every layer fitted again.
         multiple: widths are multiples of this.
+        least: share of its channels that every group keeps.
         output: where to write the result; None to keep it in memory.
         calib: data to learn from, as `data.open_dataset` takes them; without, layers are fitted on made-up inputs.
         evaluation: data to measure the loss on; without them it is the relative output error on `calib`.
@@ -222,7 +239,20 @@ def prune(
         BudgetError: it loses more than `max_drop`; its `result` is what came out.
     """
     target = Target.of(target)
-    technique = Prune(remains, chosen(Cost, cost), reconstruct, multiple)
+    technique = Prune(
+        remains,
+        chosen(Cost, cost),
+        chosen(Criterion, criterion),
+        chosen(Aggregate, aggregate),
+        normalised,
+        chosen(Rates, rates),
+        penalty,
+        threshold,
+        rounds,
+        reconstruct,
+        multiple,
+        least,
+    )
     work = _Conversion(source, output, target, batch, overwrite, dry_run, (calib, evaluation))
     specs = models.input_specs(work.model)
     learn = None if calib is None else open_dataset(calib, specs, images)
@@ -293,7 +323,7 @@ class _Conversion:
         for technique in passes:
             outcome = technique(current, context)
             current = outcome.model
-            steps.append(Step(repr(technique), outcome.changes, outcome.skips))
+            steps.append(Step.of(technique, outcome))
         fingerprint = models.fingerprint(self._source)
         pattern = None if context.exclude is None else context.exclude.pattern
         made = stamped(current, steps, fingerprint, context.seed, pattern)

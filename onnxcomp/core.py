@@ -43,12 +43,37 @@ class Skip:
 
 
 @dataclass(frozen=True)
+class Width:
+    """A group of coupled channels before and after pruning.
+
+    Attributes:
+        group: its name, which begins with that of a layer that makes the channels.
+        size: channels before.
+        kept: which of them are left, ascending.
+        saliency: (size,) what each was worth when it was last ranked; higher is better.
+    """
+
+    group: str
+    size: int
+    kept: tuple[int, ...]
+    saliency: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """The model after a pass, and the truth about what happened to it."""
+    """The model after a pass, and the truth about what happened to it.
+
+    Attributes:
+        model: the result.
+        changes: what was done to which node.
+        skips: what was left, and why.
+        widths: the groups of channels that could have been pruned.
+    """
 
     model: ir.Model
     changes: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
+    widths: tuple[Width, ...] = ()
 
     @property
     def modified(self) -> bool:

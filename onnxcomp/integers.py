@@ -75,7 +75,7 @@ def _obstacle(node: ir.Node, scores: set[str]) -> str | None:
         bias = constant_of(layer.bias)
         if layer.bias is not None and bias is None:
             return "its bias is not a constant"
-        if bias is not None and bias.shape != (len(layer.by_output()),):
+        if bias is not None and bias.shape != (layer.outputs,):
             return "its bias is not one value per channel"
         if bias is not None and not np.isfinite(bias).all():
             return "its bias is not finite"

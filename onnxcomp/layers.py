@@ -55,7 +55,7 @@ class Layer:
     def bias_vector(self) -> NDArray[np.float64]:
         """The operator's own bias, (out,), zeros where it has none."""
         tensor = None if self.bias is None or self.bias.is_graph_input() else self.bias.const_value
-        size = len(self.by_output())
+        size = self.outputs
         if tensor is None:
             return np.zeros(size)
         return np.array(np.broadcast_to(tensor.numpy().astype(np.float64).reshape(-1), (size,)))
@@ -100,6 +100,21 @@ class Layer:
         if self.node.op_type == "Gemm":
             return 0 if self.node.attributes.get_int("transA", 0) else 1
         return -1 if self.index == 1 else -2
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the output that runs over output channels."""
+        return 1 if "Conv" in self.node.op_type else -1 if self.index == 1 else -2
+
+    @property
+    def outputs(self) -> int:
+        """Output channels, of all groups."""
+        return len(self.by_output())
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether the operator can add a vector of its own, one element for each row of the matrix."""
+        return self.node.op_type in {"Conv", "Gemm"}
 
     @property
     def input_width(self) -> int:
@@ -200,8 +215,7 @@ class Layer:
         Returns:
             (rows, out).
         """
-        axis = 1 if "Conv" in self.node.op_type else -1 if self.index == 1 else -2
-        moved = np.moveaxis(output, axis, -1)
+        moved = np.moveaxis(output, self.output_axis, -1)
         flat = moved.reshape(-1, moved.shape[-1])
         return flat[_draw(len(flat), count, generator)]
 

@@ -3,12 +3,12 @@
 Layer by layer, in topological order: on inputs as the already fitted part of the pruned model makes them, ridge
 regression towards the original's outputs, centred on the weights there are. In front of a residual sum the target is
 what the sum is to be, less what the other branch now gives, so that the errors upstream cancel. Only one layer's Gram
-matrix is held at a time. What a layer read is kept for the next one to start from where the memory cap allows, else the
-model is run again from its inputs.
+matrix is held at a time, summed in float64 over float32 products of each batch. What a layer read is kept for the next
+one to start from where the memory cap allows, else the model is run again from its inputs.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,10 +24,10 @@ from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset, Feeds
 
 _BATCH = 64
-_ROWS_PER_INPUT = 24
+_ROWS_PER_INPUT = 64
 _LEAST_ROWS = 4096
 
-Rows = NDArray[np.float64]
+Rows = NDArray[np.floating]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,16 +78,16 @@ def _fit(pair: Pair, prefixes: tuple["_Prefix", "_Prefix"], share: float, contex
     runs = zip(*(prefix.runs(values) for prefix, values in zip(prefixes, wanted, strict=True)), strict=True)
     for number, ((batch, original), (_, pruned)) in enumerate(runs):
         rows, seed = int(np.ceil(share * batch.valid)), [context.seed, number]  # the same positions in both models
-        x = after.rows(pruned[0], rows, np.random.default_rng(seed)).astype(np.float64)
+        x = after.rows(pruned[0], rows, np.random.default_rng(seed))
         target = _outputs(before, before.rows(original[0], rows, np.random.default_rng(seed)), kept)
         if len(original) > 1:
             target += before.output_rows(original[1], rows, np.random.default_rng(seed))[:, kept]
             target -= after.output_rows(pruned[1], rows, np.random.default_rng(seed))
-        x = np.concatenate([x, np.ones((*x.shape[:2], 1))], axis=2)
+        x = np.concatenate([x, np.ones((*x.shape[:2], 1), x.dtype)], axis=2)
         H += np.matmul(x.swapaxes(1, 2), x)
-        G += np.matmul(target.reshape(len(target), groups, -1).transpose(1, 2, 0), x)
+        G += np.matmul(target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype), x)
     H, G = H / H[:, -1:, -1:], G / H[:, -1:, -1:]
-    biased = after.node.op_type != "MatMul"
+    biased = after.adds_bias
     matrices, biases = [], []
     for group, old in enumerate(after.matrix().astype(np.float64).reshape(groups, -1, width)):
         mean, output = (H[group, :-1, -1], G[group, :, -1]) if biased else (np.zeros(width), np.zeros(len(old)))
@@ -101,12 +101,12 @@ def _fit(pair: Pair, prefixes: tuple["_Prefix", "_Prefix"], share: float, contex
 
 def _outputs(layer: Layer, x: NDArray[np.floating], kept: NDArray[np.int64]) -> Rows:
     """(rows, kept) what the layer gives for (groups, rows, in)."""
-    matrix, per_group = layer.matrix(), len(layer.by_output()) // layer.groups
-    result = np.empty((x.shape[1], len(kept)))
+    matrix, per_group = layer.matrix(), layer.outputs // layer.groups
+    result = np.empty((x.shape[1], len(kept)), x.dtype)
     for group in np.unique(kept // per_group):
         chosen = kept // per_group == group
         result[:, chosen] = x[group] @ matrix[kept[chosen]].T
-    return result + layer.bias_vector()[kept]
+    return result + layer.bias_vector()[kept].astype(x.dtype)
 
 
 def set_matrix(layer: Layer, matrix: NDArray[np.floating]) -> None:
@@ -150,6 +150,7 @@ class _Prefix:
     def __init__(self, model: ir.Model, data: Dataset, context: Context) -> None:
         self._model, self._data, self._context = model, data, context
         self._known: list[Feeds] = []
+        self._outlines: list[Batch] = []
 
     def runs(self, values: list[ir.Value]) -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
         """Each batch, with the values of its real rows."""
@@ -157,9 +158,10 @@ class _Prefix:
         start = {name for known in self._known[:1] for name in known}
         missing = [name for name in names if name not in start]
         session = self._between(missing, start) if missing else None
+        from_data = not self._outlines or (session is not None and not start.issuperset(session.inputs))
         found: list[Feeds] = []
         small = True
-        for number, batch in enumerate(self._data.batches(_BATCH)):
+        for number, batch in enumerate(self._data.batches(_BATCH) if from_data else self._outlines):
             known = self._known[number] if self._known else {}
             outputs: Feeds = {}
             if session is not None:
@@ -169,6 +171,8 @@ class _Prefix:
             yield batch, [batch.trim(outputs)[name] for name in names]
             small = small and sum(a.nbytes for a in outputs.values()) * (number + 1) < self._context.memory // 4
             found = [*found, outputs] if small else []
+            if number == len(self._outlines):
+                self._outlines.append(replace(batch, feeds={}, targets={}))
         self._known = found
 
     def _between(self, names: list[str], start: set[str]) -> Session:

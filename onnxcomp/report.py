@@ -6,13 +6,13 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import onnx_ir as ir
 
 from onnxcomp import __version__, runtime
 from onnxcomp.budget import Budget
-from onnxcomp.core import Change, Skip
+from onnxcomp.core import Change, Outcome, Pass, Skip, Width
 from onnxcomp.runtime import Target, Timing
 
 SCHEMA_VERSION = 1
@@ -83,11 +83,18 @@ class Step:
         recipe: the pass with all its settings, as Python writes it.
         changes: what was done to which node.
         skips: what was left, and why.
+        widths: groups of channels that it could prune, with the saliency of each channel.
     """
 
     recipe: str
     changes: tuple[Change, ...] = ()
     skips: tuple[Skip, ...] = ()
+    widths: tuple[Width, ...] = ()
+
+    @classmethod
+    def of(cls, technique: Pass, outcome: Outcome) -> Self:
+        """A pass and what came of it."""
+        return cls(repr(technique), outcome.changes, outcome.skips, outcome.widths)
 
 
 @dataclass(frozen=True)

@@ -70,9 +70,6 @@ _ACTIVITY: Mapping[Criterion, Callable[[Moments], Scores]] = {
 }
 _READING = {Criterion.WANDA, Criterion.OBD, Criterion.OBS}
 
-_ROUNDING = 1e-12
-"""Of a float64 sum over up to a million squares, relative to it."""
-
 Members = list[Scores]
 
 
@@ -187,21 +184,10 @@ def _read(reader: Reader, gram: Gram, criterion: Criterion) -> Scores:
         # Root mean squares stand for norms, which would grow with the number of samples.
         norms = np.sqrt(np.diagonal(gram.second_moment, axis1=1, axis2=2))
         return _total([formulas.wanda(weight, norm, columns) for weight, norm in zip(matrices, norms, strict=True)])
-    moments = gram.second_moment
-    if layer.node.op_type not in {"MatMul", "ConvTranspose"}:  # the bias of the others takes up the mean
-        moments = _centred(gram)
+    moments = gram.covariance if layer.adds_bias else gram.second_moment  # a bias takes up the mean
     consumers = [Consumer(weight, H, columns) for weight, H in zip(matrices, moments, strict=True)]
     score = formulas.obd if criterion is Criterion.OBD else formulas.obs
     return _total([score(consumer) for consumer in consumers]) / (sum(each.energy for each in consumers) or 1.0)
-
-
-def _centred(gram: Gram) -> NDArray[np.float64]:
-    """The covariance of the inputs, (groups, in, in), exactly zero for those that are constant but for rounding."""
-    covariance = gram.second_moment - gram.mean[:, :, None] * gram.mean[:, None, :]
-    squares, variances = (np.diagonal(each, axis1=1, axis2=2) for each in (gram.second_moment, covariance))
-    varies = variances > _ROUNDING * squares
-    result: NDArray[np.float64] = covariance * varies[:, :, None] * varies[:, None, :]
-    return result
 
 
 def _total(parts: Members) -> Scores:

@@ -2,21 +2,30 @@
 
 A node's cost is proportional to what is left of each axis that it computes over, so the cost of a choice of widths
 needs no model, and a step in one group has a price: the error it adds by the cost it saves. Steps are taken along the
-lower convex hull of each group's errors, the cheapest first (Lagrange relaxation; Shoham and Gersho 1988).
+lower convex hull of each group's errors over its savings, the cheapest first (Lagrange relaxation; Shoham and Gersho
+1988). Beside that, the two rates in common use: the lowest scores of the whole model, or the same share everywhere.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.channels import ChannelGroups
+from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Choice
 from onnxcomp.cost import Totals, node_costs
 from onnxcomp.layers import FLOATS
+
+Counts: TypeAlias = NDArray[np.int64]
+Floats: TypeAlias = NDArray[np.float64]
+
+_SHARES = 1001
+"""Steps of a local rate."""
 
 
 class Cost(Choice):
@@ -25,6 +34,30 @@ class Cost(Choice):
     FLOPS = "flops"
     PARAMS = "params"
     SIZE = "size"
+    LATENCY = "latency"
+
+
+class Rates(Choice):
+    """How it is decided how many channels each group loses."""
+
+    MEASURED = "measured"
+    """The least error of the outputs, as measured, for the cost saved."""
+    GLOBAL = "global"
+    """The lowest scores of the whole model."""
+    LOCAL = "local"
+    """The same share of each group."""
+
+
+class Priced(Protocol):
+    """What a model costs by how many channels are gone from each of its groups."""
+
+    groups: tuple[ChannelGroup, ...]
+
+    def total(self, removed: Floats | None = None) -> float:
+        """The cost with so many channels gone from each group."""
+
+    def saving(self, group: int, removed: Floats, count: int) -> float:
+        """What removing some more channels of one group saves."""
 
 
 @dataclass(frozen=True)
@@ -158,31 +191,30 @@ class Curve:
     Attributes:
         order: (size,) the channel that goes first, second, ...
         errors: (size + 1,) error when so many are gone.
-        most: how many may go.
     """
 
     order: NDArray[np.int64]
     errors: NDArray[np.float64]
-    most: int
 
 
-def allocate(
-    cost: CostModel, curves: Sequence[Curve | None], remains: float, *, multiple: int = 1
-) -> NDArray[np.int64]:
-    """How many channels go from each group so that the cost falls to a share of itself.
+def allocate(cost: Priced, curves: Sequence[Curve | None], remains: float, counts: Sequence[Counts]) -> Counts:
+    """How many channels go from each group so that the cost falls to a share of itself at the least error.
 
     Args:
         cost: of the model.
         curves: one for each of its groups; None where nothing may go.
         remains: share of the cost that is to remain.
-        multiple: widths are multiples of this, where a group has as many channels.
+        counts: for each group, how many channels may go, ascending.
 
     Returns:
         (groups,) counts. All that may go, if that is not enough.
     """
     goal = remains * cost.total()
     removed = np.zeros(len(curves))
-    hulls = [[] if curve is None else _hull(curve, multiple) for curve in curves]
+    hulls = [
+        [] if curve is None else _hull(cost, group, curve, allowed)
+        for group, (curve, allowed) in enumerate(zip(curves, counts, strict=True))
+    ]
     places = [0] * len(curves)
     current = cost.total()
     while current > goal:
@@ -198,31 +230,87 @@ def allocate(
         if best < 0:
             break
         here, there = hulls[best][places[best]][0], hulls[best][places[best] + 1][0]
-        saved = cost.saving(best, removed, there - here)
-        step = there - here
-        if saved > current - goal:  # the last step need not be whole
-            step = min(step, int(np.ceil((current - goal) / saved * step / multiple)) * multiple)
-        current -= cost.saving(best, removed, step)
-        removed[best] += step
+        for count in counts[best]:  # the last step need not be whole
+            if here < count <= there and current - cost.saving(best, removed, count - here) <= goal:
+                there = int(count)
+                break
+        current -= cost.saving(best, removed, there - here)
+        removed[best] += there - here
         places[best] += 1
     return removed.astype(np.int64)
 
 
-def _hull(curve: Curve, multiple: int) -> list[tuple[int, float]]:
-    """Vertices of the lower convex hull of the errors over the counts that leave such widths."""
-    size = len(curve.order)
-    counts = [n for n in range(curve.most + 1) if n == 0 or size < multiple or (size - n) % multiple == 0]
-    hull: list[tuple[int, float]] = []
-    for count in counts:
-        point = count, float(curve.errors[count])
+def _hull(cost: Priced, group: int, curve: Curve, counts: Counts) -> list[tuple[int, float]]:
+    """Vertices (count, error) of the lower convex hull of a group's errors over what it saves on its own."""
+    nothing = np.zeros(len(cost.groups))
+    hull: list[tuple[int, float, float]] = []
+    for count in counts.tolist():
+        point = count, cost.saving(group, nothing, count), float(curve.errors[count])
+        if hull and point[1] <= hull[-1][1]:
+            continue  # more channels gone, and nothing saved by it
         while len(hull) > 1 and _above(hull[-2], hull[-1], point):
             hull.pop()
         hull.append(point)
-    return hull
+    return [(count, error) for count, _, error in hull]
 
 
-def _above(first: tuple[int, float], middle: tuple[int, float], last: tuple[int, float]) -> bool:
-    return (middle[1] - first[1]) * (last[0] - first[0]) >= (last[1] - first[1]) * (middle[0] - first[0])
+def _above(first: tuple[int, float, float], middle: tuple[int, float, float], last: tuple[int, float, float]) -> bool:
+    return (middle[2] - first[2]) * (last[1] - first[1]) >= (last[2] - first[2]) * (middle[1] - first[1])
+
+
+def below(scores: Sequence[Floats | None], threshold: float, counts: Sequence[Counts]) -> Counts:
+    """How many channels of each group score less than a threshold, rounded down to what may go."""
+    return np.array(
+        [
+            0 if own is None else _most(allowed, int((own < threshold).sum()))
+            for own, allowed in zip(scores, counts, strict=True)
+        ]
+    )
+
+
+def by_score(cost: Priced, scores: Sequence[Floats | None], remains: float, counts: Sequence[Counts]) -> Counts:
+    """A global rate: the channels that score lowest in the whole model go, until a share of the cost remains."""
+    levels = np.unique(np.concatenate([own for own in scores if own is not None] or [np.zeros(0)]))
+    return _first(cost, remains, [*levels, np.inf], lambda level: below(scores, level, counts))
+
+
+def by_share(cost: Priced, scores: Sequence[Floats | None], remains: float, counts: Sequence[Counts]) -> Counts:
+    """A local rate: each group loses the same share of its channels, until a share of the cost remains."""
+
+    def going(share: float) -> Counts:
+        return np.array(
+            [
+                0 if own is None else _most(allowed, round(share * len(own)))
+                for own, allowed in zip(scores, counts, strict=True)
+            ]
+        )
+
+    return _first(cost, remains, np.linspace(0, 1, _SHARES).tolist(), going)
+
+
+def _first(cost: Priced, remains: float, levels: Sequence[float], counts: Callable[[float], Counts]) -> Counts:
+    """The counts of the first level that is cheap enough, each costing no more than the one before; else the last."""
+    goal = remains * cost.total()
+    place = bisect_left(levels, True, key=lambda level: cost.total(counts(level).astype(np.float64)) <= goal)
+    return counts(levels[min(place, len(levels) - 1)])
+
+
+def _most(counts: Counts, limit: int) -> int:
+    return int(counts[np.searchsorted(counts, limit, side="right") - 1])
+
+
+def may_go(size: int, least: float, multiple: int) -> Counts:
+    """How many of a group's channels may go, ascending from 0.
+
+    Args:
+        size: its channels.
+        least: share of them that stays; one always does.
+        multiple: what is left is a multiple of this, in groups of as many channels.
+    """
+    counts = np.arange(min(size - 1, int(size * (1 - least))) + 1)
+    fits = (counts == 0) | ((size - counts) % multiple == 0) | (size < multiple)
+    result: Counts = counts[fits]
+    return result
 
 
 def totals(model: ir.Model) -> Totals:

@@ -54,27 +54,33 @@ class Elimination:
     errors: NDArray[np.float64]
 
 
-def eliminate(consumers: Sequence[Consumer], damping: float = 1e-2) -> Elimination:
+def eliminate(
+    consumers: Sequence[Consumer], damping: float = 1e-2, order: Sequence[int] | NDArray[np.int64] | None = None
+) -> Elimination:
     """Remove the channels one after another, always the one that costs the consumers least.
 
     Args:
         consumers: all layers that read the channels.
         damping: added to H's diagonal, as a share of its mean.
+        order: of all channels, where something else has chosen it.
     """
     states = [_State(consumer, damping) for consumer in consumers]
     total = len(consumers[0].columns)
-    alive = np.arange(total)
-    order: list[int] = []
+    gone: list[int] = []
     errors = [0.0]
-    while len(alive):
-        scores = np.sum([state.scores(alive) for state in states], axis=0)
-        count = max(1, min(_ELIMINATED, len(alive) // _ELIMINATED))
-        for channel in alive[np.argsort(scores, kind="stable")[:count]].tolist():
+    while len(gone) < total:
+        if order is None:
+            alive = np.setdiff1d(np.arange(total), gone)
+            scores = np.sum([state.scores(alive) for state in states], axis=0)
+            count = max(1, min(_ELIMINATED, len(alive) // _ELIMINATED))
+            chosen = alive[np.argsort(scores, kind="stable")[:count]]
+        else:
+            chosen = np.asarray(order)
+        for channel in chosen.tolist():
             cost = sum(state.remove(channel) for state in states)
-            order.append(channel)
+            gone.append(channel)
             errors.append(errors[-1] + max(cost, 0.0))
-        alive = np.setdiff1d(alive, order, assume_unique=False)
-    return Elimination(np.asarray(order), np.asarray(errors))
+    return Elimination(np.asarray(gone), np.asarray(errors))
 
 
 def survivors(weight: Floats, second_moment: Floats, kept: NDArray[np.bool_], damping: float = 1e-2) -> Floats:

@@ -1,0 +1,252 @@
+"""One round of structured pruning: which channels a criterion gives up, how many of each group, and the cut itself.
+
+What is learnt from data is learnt when it is first asked for, so that a weight criterion with plain rates runs nothing.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.calibration import Gram, calibrate
+from onnxcomp.channels import ChannelGroup, ChannelGroups
+from onnxcomp.core import Context, Skip
+from onnxcomp.layers import Layer, layer_of
+from onnxcomp.members import Reader, readers
+from onnxcomp.numerics.obs import Consumer, eliminate, survivors
+from onnxcomp.reconstruction import set_bias, set_matrix
+from onnxcomp.runtime import Session
+from onnxcomp.saliency import Aggregate, Criterion, saliencies
+from onnxcomp.samples import Dataset, Feeds
+from onnxcomp.surgery import SurgeryError, without
+from onnxcomp.widths import Curve
+
+DAMPING = 1e-2
+
+_PROBED = 64
+"""Samples on which it is measured what a group's error does to the outputs."""
+
+_PROBES = 4
+"""Widths of each group at which that is measured, evenly spaced."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The channels of a group by what they are worth.
+
+    Attributes:
+        order: (size,) the channel that goes first, second, ...
+        scores: (size,) what each channel is worth, by its number in the group.
+    """
+
+    order: NDArray[np.int64]
+    scores: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A model with channels gone.
+
+    Attributes:
+        model: without them.
+        outputs: by layer name (out,) which of its output channels are left, where some are gone.
+    """
+
+    model: ir.Model
+    outputs: Mapping[str, NDArray[np.bool_]]
+
+
+class Pruner:
+    """One model with its groups of channels.
+
+    Args:
+        groups: of the model.
+        data: to learn from.
+        context: target, exclusions, seed, memory.
+        refit: whether the layers that read channels make up for those that go.
+
+    Attributes:
+        skips: groups that are left alone, and why; grows as reasons are found.
+    """
+
+    def __init__(self, groups: ChannelGroups, data: Dataset, context: Context, *, refit: bool) -> None:
+        self.groups = groups
+        self._data, self.context, self._refits = data, context, refit
+        self.skips: list[Skip] = []
+        self._readers: dict[ChannelGroup, list[Reader]] = {}
+        for group in groups:
+            found = readers(group)
+            reason = self._unreadable(group, found)
+            if reason is None:
+                self._readers[group] = found
+            else:
+                self.skips.append(Skip(group.name, reason))
+
+    def _unreadable(self, group: ChannelGroup, found: list[Reader]) -> str | None:
+        nodes = [use.node for slot in group.slots if slot.value.const_value is not None for use in slot.value.uses()]
+        if any(self.context.excludes(node) for node in nodes):
+            return "excluded by the user"
+        if not found:
+            return "no layer reads its channels with weights of its own"
+        if any(node.graph is not self.groups.model.graph for node in nodes):
+            return "a body of control flow reads or makes its channels"
+        if any(_is_scaled(reader.layer.node) for reader in found):
+            return "a Gemm with alpha or beta reads its channels"
+        if any(reader.layer.groups > 1 for reader in found):
+            return "a grouped convolution reads its channels"
+        return None
+
+    # -- what is learnt from data -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _grams(self) -> Mapping[str, Gram]:
+        layers = {reader.layer.name: reader.layer for found in self._readers.values() for reader in found}
+        return calibrate(self.groups.model, self._data, self.context, layers=list(layers.values())).grams
+
+    @cached_property
+    def _answers(self) -> list[tuple[Feeds, Feeds]]:
+        """What the original says on a few samples."""
+        samples = self._data.at_most(_PROBED, self.context.seed)
+        session = Session(self.groups.model, self.context.target)
+        return [(batch.feeds, session.run(batch.feeds)) for batch in samples.batches(16)]
+
+    def _moment(self, layer: Layer) -> NDArray[np.float64]:
+        """H of a layer's inputs; centred where its bias takes up their mean."""
+        gram = self._grams[layer.name]
+        moment: NDArray[np.float64] = (gram.covariance if layer.adds_bias else gram.second_moment)[0]
+        return moment
+
+    def _consumers(self, group: ChannelGroup) -> list[Consumer]:
+        return [
+            Consumer(reader.layer.matrix().astype(np.float64), self._moment(reader.layer), reader.columns)
+            for reader in self._readers[group]
+        ]
+
+    # -- which channels ---------------------------------------------------------------------------------------------
+
+    def rank(self, criterion: Criterion, aggregate: Aggregate, normalised: bool) -> dict[ChannelGroup, Ranking]:
+        """The channels of every group that can be cut, by a criterion.
+
+        OBS removes them one after another, each time the one that costs least, and scores each by what it added then.
+        The others score all at once. Groups that the criterion says nothing of are skipped, with that reason.
+        """
+        chosen = list(self._readers)
+        if criterion is Criterion.OBS:
+            return {group: self._eliminated(group) for group in chosen}
+        found = {}
+        scores = saliencies(self.groups, chosen, criterion, self._data, self.context, aggregate, normalised=normalised)
+        for group, scored in zip(chosen, scores, strict=True):
+            if isinstance(scored, str):
+                self.skips.append(Skip(group.name, scored))
+            else:
+                found[group] = Ranking(np.argsort(scored, kind="stable"), scored)
+        return found
+
+    def _eliminated(self, group: ChannelGroup) -> Ranking:
+        swept = eliminate(self._consumers(group), DAMPING)
+        scores = np.empty(group.size)
+        scores[swept.order] = np.diff(swept.errors)
+        return Ranking(swept.order, scores)
+
+    # -- what they cost ---------------------------------------------------------------------------------------------
+
+    def curve(self, group: ChannelGroup, order: NDArray[np.int64], most: int) -> Curve | None:
+        """The error of the model's outputs at every width of one group.
+
+        The layers' errors at every width come from one sweep; what those do to the outputs is measured at a few widths
+        and interpolated. None, and a skip, where the channels cannot be cut.
+        """
+        errors = eliminate(self._consumers(group), DAMPING, order=order).errors
+        probes = sorted({int(np.ceil(most * place / _PROBES)) for place in range(1, _PROBES + 1)} - {0})
+        try:
+            effects = [self._effect(group, order[:count]) for count in probes]
+        except SurgeryError as error:
+            self.skips.append(Skip(group.name, error.fact))
+            return None
+        gains = [effect / max(errors[count], 1e-12) for count, effect in zip(probes, effects, strict=True)]
+        gain = np.interp(np.arange(len(errors)), probes, gains)
+        return Curve(order, np.maximum.accumulate(errors * gain))
+
+    def _effect(self, group: ChannelGroup, gone: NDArray[np.int64]) -> float:
+        """Relative squared error of the model's outputs without some channels of one group."""
+        session = Session(self.cut({group: gone}).model, self.context.target)
+        signal = noise = 0.0
+        for feeds, expected in self._answers:
+            for name, actual in session.run(feeds).items():
+                if expected[name].dtype.kind == "f":
+                    want = expected[name].astype(np.float64)
+                    signal += float(np.square(want).sum())
+                    noise += float(np.square(want - actual.astype(np.float64)).sum())
+        return noise / signal if signal and np.isfinite(noise) else 1.0
+
+    # -- the cut ----------------------------------------------------------------------------------------------------
+
+    def cut(self, removed: Mapping[ChannelGroup, NDArray[np.int64]]) -> Cut:
+        """The model without channels, and with least squares on what is left of each layer that read them.
+
+        Raises:
+            SurgeryError: a size is computed in a way that is not understood.
+        """
+        pruned = without(self.groups, {group: gone.tolist() for group, gone in removed.items()})
+        outputs = _kept_outputs(self.groups, removed)
+        if not self._refits:
+            return Cut(pruned, outputs)
+        layers: dict[str, Layer] = {}
+        gone_columns: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
+        for group, gone in removed.items():
+            for layer, columns in self._readers[group]:
+                layers[layer.name] = layer
+                gone_columns[layer.name].append(columns[gone].ravel())
+        twins = {node.name: node for node in pruned.graph.all_nodes()}
+        for name, parts in gone_columns.items():
+            layer, twin = layers[name], layer_of(twins[name])
+            assert twin is not None
+            kept = np.ones(layer.input_width, bool)
+            kept[np.concatenate(parts)] = False
+            matrix = layer.matrix().astype(np.float64)
+            fitted = survivors(matrix, self._moment(layer), kept, DAMPING)
+            rows = outputs.get(name, np.ones(layer.outputs, bool))
+            if layer.adds_bias:
+                mean = self._grams[name].mean[0]
+                shift = matrix @ mean - fitted @ mean[kept]
+                set_bias(twin, (shift + layer.bias_vector())[rows])
+            set_matrix(twin, fitted[np.repeat(rows, len(matrix) // len(rows))])
+        return Cut(pruned, outputs)
+
+
+def together(parts: Sequence[Cut]) -> Mapping[str, NDArray[np.bool_]]:
+    """Which output channels of the first model's layers are left after one cut upon another."""
+    result: dict[str, NDArray[np.bool_]] = {}
+    for part in parts:
+        for name, kept in part.outputs.items():
+            whole = result.setdefault(name, np.ones(len(kept), bool))
+            whole[np.flatnonzero(whole)[~kept]] = False
+    return result
+
+
+def _is_scaled(node: ir.Node) -> bool:
+    return node.op_type == "Gemm" and {node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")} != {1.0}
+
+
+def _kept_outputs(
+    groups: ChannelGroups, removed: Mapping[ChannelGroup, NDArray[np.int64]]
+) -> dict[str, NDArray[np.bool_]]:
+    result: dict[str, NDArray[np.bool_]] = {}
+    for group, gone in removed.items():
+        for layer, positions in _made(groups, group):
+            kept = result.setdefault(layer.name, np.ones(layer.outputs, bool))
+            kept[positions[gone].ravel()] = False
+    return result
+
+
+def _made(groups: ChannelGroups, group: ChannelGroup) -> Iterator[tuple[Layer, NDArray[np.int64]]]:
+    """The layers whose output holds the group along its channel axis, and where."""
+    for slot in group.slots:
+        node = slot.value.producer()
+        layer = None if node is None else layer_of(node)
+        if layer is not None and slot.axis == layer.output_axis % len(groups.facts.shapes[slot.value]):
+            yield layer, slot.positions
