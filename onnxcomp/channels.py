@@ -8,7 +8,7 @@ that nothing is known of, are frozen, with that reason.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -19,8 +19,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from onnxcomp import movement
-from onnxcomp.facts import Facts, made_up, observe, traceable
-from onnxcomp.layers import FLOATS, layer_of
+from onnxcomp.facts import Facts, is_fixed, made_up, observe, traceable
+from onnxcomp.layers import FLOATS, is_empty, layer_of
 from onnxcomp.relations import Relation, relations
 from onnxcomp.runtime import Feeds
 
@@ -64,12 +64,14 @@ class ChannelGroup:
         size: how many channels.
         slots: everywhere they lie.
         crossing: normalisations and reductions over them: without a channel the others get other values.
+        made_by: the layers, embeddings and recurrent networks that make them, by name.
     """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
     crossing: tuple[str, ...] = ()
+    made_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -462,42 +464,43 @@ def channel_groups(model: ir.Model, feeds: Feeds | None = None) -> ChannelGroups
     traced = traceable(model)
     facts = observe(traced, feeds or made_up(traced))
     makers = list(_makers(traced, facts))
-    first = {(value, axis): name for name, value, axis in reversed(makers)}
+    made = {(value, axis): name for name, value, axis in makers}
     names: dict[str, int] = defaultdict(int)
     covered: set[tuple[ir.Value, int]] = set()
     seen: set[frozenset[Any]] = set()
-    groups, frozen = [], []
+    reasons: dict[tuple[ir.Value, int], str] = {}
+    groups: list[ChannelGroup] = []
     for name, value, axis in makers:
         if (value, axis) in covered:
             continue
-        found = False
-        reasons: list[str] = []
         for family, complete, only in _ways(traced, facts, value, axis):
             stuck = family.reasons()
-            if only:
-                every = ((value, axis, family.find(labels)) for value, axis, labels in family.labelled())
-                covered |= {
-                    (value, axis) for value, axis, own in every if complete or all(o in stuck for o in own.tolist())
-                }
-            if not complete:
-                reasons += stuck.values()
-            for labels, slots, crossing in family.groups() if complete else ():
-                if any(label in stuck for label in labels):
-                    reasons += [stuck[label] for label in labels if label in stuck]
-                    continue
+            for other, place, labels in family.labelled():
+                if (other, place) in made:
+                    own = family.find(labels).tolist()
+                    found = [stuck[label] for label in own if label in stuck]
+                    if found:
+                        reasons.setdefault((other, place), found[0])
+                    if only and (complete or len(found) == len(own)):
+                        covered.add((other, place))
+            for members, slots, crossing in family.groups() if complete else ():
                 signature = frozenset((slot.value, slot.axis, slot.positions.tobytes()) for slot in slots)
-                if signature in seen:
-                    found = True
+                if signature in seen or any(label in stuck for label in members):
                     continue
                 seen.add(signature)
-                found = True
-                made_by = {first[slot.value, slot.axis] for slot in slots if (slot.value, slot.axis) in first}
-                title = next((maker for maker, *_ in makers if maker in made_by), name)
+                where = {(slot.value, slot.axis) for slot in slots}
+                made_by = tuple(maker for place, maker in made.items() if place in where)
+                title = made_by[0] if made_by else name
                 names[title] += 1
                 title += f"#{names[title]}" if names[title] > 1 else ""
-                groups.append(ChannelGroup(title, len(labels), tuple(slots), crossing))
-        if not found:
-            frozen.append(Frozen(name, reasons[0] if reasons else "there are too many ways to cut them"))
+                groups.append(ChannelGroup(title, len(members), tuple(slots), crossing, made_by))
+    grouped = {(slot.value, slot.axis) for group in groups for slot in group.slots}
+    frozen = [
+        Frozen(name, reasons.get(place, "there are too many ways to cut them"))
+        for place, name in made.items()
+        if place not in grouped
+    ]
+    frozen += _not_followed(traced, facts, set(made.values()))
     return ChannelGroups(tuple(groups), tuple(frozen), traced, facts)
 
 
@@ -540,3 +543,48 @@ def _makers(model: ir.Model, facts: Facts) -> Iterator[tuple[str, ir.Value, int]
                 axis = rank - 1
         if axis is not None and out is not None and facts.shapes[out][axis] > 1:
             yield node.name or "", out, axis
+
+
+_CONVOLUTIONS = {"Conv": 1, "ConvTranspose": 1, "FusedConv": 1, "ConvInteger": 1, "QLinearConv": 3}
+_RECURRENT = dict.fromkeys(("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM"), 1)
+_PRODUCTS = {
+    **dict.fromkeys(("Gemm", "MatMul", "FusedGemm", "FusedMatMul", "MatMulInteger", "MatMulIntegerToFloat"), 1),
+    **dict.fromkeys(("DynamicQuantizeMatMul", "MatMulNBits"), 1),
+    **dict.fromkeys(("QLinearMatMul", "QGemm"), 3),
+}
+_WEIGHT = {**_CONVOLUTIONS, **_RECURRENT, **_PRODUCTS}
+"""What anyone would call a layer, and which input is its weight; of products either operand may be."""
+
+
+def _not_followed(model: ir.Model, facts: Facts, makers: Collection[str]) -> Iterator[Frozen]:
+    """The layers whose channels are not known as such, and why."""
+    for node in model.graph.all_nodes():
+        if node.op_type in _WEIGHT and node.name not in makers and (reason := _obstacle(model, facts, node)):
+            yield Frozen(node.name or "", reason)
+
+
+def _obstacle(model: ir.Model, facts: Facts, node: ir.Node) -> str | None:
+    """Why a layer's channels are not known as such; None for a product of activations, which is no layer."""
+    places = (_WEIGHT[node.op_type], 0) if node.op_type in _PRODUCTS else (_WEIGHT[node.op_type],)
+    operands = [value for place in places if place < len(node.inputs) and (value := node.inputs[place]) is not None]
+    weight = next((value for value in operands if is_fixed(value, overridable=True)), None)
+    if weight is None:
+        return None if node.op_type in _PRODUCTS else "its weight is not a constant"
+    stored, maker = weight, weight.producer()
+    while (producer := stored.producer()) is not None and producer.inputs and producer.inputs[0] is not None:
+        stored = producer.inputs[0]
+    if stored.const_value is not None and stored.const_value.dtype.bitwidth <= 8:
+        return "its weights are quantized already"
+    if stored in model.graph.inputs:
+        return f"its weight '{stored.name}' is also an input of the model, and may be overridden"
+    if maker is not None:
+        return f"its weight is not stored as such, but comes from {maker.op_type}"
+    if node.domain not in {"", "ai.onnx"}:
+        return f"{node.op_type} is an operator whose channels nothing is known of"
+    if is_empty(weight) or is_empty(node.outputs[0]):
+        return "it has nothing to compute"
+    if node.outputs[0] not in facts.shapes:
+        return "the shape of its output is unknown"
+    if layer_of(node) is not None or node.op_type in _RECURRENT:
+        return "it makes only one channel"
+    return "its weight is not a matrix in the usual place"

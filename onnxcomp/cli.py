@@ -532,6 +532,7 @@ def evaluate(models: tuple[Path, ...], evaluation: Path, terminal: "Terminal", *
 
 @main.command("inspect")
 @_model
+@click.option("--groups", is_flag=True, help="Show which channels only go together, and which cannot go and why.")
 @_calib
 @_running
 @_batch

@@ -7,11 +7,12 @@ they are never read as markup, and characters that are not printable are escaped
 import json
 import re
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 
 import click
@@ -28,6 +29,8 @@ from onnxcomp.report import (
     Document,
     Evaluation,
     Figures,
+    FrozenRow,
+    GroupRow,
     Inspection,
     Interval,
     Report,
@@ -42,7 +45,7 @@ _REFRESH = 0.1  # seconds
 _NAMES = 3
 _WIDTHS = 40
 _GROUPS = 8
-_WORDS = {"note", "op", "output", "verdict", "what", "what it does"}
+_WORDS = {"crossing", "made by", "note", "op", "output", "read by", "reason", "verdict", "what", "what it does"}
 """Headings of columns that hold words."""
 
 
@@ -245,6 +248,10 @@ def _grouped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     ]
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
+
+
 def _place(environment: Mapping[str, str | int]) -> str:
     """Where figures were measured."""
     threads = environment["threads"]
@@ -344,8 +351,7 @@ def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
     for what, nodes in changes[:_GROUPS]:
         yield _line(f"    {len(nodes):>4} x {what}")
     for reason, nodes in skips[:_GROUPS]:
-        some = ", ".join(nodes[:_NAMES]) + (", ..." if len(nodes) > _NAMES else "")
-        yield _line(f"    {len(nodes):>4} left: {reason} ({some})", "dim")
+        yield _line(f"    {len(nodes):>4} left: {reason} ({_some(nodes)})", "dim")
     hidden = sum(len(nodes) for _, nodes in [*changes[_GROUPS:], *skips[_GROUPS:]])
     if hidden:
         yield _line(f"    {hidden:>4} more, shown by -v", "dim")
@@ -470,7 +476,50 @@ def _inspection(model: Inspection, verbose: bool) -> Iterator[RenderableType]:
     yield _line(f"In all {len(model.nodes)} nodes, {sums}", "bold")
     if model.protocol:
         yield _line(f"Time: {model.protocol}; - was fused into a neighbour; {_place(model.environment)}", "dim")
+    if model.groups:
+        yield from _groups(model.groups, verbose)
+    if model.frozen:
+        yield from _frozen(model.frozen, verbose)
     yield from _notes(model.notes)
+
+
+def _groups(groups: Sequence[GroupRow], verbose: bool) -> Iterator[RenderableType]:
+    yield from _heading("Channels that only go together")
+    headings = ["group", "channels", "made by", "read by", "tensors", "crossing"]
+    yield _table(headings, [_group(group, verbose) for group in groups])
+    yield _line()
+    yield _line("Channels: 4 x 16 are 4, each 16 places wide, as heads are. Read by: - is no layer, and prune", "dim")
+    yield _line("leaves these. Crossing: what computes over all of them, so that each changes the others.", "dim")
+
+
+def _group(group: GroupRow, verbose: bool) -> tuple[str, ...]:
+    """A row of the table; the folders that the names of its layers share become `...`, unless verbose."""
+    levels = zip(*(name.split("/")[:-1] for name in (*group.made_by, *group.read_by)), strict=False)
+    shared = "".join(f"{level[0]}/" for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+    def layers(names: Sequence[str]) -> str:
+        short = [f".../{name.removeprefix(shared)}" for name in names] if shared.strip("/") else names
+        text = ", ".join(names) if verbose else _some(short)
+        return text if len(names) == 1 else f"{len(names)}: {text}" if names else "-"
+
+    kinds = Counter(crossing.partition(" ")[0] for crossing in group.crossing)
+    return (
+        group.name,
+        str(group.size) if group.width == 1 else f"{group.size} x {group.width}",
+        layers(group.made_by),
+        layers(group.read_by),
+        str(group.tensors),
+        ", ".join(group.crossing if verbose else (f"{number} {kind}" for kind, number in kinds.items())),
+    )
+
+
+def _frozen(frozen: Sequence[FrozenRow], verbose: bool) -> Iterator[RenderableType]:
+    yield from _heading("Layers whose channels cannot go")
+    if verbose:
+        yield _table(["layer", "reason"], [(row.name, row.reason) for row in frozen])
+        return
+    for reason, names in _grouped([(row.name, row.reason) for row in frozen]):
+        yield _line(f"{len(names):>4} x {reason} ({_some(names)})")
 
 
 def pass_list(passes: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:

@@ -120,12 +120,18 @@ def _from_shapes(value: ir.Value) -> bool:
     return is_fixed(value, sources={"Shape", "Size"})
 
 
-def is_fixed(value: ir.Value, sources: Collection[str] = ()) -> bool:
-    """Whether a tensor is computed from constants alone, and what these operators give."""
+def is_fixed(value: ir.Value, sources: Collection[str] = (), *, overridable: bool = False) -> bool:
+    """Whether a tensor is computed from constants alone, and what these operators give.
+
+    Args:
+        value: the tensor.
+        sources: operators whose outputs count as constants.
+        overridable: whether defaults of inputs count as constants too.
+    """
     front, seen = [value], set()
     while front:
         value = front.pop()
-        if value in seen or constant_of(value) is not None:
+        if value in seen or constant_of(value) is not None or (overridable and value.const_value is not None):
             continue
         seen.add(value)
         node = value.producer()

@@ -7,14 +7,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxcomp import model as models
+from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
 from onnxcomp.core import name_nodes
 from onnxcomp.cost import NodeCost, Totals, node_costs
 from onnxcomp.data import ImageOptions
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.measure import circumstances, file_size, inputs_for
+from onnxcomp.members import readers
 from onnxcomp.model import ModelSource
 from onnxcomp.placement import profiles
-from onnxcomp.report import Inspection, NodeRow, source_name
+from onnxcomp.report import FrozenRow, GroupRow, Inspection, NodeRow, source_name
 from onnxcomp.runtime import Feeds, Session, Target
 
 
@@ -26,6 +28,7 @@ def inspect(
     batch: int = 1,
     seed: int = 0,
     images: ImageOptions | None = None,
+    groups: bool = False,
 ) -> Inspection:
     """What each node stores, computes, and takes of the time.
 
@@ -38,6 +41,7 @@ def inspect(
         batch: rows of that run, where the model leaves that open.
         seed: of synthetic inputs.
         images: how image files become inputs.
+        groups: also find the channels that only go together, and those that cannot go.
 
     Raises:
         InputError: the model, the data or an option cannot be used.
@@ -51,10 +55,13 @@ def inspect(
     times: Mapping[str, float] = {}
     sizes: dict[str, int] = {}
     protocol = ""
+    coupled: ChannelGroups | None = None
     if all(models.spec_of(value) is not None for value in models.free_inputs(model)):
         data = inputs_for(model, calib, batch, seed, images)
         feeds = next(iter(data.batches(batch))).feeds
         sizes = _axes(model, feeds)
+        if groups:
+            coupled = _traced(model, feeds, notes)
         try:
             _observe_shapes(model, target, feeds)
             times = profiles([model], target, feeds)[0].times
@@ -62,7 +69,7 @@ def inspect(
         except OnnxcompError as error:
             notes.append(f"Not timed. {error.fact}")
     else:
-        notes.append("Not timed: an input is no tensor.")
+        notes.append(f"Not timed{' or traced' if groups else ''}: an input is no tensor.")
     costs = node_costs(model, batch, sizes)
     totals = Totals.of(costs)
     if totals.unknown:
@@ -80,6 +87,36 @@ def inspect(
         environment=about,
         protocol=protocol,
         notes=tuple(notes),
+        groups=() if coupled is None else tuple(map(_group_row, coupled)),
+        frozen=() if coupled is None else tuple(FrozenRow(frozen.name, frozen.reason) for frozen in coupled.frozen),
+    )
+
+
+def _traced(model: ir.Model, feeds: Feeds, notes: list[str]) -> ChannelGroups | None:
+    """The coupled channels, None where they cannot be found, and notes on them."""
+    try:
+        coupled = channel_groups(model, feeds)
+    except OnnxcompError as error:
+        notes.append(f"Channels not traced. {error.fact}")
+        return None
+    if not coupled.groups and not coupled.frozen:
+        notes.append("There are no channels: the model has no layer.")
+    overridable = any(value.is_graph_input() for value in model.graph.initializers.values())
+    if overridable or any(node.op_type == "BatchNormalization" for node in model.graph):
+        notes.append("Channels are those of the model as it is; prune cleans up first, as simplify does.")
+    return coupled
+
+
+def _group_row(group: ChannelGroup) -> GroupRow:
+    widths = {node.name: slot.positions.shape[1] for slot in group.slots if (node := slot.value.producer()) is not None}
+    return GroupRow(
+        group.name,
+        group.size,
+        widths.get(next(iter(group.made_by), None), 1),
+        group.made_by,
+        tuple(dict.fromkeys(reader.layer.name for reader in readers(group))),
+        len({slot.value for slot in group.slots}),
+        group.crossing,
     )
 
 

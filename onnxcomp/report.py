@@ -314,6 +314,37 @@ class NodeRow:
 
 
 @dataclass(frozen=True)
+class GroupRow:
+    """Coupled channels: any may go, if it goes everywhere.
+
+    Attributes:
+        name: of the first layer that makes them, numbered where that makes several kinds (heads and their dimensions).
+        size: how many channels.
+        width: places that each takes along the axis on which the first layer makes them.
+        made_by: layers whose output channels they are.
+        read_by: layers that multiply them with weights of their own.
+        tensors: how many tensors hold them, weights and activations.
+        crossing: normalisations and reductions over them: without a channel the others get other values.
+    """
+
+    name: str
+    size: int
+    width: int
+    made_by: tuple[str, ...]
+    read_by: tuple[str, ...]
+    tensors: int
+    crossing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FrozenRow:
+    """A layer whose output channels cannot go, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Inspection(Document):
     """A model's nodes and their sums.
 
@@ -327,6 +358,8 @@ class Inspection(Document):
         environment: as in a report.
         protocol: how times were measured; empty where they were not.
         notes: what the user should know.
+        groups: coupled channels; empty where not asked for.
+        frozen: layers whose channels are in no group; empty where not asked for.
     """
 
     kind: ClassVar[str] = "inspection"
@@ -343,3 +376,5 @@ class Inspection(Document):
     environment: Mapping[str, str | int]
     protocol: str
     notes: tuple[str, ...] = ()
+    groups: tuple[GroupRow, ...] = ()
+    frozen: tuple[FrozenRow, ...] = ()

@@ -19,6 +19,8 @@ from onnxcomp import model as models
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
 from onnxcomp.facts import all_values
 from onnxcomp.graph import Builder
+from onnxcomp.layers import layers
+from onnxcomp.members import writers
 from onnxcomp.runtime import Session
 from onnxcomp.surgery import SurgeryError, without
 
@@ -153,6 +155,12 @@ def test_each_layer_is_in_a_group_or_frozen_with_a_reason(name: str) -> None:
     assert (len(groups) == 0) == (name in WITHOUT_GROUPS)
     assert all(len(frozen.reason.split()) > 2 for frozen in groups.frozen)
     assert len({group.name for group in groups}) == len(groups)
+    made, frozen = {maker for group in groups for maker in group.made_by}, {frozen.name for frozen in groups.frozen}
+    weighted = {"Conv", "ConvTranspose", "Gemm", "LSTM", "GRU", "RNN"}
+    nodes = {node.name for node in groups.model.graph.all_nodes() if node.op_type in weighted}
+    assert made.isdisjoint(frozen)
+    assert made | frozen >= nodes | {layer.name for layer in layers(groups.model)}
+    assert all({writer.layer.name for writer in writers(group)} <= set(group.made_by) for group in groups)
 
 
 def sizes(name: str) -> set[tuple[int, int]]:
@@ -176,6 +184,73 @@ def test_residual_streams_are_one_group() -> None:
 
 def test_outputs_freeze() -> None:
     assert [f.reason for f in case("resnet").groups.frozen] == ["'logits' is an output of the model"]
+
+
+def test_every_layer_of_a_stream_that_is_frozen_is_named() -> None:
+    stuck = [f.name for f in case("bert").groups.frozen if f.reason == "'last_hidden_state' is an output of the model"]
+    layers_of_two_blocks = 4
+    embeddings = 2
+    assert len(stuck) == layers_of_two_blocks + embeddings
+
+
+def reasons(model: ir.Model) -> list[str]:
+    return [frozen.reason for frozen in channel_groups(model).frozen]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fp16_weights", "its weight is not stored as such, but comes from Cast"),
+        ("quantized_already", "its weights are quantized already"),
+        ("weights_as_inputs", "is also an input of the model, and may be overridden"),
+    ],
+)
+def test_weights_that_are_no_plain_constants_freeze(name: str, reason: str) -> None:
+    found = [frozen.reason for frozen in case(name).groups.frozen]
+    assert found
+    assert all(reason in one for one in found)
+
+
+@pytest.mark.parametrize(
+    ("operator", "operands"),
+    [
+        ("MatMulInteger", "xw"),
+        ("QLinearMatMul", "xszwszsz"),
+        ("com.microsoft.QGemm", "xszwsz_sz"),
+        ("com.microsoft.MatMulIntegerToFloat", "xwss"),
+    ],
+)
+def test_integer_layers_freeze(operator: str, operands: str) -> None:
+    net = Net(opset=17)
+    net.graph.opset_imports["com.microsoft"] = 1
+    given = {
+        "x": net.input("x", [2, 4], ir.DataType.UINT8),
+        "w": net.weight(np.ones((4, 3), np.uint8)),
+        "s": net.constant(1, np.float32),
+        "z": net.constant(0, np.uint8),
+    }
+    domain, _, name = operator.rpartition(".")
+    y = net.op(name, *(given.get(operand) for operand in operands), domain=domain)
+    integers = {"MatMulInteger": ir.DataType.INT32, "MatMulIntegerToFloat": ir.DataType.FLOAT}
+    net.output("y", y, [2, 3], integers.get(name, ir.DataType.UINT8))
+    assert reasons(net.model()) == ["its weights are quantized already"]
+
+
+def test_odd_layers_freeze_and_products_of_activations_are_none() -> None:
+    net = Net(opset=17)
+    net.graph.opset_imports["com.microsoft"] = 1
+    x = net.input("x", [1, 4, 8, 8])
+    fused = net.op("FusedConv", x, net.weight(net.normal(4, 4, 1, 1, fan_in=4)), domain="com.microsoft")
+    computed = net.op("Conv", fused, net.op("ReduceMean", x, axes=[0], keepdims=1))
+    product = net.op("MatMul", net.op("MatMul", fused, fused), net.weight(net.normal(4, 8, 8, fan_in=8)))
+    single = net.op("Conv", product, net.weight(net.normal(1, 4, 1, 1, fan_in=4)))
+    net.output("y", net.op("Add", single, net.op("ReduceMean", computed, keepdims=1)), [1, 1, 8, 8])
+    assert reasons(net.model()) == [
+        "FusedConv is an operator whose channels nothing is known of",
+        "its weight is not a constant",
+        "its weight is not a matrix in the usual place",
+        "it makes only one channel",
+    ]
 
 
 def test_a_size_in_the_arithmetic_freezes() -> None:

@@ -17,7 +17,9 @@ import pytest
 from click.testing import CliRunner
 
 import onnxcomp
+from models import zoo
 from onnxcomp import convert, footprint, inspection, measure, metrics
+from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.cli import main
 from onnxcomp.errors import BudgetError
@@ -389,11 +391,66 @@ def test_a_model_that_does_not_load_is_inspected_without_times(tmp_path: Path) -
     assert "Unheard" in result.stdout
 
 
+def test_groups_of_channels_are_shown_when_asked_for(model: Path) -> None:
+    plain = document(run("inspect", model, "--groups", "--json", "-"))
+    first, _, second = (node["name"] for node in plain["nodes"])
+    assert plain["groups"] == [
+        {
+            "name": first,
+            "size": 64,
+            "width": 1,
+            "made_by": [first],
+            "read_by": [second],
+            "tensors": 4,  # both weights, and what is before and behind the Relu
+            "crossing": [],
+        }
+    ]
+    assert plain["frozen"] == [{"name": second, "reason": "'y' is an output of the model"}]
+    text = run("inspect", model, "--groups").stdout
+    assert re.search(rf"^{first} +64 +{first} +{second} +4$", text, re.MULTILINE)
+    assert f"1 x 'y' is an output of the model ({second})" in text
+    without = document(run("inspect", model, "--json", "-"))
+    assert without["groups"] == without["frozen"] == []
+    assert "Channels" not in run("inspect", model).stdout
+
+
+def test_heads_are_told_from_their_dimensions() -> None:
+    rows = inspection.inspect(MODELS / "letters.onnx", target=Target(threads=1), groups=True).groups
+    attention = {row.name.removeprefix("/layers.0/attention/"): row for row in rows}
+    heads, dimensions = attention["query/MatMul"], attention["query/MatMul#2"]
+    assert (heads.size, heads.width, len(heads.made_by), len(heads.read_by)) == (4, 16, 3, 1)
+    assert (dimensions.size, dimensions.width, dimensions.read_by) == (16, 4, ())
+    assert len(rows[0].crossing) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("quantized_already", "3 x its weights are quantized already ("),
+        ("weights_as_inputs", "4 x its weight '...' is also an input of the model, and may be overridden ("),
+    ],
+)
+def test_a_model_without_groups_says_why(tmp_path: Path, name: str, reason: str) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(models.to_bytes(models.load(zoo.build(name))))
+    text = run("inspect", path, "--groups").stdout
+    assert reason in text
+    assert ("prune cleans up first" in text) == (name == "weights_as_inputs")
+
+
+def test_a_model_that_cannot_be_traced_is_inspected_with_a_note(tmp_path: Path) -> None:
+    result = run("inspect", mlp(tmp_path / "odd.onnx", operator="Unheard"), "--groups")
+    assert "Channels not traced. ONNX Runtime" in result.stdout
+    layerless = inspection.inspect(ir_fixed(), groups=True)
+    assert layerless.notes[0] == "There are no channels: the model has no layer."
+
+
 def test_an_input_that_is_no_tensor_is_inspected_and_cleaned_without_figures(tmp_path: Path) -> None:
     text = '<ir_version: 8, opset_import: ["": 17]> g (seq(float[2]) s) => (int64 n) { n = SequenceLength (s) }'
     path = tmp_path / "sequence.onnx"
     path.write_bytes(onnx.parser.parse_model(text).SerializeToString())
     assert "an input is no tensor" in inspection.inspect(path).notes[0]
+    assert inspection.inspect(path, groups=True).notes[0] == "Not timed or traced: an input is no tensor."
     assert "an input is no tensor" in run("simplify", path).stdout
 
 

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import re
 import time
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from rich.console import Console
 from onnxcomp import console, report
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Skip
-from onnxcomp.report import Figures, Report, Step, Trial
+from onnxcomp.report import Figures, FrozenRow, GroupRow, Inspection, Report, Step, Trial
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "report.schema.json").read_text())
 
@@ -121,6 +123,44 @@ def test_many_nodes_become_counts_unless_verbose() -> None:
     everything = shown(many, verbose=True)
     assert "P(x=1)" in everything
     assert all(f"node{i} " in everything and f"joined with '{i}'" in everything for i in range(500))
+
+
+def inspected(groups: Sequence[GroupRow], frozen: Sequence[FrozenRow], *, verbose: bool = False) -> str:
+    plain = Inspection("a.onnx", 17, (), (), 1, 0, 0, 0, (), ENVIRONMENT, "", (), tuple(groups), tuple(frozen))
+    jsonschema.validate(json.loads(json.dumps(plain.to_json())), SCHEMA)
+    return shown(plain, verbose=verbose)
+
+
+def test_groups_are_short_unless_verbose() -> None:
+    crossing = ("LayerNormalization 'first'", "LayerNormalization 'second'", "Softmax 'third'")
+    made_by = tuple(f"/net/self/{name}/MatMul" for name in ("query", "key", "value", "more"))
+    group = GroupRow(made_by[0], 12, 32, made_by, ("/net/output/MatMul",), 26, crossing)
+    unread = GroupRow("/a/Gather", 5, 1, ("/a/Gather", "/b/Conv"), (), 3, ())
+    short = inspected([group, unread], [])
+    assert re.split(" {2,}", line_with(short, "/net")) == [
+        "/net/self/query/MatMul",
+        "12 x 32",
+        "4: .../self/query/MatMul, .../self/key/MatMul, .../self/value/MatMul, ...",
+        ".../output/MatMul",
+        "26",
+        "2 LayerNormalization, 1 Softmax",
+    ]
+    row = re.split(" {2,}", line_with(short, "/a/Gather").rstrip())
+    assert row == ["/a/Gather", "5", "2: /a/Gather, /b/Conv", "-", "3"]
+    assert "cannot go" not in short
+    everything = inspected([group], [], verbose=True)
+    assert "4: " + ", ".join(made_by) in everything
+    assert "LayerNormalization 'first', LayerNormalization 'second', Softmax 'third'" in everything
+
+
+def test_frozen_layers_stand_under_their_reason_unless_verbose() -> None:
+    frozen = [FrozenRow(f"conv{i}", f"'out{i}' is an output of the model") for i in range(5)]
+    frozen.append(FrozenRow("gemm", "it makes only one channel"))
+    short = inspected([], frozen)
+    assert "5 x '...' is an output of the model (conv0, conv1, conv2, ...)" in short
+    assert "1 x it makes only one channel (gemm)" in short
+    everything = inspected([], frozen, verbose=True)
+    assert all(re.search(f"^{row.name} +{row.reason}", everything, re.MULTILINE) for row in frozen)
 
 
 def test_names_are_neither_markup_nor_escape_codes() -> None:
