@@ -11,6 +11,7 @@ from onnxcomp.passes.equalize import Equalize
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.smooth import Smooth
+from onnxcomp.profiling import profiles
 from onnxcomp.registry import passes
 
 Recipe = tuple[str, tuple[Pass, ...]]
@@ -62,7 +63,7 @@ def _static(bench: Workbench, clean: Candidate, effort: Effort) -> list[Candidat
     full = bench.make("static INT8", (base,))
     if bench.provider != "cpu" or not bench.works(full):
         return [full]
-    floats, integers = placement.profiles([clean.model, full.model], target, bench.batch.feeds)
+    floats, integers = profiles([clean.model, full.model], target, bench.batch.feeds)
     crossing = placement.measure_crossing(target)
     names = set(full.changed)
     found: dict[tuple[str, ...], Candidate] = {(): full}

@@ -15,7 +15,7 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.measure import circumstances, file_size, inputs_for
 from onnxcomp.members import readers
 from onnxcomp.model import ModelSource
-from onnxcomp.placement import profiles
+from onnxcomp.profiling import profiles
 from onnxcomp.report import FrozenRow, GroupRow, Inspection, NodeRow, source_name
 from onnxcomp.runtime import Feeds, Session, Target
 

@@ -15,10 +15,12 @@ import onnx_ir as ir
 
 from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context
-from onnxcomp.placement import profiles
-from onnxcomp.samples import Feeds
+from onnxcomp.profiling import profiles
+from onnxcomp.runtime import Feeds, Protocol, Session, compare
 from onnxcomp.surgery import SurgeryError, without
 from onnxcomp.widths import Counts, Floats
+
+_PROTOCOL = Protocol(block=5, rounds=9, warmup=2, seconds=5)
 
 _LEVELS = 8
 """A group is timed with 1/8, 2/8, ... of its channels gone."""
@@ -39,7 +41,7 @@ class LatencyModel:
 
     def __init__(self, groups: ChannelGroups, cuttable: Sequence[Counts], context: Context, feeds: Feeds) -> None:
         self.groups = tuple(groups)
-        self._nodes = [node for node in groups.model.graph if node.outputs]
+        self._model, self._target, self._feeds = groups.model, context.target, feeds
         self._touched = [_touched(group) for group in self.groups]
         self.counts = [_levels(group, counts) for group, counts in zip(self.groups, cuttable, strict=True)]
         self._shares: list[dict[int, dict[str, float]]] = [{0: {}} for _ in self.groups]
@@ -76,6 +78,11 @@ class LatencyModel:
         more = removed.copy()
         more[group] += count
         return self.total(removed) - self.total(more)
+
+    def measured(self, model: ir.Model) -> float:
+        """What another model takes, as a share of what this one does, timed side by side."""
+        sessions = [Session(each, self._target) for each in (self._model, model)]
+        return 1 / compare(sessions, self._feeds, _PROTOCOL)[1].speedup
 
     def _at(self, group: int, count: int) -> dict[str, float]:
         shares = self._shares[group]

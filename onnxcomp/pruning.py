@@ -41,10 +41,12 @@ class Ranking:
     Attributes:
         order: (size,) the channel that goes first, second, ...
         scores: (size,) what each channel is worth, by its number in the group.
+        errors: (size + 1,) error of the layers that read them when so many are gone, where the ranking gave it.
     """
 
     order: NDArray[np.int64]
     scores: NDArray[np.float64]
+    errors: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,17 +152,19 @@ class Pruner:
         swept = eliminate(self._consumers(group), DAMPING)
         scores = np.empty(group.size)
         scores[swept.order] = np.diff(swept.errors)
-        return Ranking(swept.order, scores)
+        return Ranking(swept.order, scores, swept.errors)
 
     # -- what they cost ---------------------------------------------------------------------------------------------
 
-    def curve(self, group: ChannelGroup, order: NDArray[np.int64], most: int) -> Curve | None:
+    def curve(self, group: ChannelGroup, ranking: Ranking, most: int) -> Curve | None:
         """The error of the model's outputs at every width of one group.
 
         The layers' errors at every width come from one sweep; what those do to the outputs is measured at a few widths
         and interpolated. None, and a skip, where the channels cannot be cut.
         """
-        errors = eliminate(self._consumers(group), DAMPING, order=order).errors
+        order, errors = ranking.order, ranking.errors
+        if errors is None:
+            errors = eliminate(self._consumers(group), DAMPING, order=order).errors
         probes = sorted({int(np.ceil(most * place / _PROBES)) for place in range(1, _PROBES + 1)} - {0})
         try:
             effects = [self._effect(group, order[:count]) for count in probes]

@@ -24,8 +24,8 @@ from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset, Feeds
 
 _BATCH = 64
-_ROWS_PER_INPUT = 64
-_LEAST_ROWS = 4096
+_ROWS_PER_INPUT = 96
+_LEAST_ROWS = 32768
 
 Rows = NDArray[np.floating]
 

@@ -32,6 +32,9 @@ from onnxcomp.widths import Cost, CostModel, Curve, Priced, Rates, allocate, bel
 
 _MADE_UP = 64
 
+_TIMED = 3
+"""Times that a latency is measured and the widths chosen again."""
+
 
 @dataclass(frozen=True)
 class Prune(Pass):
@@ -88,12 +91,14 @@ class Prune(Pass):
         skips: dict[Skip, None] = {}
         widths: dict[str, Width] = {}
         goal: float | None = None
+        traced: ir.Model | None = None
         for done in range(self.rounds):
             try:
                 groups = channel_groups(cuts[-1].model if cuts else model, next(iter(data.batches(1))).feeds)
             except OnnxcompError as error:
                 skips[Skip("model", f"its channels cannot be traced: {error.fact}")] = None
                 break
+            traced = groups.model if traced is None else traced
             pruner = Pruner(groups, data, context, refit=self.reconstruct)
             rankings = pruner.rank(self.criterion, self.aggregate, self.normalised)
             plan = _Plan(self, pruner, rankings, _run(data, context))
@@ -110,8 +115,8 @@ class Prune(Pass):
             if len(width.kept) < width.size
         ]
         pruned = cuts[-1].model if cuts else model
-        if cuts and self.reconstruct:
-            _fit_again(model, pruned, together(cuts), data, context)
+        if cuts and self.reconstruct and traced is not None:
+            _fit_again(traced, pruned, together(cuts), data, context)
         if cuts:
             remove_unused(pruned)  # the weights as they were before
         return Outcome(pruned, tuple(changes), tuple(skips), tuple(widths.values()))
@@ -140,41 +145,57 @@ class _Plan:
             self.cost = CostModel(groups, settings.cost)
 
     def removed(self, share: float) -> dict[ChannelGroup, NDArray[np.int64]]:
-        """The channels that go so that a share of the cost remains."""
+        """The channels that go so that a share of the cost remains.
+
+        A latency is predicted from that of nodes, so the model is cut and timed, and the goal is set lower or higher by
+        what the prediction was off.
+        """
+        goal, removed = share, self._removed(share)
+        if not isinstance(self.cost, LatencyModel) or self._settings.threshold is not None:
+            return removed
+        tried = {}
+        for _ in range(_TIMED):
+            ratio = self.cost.measured(self._pruner.cut(removed).model)
+            tried[abs(ratio - share)] = removed
+            goal *= share / ratio
+            removed = self._removed(goal)
+        return tried[min(tried)]
+
+    def _removed(self, share: float) -> dict[ChannelGroup, NDArray[np.int64]]:
         settings, groups = self._settings, self._pruner.groups
-        curves: list[Curve | None] = [None] * len(groups)
-        scores = [self._scores(index, group) for index, group in enumerate(groups)]
         if settings.threshold is not None:
-            counts = below(scores, settings.threshold, self._counts)
+            counts = below(self._scores, settings.threshold, self._counts)
         elif settings.rates is Rates.GLOBAL:
-            counts = by_score(self.cost, scores, share, self._counts)
+            counts = by_score(self.cost, self._scores, share, self._counts)
         elif settings.rates is Rates.LOCAL:
-            counts = by_share(self.cost, scores, share, self._counts)
+            counts = by_share(self.cost, self._scores, share, self._counts)
         else:
-            for index, (group, allowed) in enumerate(zip(groups, self._counts, strict=True)):
-                if len(allowed) > 1:
-                    curves[index] = self._pruner.curve(group, self._rankings[group].order, int(allowed[-1]))
-            counts = allocate(self.cost, curves, share, self._counts)
+            counts = allocate(self.cost, self._curves, share, self._counts)
         return {
             group: self._rankings[group].order[:count]
             for group, count in zip(groups, counts.tolist(), strict=True)
             if count
         }
 
-    def _scores(self, index: int, group: ChannelGroup) -> NDArray[np.float64] | None:
-        if group not in self._rankings:
-            return None
-        scores = self._rankings[group].scores
-        if not self._settings.penalty:
-            return scores
-        return penalised(scores, self._saved[index] / (float(np.mean(self._saved)) or 1.0), self._settings.penalty)
+    @cached_property
+    def _curves(self) -> list[Curve | None]:
+        pruner = self._pruner
+        return [
+            pruner.curve(group, self._rankings[group], int(allowed[-1])) if len(allowed) > 1 else None
+            for group, allowed in zip(pruner.groups, self._counts, strict=True)
+        ]
 
     @cached_property
-    def _saved(self) -> list[float]:
-        """What one channel of each group saves, where all that may go do."""
-        nothing = np.zeros(len(self._counts))
-        most = [max(int(counts[-1]), 1) for counts in self._counts]
-        return [self.cost.saving(index, nothing, count) / count for index, count in enumerate(most)]
+    def _scores(self) -> list[NDArray[np.float64] | None]:
+        """By group, minus what a channel costs."""
+        rankings = [self._rankings.get(group) for group in self._pruner.groups]
+        nothing, most = np.zeros(len(rankings)), [max(int(counts[-1]), 1) for counts in self._counts]
+        saved = [self.cost.saving(index, nothing, count) / count for index, count in enumerate(most)]
+        relative = np.array(saved) / (float(np.mean(saved)) or 1.0)
+        return [
+            None if ranking is None else penalised(ranking.scores, one, self._settings.penalty)
+            for ranking, one in zip(rankings, relative, strict=True)
+        ]
 
 
 def _run(data: Dataset, context: Context) -> Feeds:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from onnxcomp import candidates, metrics, optimizer, placement, runtime, search
 from onnxcomp.candidates import Effort
 from onnxcomp.metrics import Score
-from onnxcomp.placement import Crossing, Profile
+from onnxcomp.placement import Crossing
+from onnxcomp.profiling import Profile
 from onnxcomp.report import Result, Trial
 from onnxcomp.runtime import Protocol, Session, Target, Timing
 

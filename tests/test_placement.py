@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp.placement import Crossing, Profile, measure_crossing, place, profiles
+from onnxcomp.placement import Crossing, measure_crossing, place
+from onnxcomp.profiling import Profile, profiles
 from onnxcomp.runtime import Target
 
 CROSSING = Crossing((1, 101), (1.0, 11.0), (2.0, 32.0))

@@ -1,0 +1,66 @@
+"""What each node of a model takes on the target, by ONNX Runtime's own profile of whole runs."""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcomp.runtime import Feeds, NodeTime, Session, Target
+
+_DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed)+$")
+_BLOCK = 5
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What each node of a model took.
+
+    Attributes:
+        times: microseconds by node name; a node that ONNX Runtime fused into a neighbour has none.
+        elements: size of each node's first output.
+    """
+
+    times: Mapping[str, float]
+    elements: Mapping[str, int]
+
+
+def profiles(
+    models: Sequence[ir.Model], target: Target, feeds: Feeds, rounds: int = 8, seconds: float = 20.0
+) -> list[Profile]:
+    """Profile models in turn, so that a drift of the machine's speed hits all alike.
+
+    ONNX Runtime renames what it fuses or moves to another layout; names are traced back through its suffixes and
+    through the outputs that a fused node writes.
+
+    Args:
+        models: with names on their nodes.
+        target: where to run.
+        feeds: one run.
+        rounds: turns, at most.
+        seconds: begin no other turn after this long.
+    """
+    sessions = [Session(model, target, profile=True) for model in models]
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done and time.perf_counter() - start > seconds:
+            break
+        for session in sessions:
+            for _ in range(_BLOCK):
+                session.run(feeds)
+    return [_traced(model, session.profile()) for model, session in zip(models, sessions, strict=True)]
+
+
+def _traced(model: ir.Model, events: Mapping[str, NodeTime]) -> Profile:
+    by_output = {value.name: node.name or "" for node in model.graph for value in node.outputs}
+    names = {node.name for node in model.graph}
+    times: dict[str, float] = {}
+    elements: dict[str, int] = {}
+    for event, taken in events.items():
+        plain = _DECORATION.sub("", event)
+        name = plain if plain in names else by_output.get(plain)
+        if name is not None:
+            times[name] = times.get(name, 0.0) + taken.microseconds
+            elements[name] = taken.elements
+    return Profile(times, elements)
