@@ -39,6 +39,11 @@ class Effort(StrEnum):
         return {"quick": (2.0,), "default": (1.0, 2.0, 4.0), "extensive": (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)}[self.value]
 
     @property
+    def widths(self) -> tuple[float, ...]:
+        """Shares of the FLOPs that pruning is to leave, one after another until the budget is broken."""
+        return {"quick": (0.7,), "default": (0.85, 0.7, 0.5), "extensive": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}[self.value]
+
+    @property
     def rounding(self) -> Rounding:
         """How weights are rounded in the result."""
         return NEAREST if self is Effort.QUICK else Rounding()

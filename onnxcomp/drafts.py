@@ -1,6 +1,6 @@
 """What to try: the quantizations that a target has kernels for, and the ways to refine one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from onnxcomp import placement
@@ -8,6 +8,7 @@ from onnxcomp.candidates import NEAREST, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
 from onnxcomp.passes.convert_float import ConvertFloat
 from onnxcomp.passes.equalize import Equalize
+from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.smooth import Smooth
@@ -19,76 +20,92 @@ Recipe = tuple[str, tuple[Pass, ...]]
 _FP16 = {"cuda", "tensorrt", "nvtensorrtrtx", "rocm", "migraphx", "dml"}
 """Providers that compute in half precision; the CPU's converts to float32 and back."""
 
-_PART_OF_DRAFTS = {"simplify", "quantize-static", "quantize-dynamic", "quantize-weights"}
+_PART_OF_DRAFTS = {"simplify", "prune", "quantize-static", "quantize-dynamic", "quantize-weights"}
 """Passes that the search applies in its own way."""
+
+_MULTIPLE = 8
+"""Widths that kernels for vectors of eight and more numbers can fill."""
 
 _NO_INT8 = {"cuda", "rocm"}
 """Providers whose integer kernels are slow or missing."""
 
 
+def narrower(bench: Workbench, named: Sequence[str], effort: Effort) -> Iterator[Candidate]:
+    """The model pruned more and more, where the user asked for that."""
+    if "prune" in named:
+        for share in effort.widths:
+            yield bench.make(f"{share:.0%} of the FLOPs", (Prune(share, multiple=_MULTIPLE),))
+
+
 def drafts(
-    bench: Workbench, clean: Candidate, allowed: frozenset[str], effort: Effort, named: Sequence[str] = ()
+    bench: Workbench, base: Candidate, allowed: frozenset[str], effort: Effort, named: Sequence[str] = ()
 ) -> list[Candidate]:
-    """Every quantization with kernels on the target that changes the model and runs, weights rounded to the nearest.
+    """Every quantization with kernels on the target that changes a model and runs, weights rounded to the nearest.
 
     Passes that the user named and that are no part of these are tried as they are.
 
     Args:
         bench: where they are made.
-        clean: the model to compare placements with.
+        base: the model to quantize, in float: the cleaned-up one, or that with fewer channels.
         allowed: names of the passes that may be used.
         effort: how many placements.
         named: passes that the user asked for.
     """
     made = []
     if bench.provider in _FP16 and "convert-float" in allowed:
-        made.append(bench.make("fp16", (ConvertFloat(),)))
+        made.append(_upon(bench, base, "fp16", ConvertFloat()))
     if bench.provider not in _NO_INT8 and "quantize-static" in allowed and bench.context.data is not None:
-        made.extend(_static(bench, clean, effort))
+        made.extend(_static(bench, base, effort))
     if bench.provider == "cpu" and "quantize-dynamic" in allowed:
         dynamic = replace(QuantizeDynamic.for_provider(bench.provider), rounding=NEAREST)
-        made.append(bench.make("dynamic INT8", (dynamic,)))
+        made.append(_upon(bench, base, "dynamic INT8", dynamic))
     tried = {draft.passes for draft in made}
     for name in named:
-        recipe = (passes()[name](),)
-        if name not in _PART_OF_DRAFTS and recipe not in tried:
-            made.append(bench.make(name, recipe))
+        technique = passes()[name]()
+        if name not in _PART_OF_DRAFTS and (*base.passes, technique) not in tried:
+            made.append(_upon(bench, base, name, technique))
     return [draft for draft in made if bench.works(draft)]
 
 
-def _static(bench: Workbench, clean: Candidate, effort: Effort) -> list[Candidate]:
+def _upon(bench: Workbench, base: Candidate, name: str, technique: Pass) -> Candidate:
+    """One more pass behind those of a candidate."""
+    return bench.make(f"{base.name}, {name}" if base.passes else name, (*base.passes, technique))
+
+
+def _static(bench: Workbench, base: Candidate, effort: Effort) -> list[Candidate]:
     """Static INT8 wherever it can be and, on the CPU, where measured times say."""
     target = bench.context.target
-    base = replace(QuantizeStatic.for_provider(bench.provider), rounding=NEAREST)
-    full = bench.make("static INT8", (base,))
+    everywhere = replace(QuantizeStatic.for_provider(bench.provider), rounding=NEAREST)
+    full = _upon(bench, base, "static INT8", everywhere)
     if bench.provider != "cpu" or not bench.works(full):
         return [full]
-    floats, integers = profiles([clean.model, full.model], target, bench.batch.feeds)
+    floats, integers = profiles([base.model, full.model], target, bench.batch.feeds)
     crossing = placement.measure_crossing(target)
     names = set(full.changed)
     found: dict[tuple[str, ...], Candidate] = {(): full}
     for factor in effort.crossings:
-        chosen = placement.place(clean.model, names, floats, integers, crossing, factor)
+        chosen = placement.place(base.model, names, floats, integers, crossing, factor)
         keep = tuple(sorted(names - chosen))
         if keep not in found and chosen:
             name = f"static INT8 but for {len(keep)} nodes that are faster in float"
-            found[keep] = bench.make(name, (replace(base, keep=keep),))
+            found[keep] = _upon(bench, base, name, replace(everywhere, keep=keep))
     return list(found.values())
 
 
 def variants(draft: Candidate, allowed: frozenset[str], effort: Effort, *, has_data: bool) -> list[Recipe]:
     """The same nodes with other ways to choose ranges and weights, the usual one first."""
-    last, name = draft.passes[-1], draft.name
+    *before, last = draft.passes
+    name = draft.name
     rounding = effort.rounding if has_data else NEAREST
     more = effort is not Effort.QUICK and has_data
     if not isinstance(last, QuantizeStatic | QuantizeDynamic):
         return [(name, draft.passes)]
     rounded = replace(last, rounding=rounding)
-    found: list[Recipe] = [(f"{name}, weights refined", (rounded,))]
+    found: list[Recipe] = [(f"{name}, weights refined", (*before, rounded))]
     if isinstance(rounded, QuantizeStatic) and more:
-        found.append((f"{name}, min-max ranges", (replace(rounded, range=Range.MINMAX),)))
+        found.append((f"{name}, min-max ranges", (*before, replace(rounded, range=Range.MINMAX))))
         if "equalize" in allowed:
-            found.append((f"{name}, equalized", (Equalize(), rounded)))
+            found.append((f"{name}, equalized", (*before, Equalize(), rounded)))
     if isinstance(rounded, QuantizeDynamic) and more and "smooth" in allowed:
-        found.append((f"{name}, smoothed", (Smooth(insert=True), rounded)))
+        found.append((f"{name}, smoothed", (*before, Smooth(insert=True), rounded)))
     return found

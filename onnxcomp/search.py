@@ -1,8 +1,8 @@
 """Finds the fastest candidate within the budget, then makes it smaller.
 
-1. Clean up.
-2. Draft: every quantization that the target has kernels for, weights rounded to the nearest, with those nodes in INT8
-   that a minimum cut over measured times puts there. All drafts are timed side by side.
+1. Clean up; and prune, where the user asked for it, as far as the budget allows.
+2. Draft, upon each of these: every quantization that the target has kernels for, weights rounded to the nearest, with
+   those nodes in INT8 that a minimum cut over measured times puts there. All drafts are timed side by side.
 3. Refine the fastest: weights rounded with error feedback, judged on the metric. Over budget, nodes return to float,
    the most sensitive first, until it holds.
 4. What is still float is stored as integers where that costs neither time nor budget.
@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from onnxcomp.budget import Budget, within
 from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench
-from onnxcomp.drafts import drafts, variants
+from onnxcomp.drafts import drafts, narrower, variants
 from onnxcomp.metrics import Metric
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
@@ -55,7 +55,10 @@ class Search:
 
     def run(self) -> Candidate:
         """The best candidate."""
-        made = drafts(self._bench, self.clean, self._allowed, self._effort, self._named)
+        made = []
+        for base in [self.clean, *self._narrower()]:
+            made += [base] * (base is not self.clean)
+            made += drafts(self._bench, base, self._allowed, self._effort, self._named)
         self.drafted = bool(made)
         self._bench.time(self.clean, *made)
         self._bench.drop(self.clean)
@@ -68,6 +71,13 @@ class Search:
             elif refined is not None:
                 refined.verdict = "not faster beyond noise" if refined.speedup > best.speedup else "not faster"
         return self._shrink(best)
+
+    def _narrower(self) -> Iterator[Candidate]:
+        """The model with fewer and fewer channels, as long as the budget holds."""
+        for candidate in narrower(self._bench, self._named, self._effort):
+            if not self._bench.works(candidate) or not self._within(candidate):
+                return
+            yield candidate
 
     def fallbacks(self, best: Candidate) -> Iterator[Candidate]:
         """What to take instead of a candidate that fails on unseen data: one that loses half as much, then clean-up.

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from onnxcomp import candidates, metrics, optimizer, placement, runtime, search
+from onnxcomp import candidates, drafts, metrics, optimizer, placement, runtime, search
 from onnxcomp.candidates import Effort
 from onnxcomp.metrics import Score
 from onnxcomp.placement import Crossing
@@ -129,7 +129,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
     monkeypatch.setattr(runtime, "compare", made.compare)
     monkeypatch.setattr(metrics, "evaluate", made.evaluate)
     monkeypatch.setattr(search, "ranking", made.ranking)
-    monkeypatch.setattr(placement, "profiles", all_in_integers)
+    monkeypatch.setattr(drafts, "profiles", all_in_integers)
     monkeypatch.setattr(placement, "measure_crossing", lambda *_: Crossing((1,), (0.0,), (0.0,)))
     for module in (candidates, optimizer):
         monkeypatch.setattr(module, "paced", lambda protocol, *_: protocol)
