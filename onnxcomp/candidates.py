@@ -41,7 +41,7 @@ class Effort(StrEnum):
     @property
     def widths(self) -> tuple[float, ...]:
         """Shares of the FLOPs that pruning is to leave, one after another until the budget is broken."""
-        return {"quick": (0.7,), "default": (0.85, 0.7, 0.5), "extensive": (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)}[self.value]
+        return {"quick": (0.8,), "default": (0.9, 0.8, 0.65), "extensive": (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)}[self.value]
 
     @property
     def rounding(self) -> Rounding:

@@ -2,13 +2,13 @@
 
 Kernels work in blocks and change their layout by width, so time does not fall with FLOPs, and a node timed on its own
 would pay for conversions that its neighbours spare it. So whole models are profiled, in each of which every group of
-channels that shares no node with another is cut to the same share. Nodes of the same operator, attributes and shapes
-share what they took, which makes a table of few entries, each seen often.
+channels that shares no node with another is cut to the same share. Groups whose nodes have the same operators,
+attributes and shapes count as one seen more often: each gets their median.
 """
 
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import onnx_ir as ir
@@ -22,6 +22,7 @@ from onnxcomp.widths import Counts, Floats
 
 _PROTOCOL = Protocol(block=5, rounds=9, warmup=2, seconds=5)
 
+_ROUNDS = 4
 _LEVELS = 8
 """A group is timed with 1/8, 2/8, ... of its channels gone."""
 
@@ -44,33 +45,41 @@ class LatencyModel:
         self._model, self._target, self._feeds = groups.model, context.target, feeds
         self._touched = [_touched(group) for group in self.groups]
         self.counts = [_levels(group, counts) for group, counts in zip(self.groups, cuttable, strict=True)]
-        self._shares: list[dict[int, dict[str, float]]] = [{0: {}} for _ in self.groups]
-        variants = list(self._variants(groups))
-        models = [groups.model, *(model for _, model in variants)]
-        found = [profile.times for profile in profiles(models, context.target, feeds)]
-        table: dict[Hashable, list[float]] = defaultdict(list)
-        keys = [self._keys(model) for model in models]
-        for times, key in zip(found, keys, strict=True):
-            for name, time in times.items():
-                if name in key:
-                    table[key[name]].append(time)
-        typical = {key: statistics.median(times) for key, times in table.items()}
-        self._times = {name: typical[key] for name, key in keys[0].items() if key in typical}
-        for (removed, _), key in zip(variants, keys[1:], strict=True):
-            for group, count in removed.items():
-                self._shares[group][count] = {
-                    name: typical.get(key.get(name), 0.0) / self._times[name]
-                    for name in self._touched[group]
-                    if self._times.get(name)
-                }
+        self._shares: list[dict[int, float]] = [{0: 1.0} for _ in self.groups]
+        self._times: dict[str, float] = {}
+        for members in self._apart():
+            variants = list(self._variants(groups, members))
+            made = [groups.model, *(model for _, model in variants)]
+            found = profiles(made, context.target, feeds, rounds=_ROUNDS)
+            whole, *cut = (profile.times for profile in found)
+            self._times = dict(whole)
+            for (removed, _), times in zip(variants, cut, strict=True):
+                self._learn(groups, removed, whole, times)
+
+    def _learn(
+        self, groups: ChannelGroups, removed: Mapping[int, int], whole: Mapping[str, float], cut: Mapping[str, float]
+    ) -> None:
+        """What is left of the time of each group's nodes, the median over groups of the same nodes and shapes.
+
+        Of their sum, as what is fused into what changes with the width.
+        """
+        alike: dict[Hashable, list[tuple[int, float]]] = defaultdict(list)
+        for group, count in removed.items():
+            before, after = (sum(each.get(name, 0.0) for name in self._touched[group]) for each in (whole, cut))
+            if before:
+                alike[count, _form(groups.model, self._touched[group])].append((group, after / before))
+        for members in alike.values():
+            share = statistics.median(share for _, share in members)
+            for group, _ in members:
+                self._shares[group][removed[group]] = share
 
     def total(self, removed: Floats | None = None) -> float:
         """Microseconds per run with so many channels gone from each group."""
-        gone = np.zeros(len(self.groups)) if removed is None else removed
         times = dict(self._times)
-        for group, count in enumerate(gone.astype(int).tolist()):
-            for name, share in self._at(group, count).items():
-                times[name] *= share
+        for group, count in enumerate([] if removed is None else removed.astype(int).tolist()):
+            share = self._share(group, count)
+            if share != 1:
+                times |= {name: times[name] * share for name in self._touched[group] & times.keys()}
         return sum(times.values())
 
     def saving(self, group: int, removed: Floats, count: int) -> float:
@@ -84,25 +93,25 @@ class LatencyModel:
         sessions = [Session(each, self._target) for each in (self._model, model)]
         return 1 / compare(sessions, self._feeds, _PROTOCOL)[1].speedup
 
-    def _at(self, group: int, count: int) -> dict[str, float]:
+    def _share(self, group: int, count: int) -> float:
         shares = self._shares[group]
         return shares[max(known for known in shares if known <= count)]
 
-    def _variants(self, groups: ChannelGroups) -> Iterator[tuple[dict[int, int], ir.Model]]:
-        for together in self._apart():
-            for level in range(1, _LEVELS):
-                removed = {}
-                for index in together:
-                    counts = self.counts[index]
-                    goal = level * self.groups[index].size / _LEVELS
-                    removed[index] = int(counts[np.argmin(np.abs(counts - goal))])
-                removed = {index: count for index, count in removed.items() if count}
-                if not removed:
-                    continue
-                try:
-                    yield removed, without(groups, {self.groups[i]: range(count) for i, count in removed.items()})
-                except SurgeryError:
-                    continue
+    def _variants(self, groups: ChannelGroups, members: Sequence[int]) -> Iterator[tuple[dict[int, int], ir.Model]]:
+        """Models with more and more channels gone from some groups, and how many of which."""
+        for level in range(1, _LEVELS):
+            removed = {}
+            for index in members:
+                counts = self.counts[index]
+                goal = level * self.groups[index].size / _LEVELS
+                removed[index] = int(counts[np.argmin(np.abs(counts - goal))])
+            removed = {index: count for index, count in removed.items() if count}
+            try:
+                cut = without(groups, {self.groups[index]: range(count) for index, count in removed.items()})
+            except SurgeryError:
+                continue
+            if removed:
+                yield removed, cut
 
     def _apart(self) -> list[list[int]]:
         """The groups in sets of which no two share a node."""
@@ -119,17 +128,19 @@ class LatencyModel:
                 sets.append(([index], set(self._touched[index])))
         return [members for members, _ in sets]
 
-    def _keys(self, model: ir.Model) -> dict[str, Hashable]:
-        """What the time of each node depends on."""
-        return {
-            node.name or "": (
-                node.op_type,
-                node.domain,
-                str(sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())),
-                tuple(str(None if value is None else value.shape) for value in (*node.inputs, *node.outputs)),
-            )
-            for node in model.graph
-        }
+
+def _form(model: ir.Model, names: Set[str]) -> Hashable:
+    """What the time of some nodes depends on."""
+    return tuple(
+        (
+            node.domain,
+            node.op_type,
+            str(sorted((name, str(attribute.value)) for name, attribute in node.attributes.items())),
+            tuple(str(None if value is None else value.shape) for value in (*node.inputs, *node.outputs)),
+        )
+        for node in model.graph
+        if node.name in names
+    )
 
 
 def _touched(group: ChannelGroup) -> set[str]:
