@@ -125,7 +125,7 @@ def _replace(layer: Layer, index: int, array: NDArray[Any], name: str) -> None:
     tensor, graph = layer.weight.const_value, layer.node.graph
     assert tensor is not None
     assert isinstance(graph, ir.Graph)
-    value = Builder(graph).constant(array.astype(tensor.dtype.numpy()), f"{name}_fitted")
+    value = Builder(graph).constant(array.astype(tensor.dtype.numpy()), f"{name.removesuffix('_fitted')}_fitted")
     layer.node.replace_input_with(index, value)
 
 

@@ -21,13 +21,14 @@ from models import zoo
 from onnxcomp import convert, footprint, inspection, measure, metrics
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
-from onnxcomp.cli import main
+from onnxcomp.cli import _CRITERIA, main
 from onnxcomp.errors import BudgetError
 from onnxcomp.footprint import Footprint
 from onnxcomp.passes.quantize_static import Range
 from onnxcomp.registry import passes
 from onnxcomp.report import Report, Result
 from onnxcomp.runtime import Protocol, Target
+from onnxcomp.saliency import Criterion
 from tests.commands import child, mlp, outputs, run, samples, weights
 from tests.test_report import FULL, SCHEMA
 
@@ -617,3 +618,31 @@ def test_nan_in_weights_is_refused_everywhere(tmp_path: Path) -> None:
     path = mlp(tmp_path / "nan.onnx", broken)
     for command in ("simplify", "bench", "optimize"):
         assert "NaN" in run(command, path, code=2).stderr
+
+
+# --- prune ----------------------------------------------------------------------------------------------------------
+
+
+def test_prune_shows_each_group_and_writes_its_saliency(tmp_path: Path) -> None:
+    digits = ["prune", MODELS / "digits.onnx", "-o", tmp_path / "o.onnx", "--calib", MODELS / "digits_calib.npz"]
+    how = ["--target", "params=60%", "--criterion", "l1", "--rates", "global", "--no-reconstruct", "--threads", 1]
+    text = run(*digits, *how).stdout
+    (step,) = (
+        step
+        for step in document(run(*digits, *how, "--overwrite", "--json", "-"))["steps"]
+        if step["recipe"].startswith("Prune(")
+    )
+    assert "criterion=Criterion.L1" in step["recipe"]
+    for width in step["widths"]:
+        assert len(width["saliency"]) == width["size"] >= len(width["kept"])
+        assert re.search(rf"{re.escape(width['group'])} +{width['size']} +{len(width['kept'])} ", text)
+
+
+def test_prune_offers_every_criterion() -> None:
+    assert list(Criterion) == _CRITERIA
+
+
+@pytest.mark.parametrize("options", [(), ("--target", "flops=50%", "--threshold", "0.5")])
+def test_prune_is_told_once_how_much(model: Path, options: tuple[str, ...]) -> None:
+    result = run("prune", model, *options, code=2)
+    assert "give either --target or --threshold" in result.stderr

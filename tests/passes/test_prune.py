@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx_ir.passes.common import ShapeInferencePass
 
 from models import zoo
+from onnxcomp import latency
 from onnxcomp import model as models
 from onnxcomp.core import Context, node_pattern
 from onnxcomp.data import open_dataset
@@ -15,8 +17,11 @@ from onnxcomp.errors import OptionError
 from onnxcomp.layers import layers
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.simplify import Simplify
+from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Session
-from onnxcomp.widths import Cost, totals
+from onnxcomp.saliency import Criterion
+from onnxcomp.synthetic import synthetic
+from onnxcomp.widths import Cost, Rates, totals
 
 SHIPPED = Path(__file__).parents[2] / "models"
 
@@ -91,3 +96,100 @@ def test_nothing_to_prune_is_unchanged() -> None:
 def test_shares_that_make_no_sense_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="make no sense"):
         Prune(**settings)  # type: ignore[arg-type]
+
+
+def zoo_model(name: str) -> ir.Model:
+    """With shapes, so that FLOPs can be counted."""
+    model = models.load(zoo.build(name))
+    ShapeInferencePass()(model)
+    return model
+
+
+def context_of(model: ir.Model, count: int = 8) -> Context:
+    return Context(synthetic(models.input_specs(model), count, 0, models.vocabularies(model)))
+
+
+@pytest.mark.parametrize("criterion", list(Criterion))
+def test_every_criterion_reaches_the_target(criterion: Criterion) -> None:
+    model = zoo_model("resnet")
+    settings = Prune(0.7, criterion=criterion, rates=Rates.GLOBAL, reconstruct=False)
+    outcome = settings(model, context_of(model))
+    if criterion is Criterion.GAMMA and not outcome.modified:
+        assert any("BatchNormalization" in skip.reason for skip in outcome.skips)
+        return
+    assert totals(outcome.model).flops <= 0.7 * totals(model).flops
+    for width in outcome.widths:
+        assert len(width.saliency) == width.size
+        lost = np.setdiff1d(np.arange(width.size), width.kept)
+        if criterion is not Criterion.OBS and len(lost):  # OBS scores each channel when its turn comes
+            assert max(np.array(width.saliency)[lost]) <= min(np.array(width.saliency)[list(width.kept)])
+
+
+def test_local_rates_are_the_same_everywhere() -> None:
+    model = zoo_model("vgg")
+    outcome = Prune(0.5, criterion=Criterion.L1, rates=Rates.LOCAL, reconstruct=False)(model, Context())
+    shares = [len(width.kept) / width.size for width in outcome.widths]
+    assert max(shares) - min(shares) <= 1 / min(width.size for width in outcome.widths)
+    assert outcome.modified
+    assert not any("made-up" in change.what for change in outcome.changes)  # weights alone decided
+
+
+def test_a_threshold_takes_what_scores_less() -> None:
+    model = zoo_model("vgg")
+    outcome = Prune(criterion=Criterion.L1, rates=Rates.GLOBAL, threshold=0.95, least=0, reconstruct=False)(
+        model, Context()
+    )
+    for width in outcome.widths:
+        assert list(width.kept) == [i for i, score in enumerate(width.saliency) if score >= 0.95]
+
+
+def test_a_penalty_moves_the_loss_to_expensive_layers() -> None:
+    model = zoo_model("vgg")
+
+    def channels(penalty: float) -> int:
+        settings = Prune(0.7, criterion=Criterion.L1, rates=Rates.GLOBAL, penalty=penalty, least=0.2, reconstruct=False)
+        return sum(len(width.kept) for width in settings(model, Context()).widths)
+
+    assert channels(10.0) > channels(0.0)  # the same FLOPs from fewer channels
+
+
+def test_rounds_keep_the_numbers_of_the_channels() -> None:
+    model = zoo_model("resnet")
+    settings = Prune(0.5, criterion=Criterion.L2, rates=Rates.GLOBAL, rounds=3)
+    outcome = settings(model, context_of(model, 16))
+    assert totals(outcome.model).flops <= 0.5 * totals(model).flops
+    after = {layer.name: layer for layer in layers(outcome.model)}
+    for width in outcome.widths:
+        assert len(set(width.kept)) == len(width.kept)
+        assert after[width.group.partition("#")[0]].outputs == len(width.kept)
+
+
+def test_without_reconstruction_weights_are_the_ones_there_were() -> None:
+    model = zoo_model("vgg")
+    outcome = Prune(0.6, criterion=Criterion.L1, rates=Rates.LOCAL, reconstruct=False)(model, Context())
+    kept = {width.group: list(width.kept) for width in outcome.widths}
+    before = next(layer for layer in layers(model) if layer.name in kept)
+    after = next(layer for layer in layers(outcome.model) if layer.name == before.name)
+    assert np.array_equal(after.by_output(), before.by_output()[kept[before.name]])
+
+
+def test_a_latency_target_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time is faked: a node takes as long as its output and input channels say, in steps of four."""
+    model = zoo_model("vgg")
+
+    def cost(made: ir.Model) -> dict[str, float]:
+        return {layer.name: float(-(-layer.outputs // 4) * -(-len(layer.by_input()) // 4)) for layer in layers(made)}
+
+    def profiles(made: list[ir.Model], *_: object, **__: object) -> list[Profile]:
+        return [Profile(cost(each), {}) for each in made]
+
+    def measured(self: latency.LatencyModel, made: ir.Model) -> float:
+        return sum(cost(made).values()) / self.total()
+
+    monkeypatch.setattr(latency, "profiles", profiles)
+    monkeypatch.setattr(latency.LatencyModel, "measured", measured)
+    outcome = Prune(0.6, Cost.LATENCY, reconstruct=False)(model, context_of(model))
+    assert 0.45 < sum(cost(outcome.model).values()) / sum(cost(model).values()) < 0.68
+    cheaper = [width for width in outcome.widths if len(width.kept) < width.size]
+    assert cheaper
+    assert all(len(width.kept) % 4 == 0 for width in cheaper if width.size % 32 == 0)
