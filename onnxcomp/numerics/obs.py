@@ -69,17 +69,15 @@ def eliminate(
     gone: list[int] = []
     errors = [0.0]
     while len(gone) < total:
-        if order is None:
-            alive = np.setdiff1d(np.arange(total), gone)
-            scores = np.sum([state.scores(alive) for state in states], axis=0)
-            count = max(1, min(_ELIMINATED, len(alive) // _ELIMINATED))
-            chosen = alive[np.argsort(scores, kind="stable")[:count]]
-        else:
-            chosen = np.asarray(order)
-        for channel in chosen.tolist():
-            cost = sum(state.remove(channel) for state in states)
-            gone.append(channel)
-            errors.append(errors[-1] + max(cost, 0.0))
+        alive = np.setdiff1d(np.arange(total), gone) if order is None else np.asarray(order)[len(gone) :]
+        scores = np.sum([state.scores(alive) for state in states], axis=0)
+        count = max(1, min(_ELIMINATED, len(alive) // _ELIMINATED))
+        places = np.argsort(scores, kind="stable")[:count] if order is None else np.arange(count)
+        cost = max(sum(state.remove(alive[places]) for state in states), 0.0)
+        # Those that go together share what they cost by what each would cost alone.
+        shares = np.maximum(scores[places], 0) + np.finfo(float).tiny
+        errors += (errors[-1] + cost * np.cumsum(shares / shares.sum())).tolist()
+        gone += alive[places].tolist()
     return Elimination(np.asarray(gone), np.asarray(errors))
 
 
@@ -153,9 +151,9 @@ class _State:
         """What each channel would cost, relative to the layer's output."""
         return removal_costs(self._weight, self._inverse, self._columns[channels]) / self._energy
 
-    def remove(self, channel: int) -> float:
-        """Remove one and let the others make up for it."""
-        S = self._columns[channel]
+    def remove(self, channels: NDArray[np.int64]) -> float:
+        """Remove some together and let the others make up for it."""
+        S = self._columns[channels].ravel()
         rows = self._inverse[S]
         solved = np.linalg.solve(rows[:, S], rows)  # [(H^-1)_SS]^-1 (H^-1)_S,:
         cost = float(np.einsum("ij,ij->", self._weight[:, S] @ np.linalg.inv(rows[:, S]), self._weight[:, S]))
