@@ -136,7 +136,7 @@ class Pruner:
         OBS removes them one after another, each time the one that costs least, and scores each by what it added then.
         The others score all at once. Groups that the criterion says nothing of are skipped, with that reason.
         """
-        chosen = list(self._readers)
+        chosen = [group for group in self._readers if self._can_go(group)]
         if criterion is Criterion.OBS:
             return {group: self._eliminated(group) for group in chosen}
         found = {}
@@ -147,6 +147,15 @@ class Pruner:
             else:
                 found[group] = Ranking(np.argsort(scored, kind="stable"), scored)
         return found
+
+    def _can_go(self, group: ChannelGroup) -> bool:
+        """Whether surgery knows how, tried on one channel; else that is a skip."""
+        try:
+            without(self.groups, {group: [0]})
+        except SurgeryError as error:
+            self.skips.append(Skip(group.name, error.fact))
+            return False
+        return True
 
     def _eliminated(self, group: ChannelGroup) -> Ranking:
         swept = eliminate(self._consumers(group), DAMPING)

@@ -9,8 +9,9 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 from models import zoo
-from onnxcomp import latency
+from onnxcomp import latency, pruning, surgery
 from onnxcomp import model as models
+from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context, node_pattern
 from onnxcomp.data import open_dataset
 from onnxcomp.errors import OptionError
@@ -20,6 +21,7 @@ from onnxcomp.passes.simplify import Simplify
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Session
 from onnxcomp.saliency import Criterion
+from onnxcomp.surgery import SurgeryError
 from onnxcomp.synthetic import synthetic
 from onnxcomp.widths import Cost, Rates, totals
 
@@ -132,6 +134,18 @@ def test_local_rates_are_the_same_everywhere() -> None:
     assert max(shares) - min(shares) <= 1 / min(width.size for width in outcome.widths)
     assert outcome.modified
     assert not any("made-up" in change.what for change in outcome.changes)  # weights alone decided
+
+
+def test_what_surgery_cannot_cut_is_left_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(groups: ChannelGroups, removed: dict[ChannelGroup, Any]) -> ir.Model:
+        if groups[0] in removed:
+            raise SurgeryError("a size is computed oddly")
+        return surgery.without(groups, removed)
+
+    monkeypatch.setattr(pruning, "without", without)
+    outcome = Prune(0.5, criterion=Criterion.L1, rates=Rates.LOCAL, reconstruct=False)(zoo_model("vgg"), Context())
+    assert outcome.modified
+    assert [skip.reason for skip in outcome.skips].count("a size is computed oddly") == 1
 
 
 def test_a_threshold_takes_what_scores_less() -> None:
