@@ -261,7 +261,7 @@ def _pass(
     model: ir.Model, data: Dataset, context: Context, requests: _Requests, size: int, what: str
 ) -> Iterator[Statistics]:
     probe = _Probe(model, requests)
-    session = Session(probe.model, context.target)
+    session = Session(probe.model, context.target, spinning=False)
     generator = np.random.default_rng(context.seed)
     share = {layer.name: max(_LEAST_ROWS, GRAM_ROWS * layer.input_width) / data.samples for layer in requests.layers}
     done = 0

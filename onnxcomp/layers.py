@@ -219,23 +219,69 @@ class Layer:
         flat = moved.reshape(-1, moved.shape[-1])
         return flat[_draw(len(flat), count, generator)]
 
+    def from_output_rows(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        """The inverse of `output_rows` where all positions were drawn.
+
+        Args:
+            rows: (rows, out).
+            shape: of the layer's input.
+        """
+        if self.node.op_type == "Conv":
+            one = self._windows(np.zeros((1, 1, *shape[2:]), np.float32))
+            positions: tuple[int, ...] = (shape[0], *one.shape[1 : len(shape) - 1])
+        else:
+            positions = tuple(np.delete(shape, self.input_axis).tolist())
+        return np.moveaxis(rows.reshape(*positions, -1), -1, self.output_axis)
+
+    def from_rows(self, rows: Array, shape: tuple[int, ...]) -> Array:
+        """The adjoint of `rows` where all positions were drawn: each element of the input sums what its copies hold.
+
+        Args:
+            rows: (groups, rows, in/group * kernel).
+            shape: of the layer's input.
+        """
+        flat = np.swapaxes(rows, 0, 1)
+        if self.node.op_type != "Conv":
+            axis = self.input_axis
+            return np.moveaxis(flat.reshape(*np.delete(shape, axis), shape[axis]), -1, axis)
+        inside = tuple(slice(before, before + size) for (before, _), size in zip(self._pads(shape), shape, strict=True))
+        padded = np.zeros([size + sum(pads) for size, pads in zip(shape, self._pads(shape), strict=True)], rows.dtype)
+        windows = self._windows(padded, padded=True)
+        parts = flat.reshape(windows.shape)
+        for tap in np.ndindex(*self.kernel):
+            windows[(..., *tap)] += parts[(..., *tap)]
+        return padded[inside]
+
     def _patches(self, data: Array, count: int, generator: np.random.Generator) -> NDArray[np.float32]:
-        kernel, attributes = self.kernel, self.node.attributes
-        rank = len(kernel)
-        strides = list(attributes.get_ints("strides", [1] * rank))
-        dilations = list(attributes.get_ints("dilations", [1] * rank))
-        spans = [dilation * (size - 1) + 1 for dilation, size in zip(dilations, kernel, strict=True)]
-        pads = _pads(self.node, data.shape[2:], spans, strides)
-        padded = np.pad(data, [(0, 0), (0, 0), *pads])
-        windows = np.lib.stride_tricks.sliding_window_view(padded, spans, axis=tuple(range(2, 2 + rank)))
-        keep = slice(None)
-        apart = [slice(None, None, step) for step in (*strides, *dilations)]
-        windows = windows[(keep, keep, *apart)]
-        places = np.moveaxis(windows, 1, 1 + rank)  # (batch, *positions, channel, *kernel), still a view
-        shape = places.shape[: 1 + rank]
-        chosen = np.unravel_index(_draw(int(np.prod(shape)), count, generator), shape)
-        patches = np.asarray(places[chosen], np.float32).reshape(len(chosen[0]), self.groups, -1)
+        places = self._windows(data)
+        shape = places.shape[: 1 + len(self.kernel)]
+        total = int(np.prod(shape))
+        if total > count:
+            places = places[np.unravel_index(_draw(total, count, generator), shape)]
+        patches = np.asarray(places, np.float32).reshape(min(total, count), self.groups, -1)
         return np.ascontiguousarray(np.swapaxes(patches, 0, 1))
+
+    def _windows(self, data: Array, *, padded: bool = False) -> Array:
+        """What a convolution reads at each position: (batch, *positions, channel, *kernel), a view on padded data."""
+        rank, attributes = len(self.kernel), self.node.attributes
+        strides, dilations = (attributes.get_ints(name, [1] * rank) for name in ("strides", "dilations"))
+        data = data if padded else np.pad(data, self._pads(data.shape))
+        axes = tuple(range(2, 2 + rank))
+        view = np.lib.stride_tricks.sliding_window_view(data, self._spans, axis=axes, writeable=padded)
+        keep = slice(None)
+        view = view[(keep, keep, *(slice(None, None, step) for step in (*strides, *dilations)))]
+        return np.moveaxis(view, 1, 1 + rank)
+
+    @property
+    def _spans(self) -> list[int]:
+        """How far the kernel reaches along each spatial axis."""
+        dilations = self.node.attributes.get_ints("dilations", [1] * len(self.kernel))
+        return [dilation * (size - 1) + 1 for dilation, size in zip(dilations, self.kernel, strict=True)]
+
+    def _pads(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Padding of each axis of a convolution's input."""
+        strides = list(self.node.attributes.get_ints("strides", [1] * len(self.kernel)))
+        return [(0, 0), (0, 0), *_pads(self.node, shape[2:], self._spans, strides)]
 
 
 def _draw(total: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:

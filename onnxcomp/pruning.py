@@ -151,7 +151,7 @@ class Pruner:
     def _can_go(self, group: ChannelGroup) -> bool:
         """Whether surgery knows how, tried on one channel; else that is a skip."""
         try:
-            without(self.groups, {group: [0]})
+            without(self.groups, {group: [0]}, infer=False)
         except SurgeryError as error:
             self.skips.append(Skip(group.name, error.fact))
             return False
@@ -186,7 +186,7 @@ class Pruner:
 
     def _effect(self, group: ChannelGroup, gone: NDArray[np.int64]) -> float:
         """Relative squared error of the model's outputs without some channels of one group."""
-        session = Session(self.cut({group: gone}).model, self.context.target)
+        session = Session(self.cut({group: gone}, infer=False).model, self.context.target)
         signal = noise = 0.0
         for feeds, expected in self._answers:
             for name, actual in session.run(feeds).items():
@@ -198,13 +198,17 @@ class Pruner:
 
     # -- the cut ----------------------------------------------------------------------------------------------------
 
-    def cut(self, removed: Mapping[ChannelGroup, NDArray[np.int64]]) -> Cut:
+    def cut(self, removed: Mapping[ChannelGroup, NDArray[np.int64]], *, infer: bool = True) -> Cut:
         """The model without channels, and with least squares on what is left of each layer that read them.
+
+        Args:
+            removed: which channels of which groups.
+            infer: shapes of the model.
 
         Raises:
             SurgeryError: a size is computed in a way that is not understood.
         """
-        pruned = without(self.groups, {group: gone.tolist() for group, gone in removed.items()})
+        pruned = without(self.groups, {group: gone.tolist() for group, gone in removed.items()}, infer=infer)
         outputs = _kept_outputs(self.groups, removed)
         if not self._refits:
             return Cut(pruned, outputs)

@@ -2,30 +2,42 @@
 
 Layer by layer, in topological order: on inputs as the already fitted part of the pruned model makes them, ridge
 regression towards the original's outputs, centred on the weights there are. In front of a residual sum the target is
-what the sum is to be, less what the other branch now gives, so that the errors upstream cancel. Only one layer's Gram
-matrix is held at a time, summed in float64 over float32 products of each batch. What a layer read is kept for the next
-one to start from where the memory cap allows, else the model is run again from its inputs.
+what the sum is to be, less what the other branch now gives, so that the errors upstream cancel. Layers in a row are
+then fitted together to what the last one is to give, on part of the samples, and stay so if that helps on others.
+
+Only one layer's Gram matrix is held at a time, summed in float64 over float32 products of each batch. What a row of
+layers reads is kept for the next one to start from where the memory cap allows, else the model is run again from its
+inputs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 from numpy.typing import NDArray
 
+from onnxcomp.chains import chains
 from onnxcomp.core import Context
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Builder, constant_of, single_consumer
 from onnxcomp.layers import Layer, layers
+from onnxcomp.numerics import joint
 from onnxcomp.numerics.obs import refit
+from onnxcomp.prefix import Prefix, part_between
 from onnxcomp.runtime import Session
-from onnxcomp.samples import Batch, Dataset, Feeds
+from onnxcomp.samples import Batch, Dataset
 
-_BATCH = 64
-_ROWS_PER_INPUT = 96
-_LEAST_ROWS = 32768
+_ROWS_PER_INPUT = 32
+_LEAST_ROWS = 16384
+
+_JOINT_ROWS = 65536
+_JOINT_SAMPLES = 32
+"""At least, even where fewer have as many rows."""
+_HELD_OUT = 0.2
+"""Share of them on which it is judged whether fitting layers together helped."""
 
 Rows = NDArray[np.floating]
 
@@ -58,31 +70,76 @@ def reconstruct(
         context: target, seed, progress.
         damping: of the regression, as a share of the mean of H's diagonal.
     """
-    prefixes = _Prefix(original, data, context), _Prefix(pruned, data, context)
-    for done, pair in enumerate(pairs):
-        share = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / data.samples
-        _fit(pair, prefixes, share, context, damping)
-        context.progress(done + 1, len(pairs), "fitting layers again")
+    twins = _Twins(Prefix(original, data, context), Prefix(pruned, data, context))
+    by_name = {pair.after.name: pair for pair in pairs}
+    done = 0
+    for row in chains([pair.after for pair in pairs]):
+        block = [by_name[layer.name] for layer in row]
+        for pair in block:
+            _fit(pair, twins.runs(pair.before.data, pair, starts=pair is block[0]), data.samples, context.seed, damping)
+        if len(block) > 1:
+            _fit_together(block, pruned, twins, data.samples, context, damping)
+        done += len(block)
+        context.progress(done, len(pairs), "fitting layers again")
 
 
-def _fit(pair: Pair, prefixes: tuple["_Prefix", "_Prefix"], share: float, context: Context, damping: float) -> None:
+class _Run(NamedTuple):
+    """One batch in both models.
+
+    Attributes:
+        batch: of the data.
+        before: a value of the original.
+        data: what a layer, or the first of several in a row, reads in the pruned model.
+        skips: what is added to the last one's output, in the original and in the pruned model, where that is computed.
+    """
+
+    batch: Batch
+    before: NDArray[Any]
+    data: NDArray[Any]
+    skips: tuple[NDArray[Any], NDArray[Any]] | None
+
+
+@dataclass(frozen=True)
+class _Twins:
+    """The original and the pruned model, run side by side."""
+
+    original: Prefix
+    pruned: Prefix
+
+    def runs(self, before: ir.Value, last: Pair, first: Layer | None = None, *, starts: bool = False) -> Iterator[_Run]:
+        """Each batch.
+
+        Args:
+            before: what is wanted of the original.
+            last: the layer that is to give what it gave, together with what is added to it.
+            first: the layer of whose input it is a function, if not of its own.
+            starts: whether all that is asked for later may be run from these values.
+        """
+        wanted = [[before], [(first or last.after).data]]
+        skips = _other_branch(last.before), _other_branch(last.after)
+        if skips[0] is not None and skips[1] is not None:
+            wanted = [[*wanted[0], skips[0]], [*wanted[1], skips[1]]]
+        for (batch, original), (_, pruned) in zip(
+            self.original.runs(wanted[0], starts=starts), self.pruned.runs(wanted[1], starts=starts), strict=True
+        ):
+            yield _Run(batch, original[0], pruned[0], (original[1], pruned[1]) if len(original) > 1 else None)
+
+
+def _fit(pair: Pair, runs: Iterator[_Run], samples: int, seed: int, damping: float) -> None:
+    """Ridge regression of one layer."""
     before, after = pair.before, pair.after
     groups, width = after.groups, after.input_width
     kept = np.flatnonzero(pair.outputs)
-    skips = _other_branch(before), _other_branch(after)
-    wanted = [[before.data], [after.data]]
-    if skips[0] is not None and skips[1] is not None:
-        wanted = [[before.data, skips[0]], [after.data, skips[1]]]
+    share = max(_LEAST_ROWS, _ROWS_PER_INPUT * width) / samples
     H = np.zeros((groups, width + 1, width + 1))
     G = np.zeros((groups, len(kept) // groups, width + 1))
-    runs = zip(*(prefix.runs(values) for prefix, values in zip(prefixes, wanted, strict=True)), strict=True)
-    for number, ((batch, original), (_, pruned)) in enumerate(runs):
-        rows, seed = int(np.ceil(share * batch.valid)), [context.seed, number]  # the same positions in both models
-        x = after.rows(pruned[0], rows, np.random.default_rng(seed))
-        target = _outputs(before, before.rows(original[0], rows, np.random.default_rng(seed)), kept)
-        if len(original) > 1:
-            target += before.output_rows(original[1], rows, np.random.default_rng(seed))[:, kept]
-            target -= after.output_rows(pruned[1], rows, np.random.default_rng(seed))
+    for number, run in enumerate(runs):
+        rows, state = int(np.ceil(share * run.batch.valid)), [seed, number]  # the same positions in both models
+        x = after.rows(run.data, rows, np.random.default_rng(state))
+        target = _outputs(before, before.rows(run.before, rows, np.random.default_rng(state)), kept)
+        if run.skips is not None:
+            target += before.output_rows(run.skips[0], rows, np.random.default_rng(state))[:, kept]
+            target -= after.output_rows(run.skips[1], rows, np.random.default_rng(state))
         x = np.concatenate([x, np.ones((*x.shape[:2], 1), x.dtype)], axis=2)
         H += np.matmul(x.swapaxes(1, 2), x)
         G += np.matmul(target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype), x)
@@ -97,6 +154,100 @@ def _fit(pair: Pair, prefixes: tuple["_Prefix", "_Prefix"], share: float, contex
     set_matrix(after, np.concatenate(matrices))
     if biased:
         set_bias(after, np.concatenate(biases))
+
+
+def _fit_together(
+    block: list[Pair], pruned: ir.Model, twins: _Twins, samples: int, context: Context, damping: float
+) -> None:
+    """Fit layers in a row to what the last one is to give, where that helps on samples held out."""
+    layers_ = [pair.after for pair in block]
+    parts = _parts(block, twins, samples, context)
+    if parts is None:
+        return
+    try:
+        links = _links(layers_, pruned, context)
+        fitted = joint.fit(links, parts[0], context.seed, damping)
+        better = [replace(link, weight=weight, bias=bias) for link, (weight, bias) in zip(links, fitted, strict=True)]
+        helps = joint.error(better, parts[1]) < joint.error(links, parts[1])
+    except (OnnxcompError, ValueError):  # a function between them holds constants of a batch's own size
+        return
+    if helps:
+        for layer, (weight, bias) in zip(layers_, fitted, strict=True):
+            set_matrix(layer, weight.reshape(-1, weight.shape[2]))
+            if bias is not None:
+                set_bias(layer, bias.ravel())
+
+
+def _parts(
+    block: list[Pair], twins: _Twins, samples: int, context: Context
+) -> tuple[list[joint.Part], list[joint.Part]] | None:
+    """What the block reads and is to give, on samples to fit and on others; None where that cannot be had."""
+    first, last = block[0].after, block[-1]
+    kept = np.flatnonzero(last.outputs)
+    everything = np.iinfo(np.int64).max
+    random = np.random.default_rng(context.seed)
+    uses: NDArray[np.int64] | None = None  # by sample: 0 to fit, 1 held out, 2 not at all
+    parts: tuple[list[joint.Part], list[joint.Part]] = [], []
+    seen = 0
+    for run in twins.runs(last.before.node.outputs[0], last, first):
+        arrays = [run.data, run.before, *(run.skips or ())]
+        valid = run.batch.valid
+        if any(array.dtype != np.float32 or array.shape[:1] != (valid,) for array in arrays):
+            return None
+        if uses is None:
+            rows = run.before.size // last.before.outputs / valid
+            room = context.memory / 8 / (4 * rows * sum(pair.after.input_width * pair.after.groups for pair in block))
+            count = int(min(max(_JOINT_ROWS / rows, _JOINT_SAMPLES), room, samples * (1 - _HELD_OUT)))
+            if count < min(_JOINT_SAMPLES, samples * (1 - _HELD_OUT) - 1):
+                return None
+            held_out = max(int(count * _HELD_OUT), 1)
+            uses = np.repeat([0, 1, 2], [count, held_out, max(samples - count - held_out, 0)])
+            random.shuffle(uses)
+        for use, found in enumerate(parts):
+            chosen = np.flatnonzero(uses[seen : seen + valid] == use)
+            if len(chosen):
+                target = last.before.output_rows(run.before[chosen], everything, random)[:, kept]
+                if run.skips is not None:
+                    target = target + last.before.output_rows(run.skips[0][chosen], everything, random)[:, kept]
+                    target -= last.after.output_rows(run.skips[1][chosen], everything, random)
+                found.append(joint.Part(run.data[chosen], target))
+        seen += valid
+    return parts if all(parts) else None
+
+
+def _links(row: list[Layer], model: ir.Model, context: Context) -> list[joint.Link]:
+    result = []
+    for layer, follower in zip(row, [*row[1:], None], strict=True):
+        matrix = layer.matrix().astype(np.float64)
+        bias = layer.bias_vector().reshape(layer.groups, -1) if layer.adds_bias else None
+        function = _identity if follower is None else _function(layer.node.outputs[0], follower.data, model, context)
+        everything = np.iinfo(np.int64).max
+        drawn = np.random.default_rng(0)  # nothing is drawn where all rows are taken
+        result.append(
+            joint.Link(
+                matrix.reshape(layer.groups, -1, matrix.shape[1]),
+                bias,
+                partial(layer.rows, count=everything, generator=drawn),
+                layer.from_rows,
+                layer.from_output_rows,
+                partial(layer.output_rows, count=everything, generator=drawn),
+                function,
+            )
+        )
+    return result
+
+
+def _identity(array: joint.Tensor) -> joint.Tensor:
+    return array
+
+
+def _function(source: ir.Value, result: ir.Value, model: ir.Model, context: Context) -> Callable[[joint.Tensor], Any]:
+    """What leads from one value to another."""
+    if source is result:
+        return _identity
+    given, made = source.name or "", result.name or ""
+    session = Session(part_between(model, {given}, [made]), replace(context.target, threads=1), spinning=False)
+    return lambda array: session.run({given: np.ascontiguousarray(array)})[made]
 
 
 def _outputs(layer: Layer, x: NDArray[np.floating], kept: NDArray[np.int64]) -> Rows:
@@ -136,65 +287,6 @@ def _other_branch(layer: Layer) -> ir.Value | None:
         return None
     other = next((value for value in reader.inputs if value is not None and value is not layer.node.outputs[0]), None)
     return None if other is None or constant_of(other) is not None or other.producer() is None else other
-
-
-class _Prefix:
-    """What leads to the layers of a model, run batch by batch.
-
-    Args:
-        model: weights of layers that were asked for before the last one asked for must not change any more.
-        data: samples.
-        context: target and memory cap.
-    """
-
-    def __init__(self, model: ir.Model, data: Dataset, context: Context) -> None:
-        self._model, self._data, self._context = model, data, context
-        self._known: list[Feeds] = []
-        self._outlines: list[Batch] = []
-
-    def runs(self, values: list[ir.Value]) -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
-        """Each batch, with the values of its real rows."""
-        names = [value.name or "" for value in values]
-        start = {name for known in self._known[:1] for name in known}
-        missing = [name for name in names if name not in start]
-        session = self._between(missing, start) if missing else None
-        from_data = not self._outlines or (session is not None and not start.issuperset(session.inputs))
-        found: list[Feeds] = []
-        small = True
-        for number, batch in enumerate(self._data.batches(_BATCH) if from_data else self._outlines):
-            known = self._known[number] if self._known else {}
-            outputs: Feeds = {}
-            if session is not None:
-                feeds = {name: array for name, array in {**batch.feeds, **known}.items() if name in session.inputs}
-                outputs = dict(session.run(feeds, missing))
-            outputs |= {name: known[name] for name in names if name in known}
-            yield batch, [batch.trim(outputs)[name] for name in names]
-            small = small and sum(a.nbytes for a in outputs.values()) * (number + 1) < self._context.memory // 4
-            found = [*found, outputs] if small else []
-            if number == len(self._outlines):
-                self._outlines.append(replace(batch, feeds={}, targets={}))
-        self._known = found
-
-    def _between(self, names: list[str], start: set[str]) -> Session:
-        """The part of the model that leads to some values from others that are known."""
-        part = self._model.clone()
-        values = {value.name: value for node in part.graph for value in node.outputs}
-        for name in start & values.keys():
-            value = values[name]
-            given = ir.Value(name=name, shape=value.shape, type=value.type or ir.TensorType(ir.DataType.FLOAT))
-            value.replace_all_uses_with(given, replace_graph_outputs=True)
-            value.name = f"{name}_computed"
-            part.graph.inputs.append(given)
-        values |= {value.name: value for value in part.graph.inputs}
-        for name in names:
-            if values[name].dtype is None:
-                values[name].type = ir.TensorType(ir.DataType.FLOAT)
-        part.graph.outputs[:] = [values[name] for name in names]
-        common.RemoveUnusedNodesPass()(part)
-        for value in list(part.graph.inputs):
-            if not value.uses() and value.name not in names:
-                part.graph.inputs.remove(value)
-        return Session(part, self._context.target)
 
 
 def ordered(model: ir.Model) -> Iterator[Layer]:

@@ -53,7 +53,7 @@ def relations(node: ir.Node, shapes: Shapes) -> tuple[Relation, ...]:
     """
     if node.domain not in {"", "ai.onnx"}:
         return ()
-    if node.op_type in _ELEMENTWISE:
+    if node.op_type in ELEMENTWISE:
         return (_elementwise(node, shapes),)
     rule = _RULES.get(node.op_type)
     return () if rule is None else tuple(rule(node, shapes))
@@ -348,7 +348,7 @@ def _linear_quantization(node: ir.Node, shapes: Shapes) -> list[Relation]:
     return [Relation(_pairs((data, axes), *parameters, (out, axes)))]
 
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     *("Abs", "Acos", "Acosh", "Add", "And", "Asin", "Asinh", "Atan", "Atanh", "BitwiseAnd", "BitwiseNot", "BitwiseOr"),
     *("BitwiseXor", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Cosh", "Div", "Dropout", "Elu", "Equal", "Erf"),
     *("Exp", "Floor", "Gelu", "Greater", "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN"),

@@ -102,6 +102,8 @@ class Session:
         target: where to run.
         profile: record the time of each node, read by `profile()`.
         extended: ONNX Runtime's own graph optimizations; off only to observe a graph as it is.
+        spinning: its threads wait busily for the next run, as they do by default; off where NumPy works between runs,
+            which they would slow down.
 
     Raises:
         ModelError: ONNX Runtime does not load it.
@@ -115,6 +117,7 @@ class Session:
         *,
         profile: bool = False,
         extended: bool = True,
+        spinning: bool = True,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="onnxcomp-") if profile or _is_large(model) else None
         if self._folder is not None:  # left to itself it goes too, but with a ResourceWarning
@@ -122,6 +125,8 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = _SILENT
         options.intra_op_num_threads = target.threads
+        if not spinning:
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not extended:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile and self._folder:

@@ -22,15 +22,16 @@ class SurgeryError(OnnxcompError):
     """Channels that cannot be removed, because a size is told where it cannot be put right."""
 
 
-def without(groups: ChannelGroups, removed: Mapping[ChannelGroup, Iterable[int]]) -> ir.Model:
+def without(groups: ChannelGroups, removed: Mapping[ChannelGroup, Iterable[int]], *, infer: bool = True) -> ir.Model:
     """The model without some channels.
 
     Args:
         groups: of the model.
         removed: which channels of which groups, by their number within the group.
+        infer: shapes by ONNX shape inference; those of the tensors that are cut are right without it.
 
     Returns:
-        A copy of `groups.model`, valid and with shapes inferred; the weights that remain are unchanged.
+        A copy of `groups.model`, valid; the weights that remain are unchanged.
 
     Raises:
         SurgeryError: a size is computed in a way that is not understood, or nothing would be left of a tensor.
@@ -51,6 +52,9 @@ def without(groups: ChannelGroups, removed: Mapping[ChannelGroup, Iterable[int]]
     kept = {value: {axis: mask for axis, mask in axes.items() if not mask.all()} for value, axes in kept.items()}
     kept = {value: axes for value, axes in kept.items() if axes}
     _Surgeon(model, kept, groups, twins).run()
+    if infer:
+        with declared_outputs(model):
+            common.ShapeInferencePass()(model)
     return model
 
 
@@ -83,8 +87,6 @@ class _Surgeon:
                 sizes = [self._size(value, axis) if axis in axes else size for axis, size in enumerate(value.shape)]
                 value.shape = ir.Shape(sizes)
         remove_unused(self._model)
-        with declared_outputs(self._model):
-            common.ShapeInferencePass()(self._model)
 
     def _adapt(self, node: ir.Node) -> None:
         moves = movement.is_movement(node, self._contents) and node.op_type not in {"Transpose", "Concat"}
