@@ -45,7 +45,7 @@ def _source(layer: Layer) -> ir.Value | None:
     while open_ends:
         value = open_ends.pop()
         node = value.producer()
-        if constant_of(value) is not None or node in inside:
+        if constant_of(value) is not None or node in inside or (node is not None and node.op_type == "Constant"):
             continue
         if node is None or not _is_elementwise(node):
             sources.add(value)

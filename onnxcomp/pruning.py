@@ -17,7 +17,7 @@ from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context, Skip
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.members import Reader, readers
-from onnxcomp.numerics.obs import Consumer, eliminate, survivors
+from onnxcomp.numerics.obs import Consumer, eliminate, survivors, swapped
 from onnxcomp.reconstruction import set_bias, set_matrix
 from onnxcomp.runtime import Session
 from onnxcomp.saliency import Aggregate, Criterion, saliencies
@@ -162,6 +162,10 @@ class Pruner:
         scores = np.empty(group.size)
         scores[swept.order] = np.diff(swept.errors)
         return Ranking(swept.order, scores, swept.errors)
+
+    def swapped(self, group: ChannelGroup, gone: NDArray[np.int64]) -> NDArray[np.int64]:
+        """As many channels whose loss costs the layers that read them no more."""
+        return swapped(self._consumers(group), gone, DAMPING)
 
     # -- what they cost ---------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@
 2. A criterion ranks the channels of each group (`saliency`); by default group OBS on the Gram matrices of those layers.
 3. One sweep in that order gives the layers' error at every width; what it does to the outputs is measured.
 4. Widths: the least error for the cost that is to remain, or plain rates (`widths`).
-5. Surgery, least squares on the survivors, and every layer fitted again on the inputs that the pruned model gives it.
+5. Channels that went are swapped for others where that costs less; then surgery, least squares on the survivors, and
+   every layer fitted again on the inputs that the pruned model gives it, those in a row together.
 """
 
 from collections.abc import Mapping
@@ -171,11 +172,14 @@ class _Plan:
             counts = by_share(self.cost, self._scores, share, self._counts)
         else:
             counts = allocate(self.cost, self._curves, share, self._counts)
-        return {
+        gone = {
             group: self._rankings[group].order[:count]
             for group, count in zip(groups, counts.tolist(), strict=True)
             if count
         }
+        if settings.criterion is Criterion.OBS:  # what a sweep chose, one after another, may be better together
+            gone = {group: self._pruner.swapped(group, order) for group, order in gone.items()}
+        return gone
 
     @cached_property
     def _curves(self) -> list[Curve | None]:

@@ -31,6 +31,13 @@ def one_layer(operator: str, weight: Array, x: Array, index: int = 1, **attribut
     return layer, np.asarray(Session(model).run({"x": x})["y"])
 
 
+def is_undone(layer: Layer, x: Array, rows: Array, product: Array, expected: Array) -> None:
+    """The way back from rows: exact for what the layer gives, the adjoint for what it reads."""
+    np.testing.assert_allclose(layer.from_output_rows(product, x.shape), expected, rtol=1e-4, atol=1e-5)
+    weights = RANDOM.normal(size=rows.shape).astype(np.float32)
+    assert np.vdot(rows, weights) == pytest.approx(np.vdot(x, layer.from_rows(weights, x.shape)), rel=1e-3, abs=1e-3)
+
+
 def normal(*shape: int) -> Array:
     return RANDOM.normal(size=shape).astype(np.float32)
 
@@ -61,6 +68,7 @@ def test_rows_times_matrix_is_the_convolution(
     # Positions run over the batch, then space; the operator has channels before space.
     np.testing.assert_allclose(product, np.moveaxis(expected, 1, -1).reshape(product.shape), rtol=1e-4, atol=1e-5)
     assert layer.input_width == rows.shape[-1]
+    is_undone(layer, x, rows, product, expected)
 
 
 @pytest.mark.parametrize(
@@ -78,9 +86,11 @@ def test_rows_times_matrix_is_the_product(
 ) -> None:
     x = normal(*data)
     layer, expected = one_layer(operator, normal(*weight), x, index, **attributes)
-    (rows,) = layer.rows(x, 10**9, np.random.default_rng(0))
-    expected = np.moveaxis(expected, -2, -1) if index == 0 else expected
-    np.testing.assert_allclose(rows @ layer.matrix().T, expected.reshape(len(rows), -1), rtol=1e-5, atol=1e-5)
+    rows = layer.rows(x, 10**9, np.random.default_rng(0))
+    product = rows[0] @ layer.matrix().T
+    in_rows = np.moveaxis(expected, -2, -1) if index == 0 else expected
+    np.testing.assert_allclose(product, in_rows.reshape(product.shape), rtol=1e-5, atol=1e-5)
+    is_undone(layer, x, rows, product, expected)
 
 
 @pytest.mark.parametrize("group", [1, 2])

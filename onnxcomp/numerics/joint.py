@@ -81,13 +81,11 @@ def fit(
     Returns:
         For each layer, as it came in.
     """
-    with (
-        threadpool_limits(1),
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-    ):  # parts beside each other, each by one thread
+    # Parts run beside each other, each in one thread: copies then do not wait for products.
+    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:  # type: ignore[no-untyped-call]
         chain = _Chain(links, parts, seed, damping, pool)
-        limits = {"maxiter": _STEPS, "maxfun": 2 * _STEPS}
-        found = minimize(chain.loss, np.zeros(chain.size), method="L-BFGS-B", jac=True, options=limits)  # type: ignore
+        start, limits = np.zeros(chain.size), {"maxiter": _STEPS, "maxfun": 2 * _STEPS}
+        found = minimize(chain.loss, start, method="L-BFGS-B", jac=True, options=limits)  # type: ignore[call-overload]
         return chain.parameters(found.x)
 
 
@@ -125,15 +123,20 @@ class _Chain:
         """For each layer s M^-T, and K."""
         weights = [_single(link.weight, link.bias) for link in self._links]
         signs = [random.choice(np.array([-1, 1], np.float32), part.target.shape) for part in self._parts]
-        left, right = [], []
-        for pairs in zip(
-            *self._pool.map(partial(self._moments, weights), self._parts, self._first, signs), strict=True
-        ):
-            count = sum(count for _, _, count in pairs)
-            moment, curvature = (np.sum([pair[which] for pair in pairs], axis=0) / count for which in (0, 1))
-            whitened = np.linalg.inv(_root(curvature, damping))
-            left.append(np.sqrt(self._energy / count) * np.swapaxes(whitened, 1, 2))
-            right.append(np.linalg.inv(_root(moment, damping)))
+        moments: list[Any] = [0.0] * len(weights)
+        curvatures: list[Any] = [0.0] * len(weights)
+        counts = [0] * len(weights)
+        for found in self._pool.map(partial(self._moments, weights), self._parts, self._first, signs):
+            for place, (inputs, derivatives, vectors) in enumerate(found):
+                moments[place] += inputs
+                curvatures[place] += derivatives
+                counts[place] += vectors
+        left: list[Floats] = []
+        right: list[Floats] = []
+        for moment, curvature, count in zip(moments, curvatures, counts, strict=True):
+            whitened = np.linalg.inv(_root(curvature / count, damping))
+            left.append(np.asarray(np.sqrt(self._energy / count) * np.swapaxes(whitened, 1, 2), np.float64))
+            right.append(np.asarray(np.linalg.inv(_root(moment / count, damping)), np.float64))
         return left, right
 
     def _moments(

@@ -19,6 +19,10 @@ from onnxcomp.numerics.arrays import Floats
 _ELIMINATED = 64
 """Channels that go at a time, at most, where there are thousands: a share of what is left."""
 
+_SWAPS = 32
+_LEAST_GAIN = 1e-6
+"""Of a swap, relative to what it brings back, so that rounding does not swap channels to and fro."""
+
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
@@ -81,6 +85,54 @@ def eliminate(
     return Elimination(np.asarray(gone), np.asarray(errors))
 
 
+def swapped(consumers: Sequence[Consumer], gone: NDArray[np.int64], damping: float = 1e-2) -> NDArray[np.int64]:
+    """Channels to remove, as many, that cost no more: one comes back and another goes while that lowers the error.
+
+    What comes back is what lowers the error most: with C = H_RR - H_RK (H_KK)^-1 H_KR, the moment of what is gone that
+    what is kept cannot tell, by tr(B [C_SS]^-1 B^T) where B = W_R C_RS. What goes is the cheapest of what is left then.
+
+    Args:
+        consumers: all layers that read the channels.
+        gone: those that were to be removed.
+        damping: as for `eliminate`.
+    """
+    moments = [_damped(consumer.second_moment, damping) for consumer in consumers]
+    kept = np.setdiff1d(np.arange(len(consumers[0].columns)), gone)
+    for _ in range(min(len(gone), _SWAPS)):
+        pairs = list(zip(consumers, moments, strict=True))
+        gains = np.sum([_gains(consumer, H, gone) for consumer, H in pairs], axis=0)
+        back = gone[np.argmax(gains)]
+        kept, gone = np.append(kept, back), gone[gone != back]
+        costs = np.sum([_costs(consumer, H, kept, gone) for consumer, H in pairs], axis=0)
+        leaves = back if costs.min() >= gains.max() * (1 - _LEAST_GAIN) else kept[np.argmin(costs)]
+        kept, gone = kept[kept != leaves], np.append(gone, leaves)
+        if leaves == back:
+            break
+    return gone
+
+
+def _gains(consumer: Consumer, H: Floats, gone: NDArray[np.int64]) -> NDArray[np.float64]:
+    """By how much the relative error falls when one of the channels that are gone comes back."""
+    R, K = np.sort(consumer.columns[gone], axis=None), _others(consumer, gone)
+    across = H[np.ix_(K, R)]
+    left = H[np.ix_(R, R)] - across.T @ np.linalg.solve(H[np.ix_(K, K)], across)
+    places = np.searchsorted(R, consumer.columns[gone])
+    return removal_costs(consumer.weight[:, R] @ left, left, places) / (consumer.energy or 1.0)
+
+
+def _costs(consumer: Consumer, H: Floats, kept: NDArray[np.int64], gone: NDArray[np.int64]) -> NDArray[np.float64]:
+    """By how much the relative error grows when one of the channels that are kept goes."""
+    K, R = _others(consumer, gone), consumer.columns[gone].ravel()
+    inverse = np.linalg.inv(H[np.ix_(K, K)])
+    weight = consumer.weight[:, K] + consumer.weight[:, R] @ H[np.ix_(R, K)] @ inverse
+    return removal_costs(weight, inverse, np.searchsorted(K, consumer.columns[kept])) / (consumer.energy or 1.0)
+
+
+def _others(consumer: Consumer, channels: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The columns that do not belong to some channels, ascending."""
+    return np.setdiff1d(np.arange(consumer.weight.shape[1]), consumer.columns[channels])
+
+
 def survivors(weight: Floats, second_moment: Floats, kept: NDArray[np.bool_], damping: float = 1e-2) -> Floats:
     """The weights (out, kept) that come nearest to the layer's output when only some columns are left.
 
@@ -128,10 +180,14 @@ def removal_costs(weight: Floats, inverse: Floats, columns: NDArray[np.int64]) -
 
 def damped_inverse(second_moment: Floats, damping: float) -> Floats:
     """(H + damping mean(diag H) I)^-1."""
+    inverse: Floats = np.linalg.inv(_damped(second_moment, damping))
+    return inverse
+
+
+def _damped(second_moment: Floats, damping: float) -> Floats:
     H = np.array(second_moment, np.float64)
     H[np.diag_indices(len(H))] += _level(H) * damping
-    inverse: Floats = np.linalg.inv(H)
-    return inverse
+    return H
 
 
 def _level(H: Floats) -> float:

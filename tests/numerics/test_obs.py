@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from onnxcomp.numerics.obs import Consumer, eliminate, refit, survivors
+from onnxcomp.numerics.obs import Consumer, eliminate, refit, survivors, swapped
 
 
 def problem(seed: int, out: int = 5, channels: int = 4, taps: int = 2) -> Consumer:
@@ -48,6 +48,33 @@ def test_greedy_is_not_far_from_the_best_pair() -> None:
         consumer = problem(seed, channels=6)
         best = min(error_of(consumer, pair) for pair in itertools.combinations(range(6), 2))
         assert eliminate([consumer], damping=1e-12).errors[2] <= 2 * best
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_swaps_end_where_no_single_swap_helps(seed: int) -> None:
+    """From a bad choice, by brute force; also where other channels' columns lie between."""
+    whole = problem(seed, channels=7)
+    consumers = [Consumer(whole.weight, whole.second_moment, whole.columns[:6]), problem(seed + 100, channels=6)]
+
+    def total(gone: list[int]) -> float:
+        return sum(error_of(consumer, tuple(gone)) for consumer in consumers)
+
+    first = [0, 1, 2]
+    found = swapped(consumers, np.array(first), damping=1e-12).tolist()
+    assert len(set(found)) == 3
+    assert total(found) <= total(first)
+    back = min(found, key=lambda channel: total([other for other in found if other != channel]))
+    for leaves in set(range(6)) - set(found):
+        assert total([leaves, *(other for other in found if other != back)]) >= total(found) * (1 - 1e-5)
+
+
+def test_some_bad_choices_are_swapped() -> None:
+    before = after = 0.0
+    for seed in range(6):
+        consumer = problem(seed, channels=8)
+        before += error_of(consumer, (0, 1, 2))
+        after += error_of(consumer, tuple(swapped([consumer], np.array([0, 1, 2]), damping=1e-12)))
+    assert after < 0.8 * before
 
 
 def test_survivors_are_the_least_squares_solution() -> None:

@@ -9,7 +9,7 @@ import pytest
 from onnx_ir.passes.common import ShapeInferencePass
 
 from models import zoo
-from onnxcomp import latency, pruning, surgery
+from onnxcomp import latency, pruning, reconstruction, surgery
 from onnxcomp import model as models
 from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context, node_pattern
@@ -60,6 +60,14 @@ def test_fitting_again_lowers_the_error(digits: ir.Model) -> None:
     assert error(digits, fitted) < 0.7 * error(digits, plain)
     assert error(digits, fitted) < 0.0025  # twice what was measured, and less than the 0.0029 without fitting
     assert models.file_bytes(fitted) < 0.8 * models.file_bytes(digits)
+
+
+def test_fitting_layers_together_lowers_it_further(digits: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Prune(0.4, criterion=Criterion.L1, rates=Rates.LOCAL)
+    together = settings(digits, context(digits)).model
+    monkeypatch.setattr(reconstruction, "chains", lambda found: [[layer] for layer in found])
+    alone = settings(digits, context(digits)).model
+    assert error(digits, together) < 0.8 * error(digits, alone)
 
 
 def test_widths_are_multiples(digits: ir.Model) -> None:
@@ -137,10 +145,10 @@ def test_local_rates_are_the_same_everywhere() -> None:
 
 
 def test_what_surgery_cannot_cut_is_left_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def without(groups: ChannelGroups, removed: dict[ChannelGroup, Any]) -> ir.Model:
+    def without(groups: ChannelGroups, removed: dict[ChannelGroup, Any], **options: bool) -> ir.Model:
         if groups[0] in removed:
             raise SurgeryError("a size is computed oddly")
-        return surgery.without(groups, removed)
+        return surgery.without(groups, removed, **options)
 
     monkeypatch.setattr(pruning, "without", without)
     outcome = Prune(0.5, criterion=Criterion.L1, rates=Rates.LOCAL, reconstruct=False)(zoo_model("vgg"), Context())
