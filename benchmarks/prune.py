@@ -1,7 +1,8 @@
 """Pruned networks against the dense ones: `python -m benchmarks.prune FOLDER`.
 
-Channels go until a share of the FLOPs, or of the latency, remains, with calibration images alone and no labels.
-Accuracy is that of the whole evaluation file, latency is taken side by side on one thread.
+Channels go until a share of the FLOPs, or of another cost, remains, with calibration samples alone and no labels.
+`--int8` adds what `optimize` makes with pruning and without. Accuracy is that of the whole evaluation file, latency is
+taken side by side on one thread.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from benchmarks.common import cases, scratch, show, table
 from onnxcomp import model as models
 from onnxcomp.core import Context
 from onnxcomp.data import open_dataset
+from onnxcomp.optimizer import optimize
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.runtime import Target
@@ -22,19 +24,20 @@ from onnxcomp.widths import Cost, Rates
 
 
 def main() -> None:
-    """Prune the image classifiers to each share and compare."""
+    """Prune to each share and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="holds the models and their data")
-    parser.add_argument("--only", help="name of one model")
+    parser.add_argument("--only", help="name of one model; the image classifiers by default")
     parser.add_argument("--remains", type=float, nargs="+", default=[0.7, 0.5], help="shares that remain")
     parser.add_argument("--cost", type=Cost, default=Cost.FLOPS, help="latency: of batch 16, one thread")
     parser.add_argument(
         "--criterion", type=Criterion, nargs="+", default=[Criterion.OBS], help="others get local rates"
     )
-    parser.add_argument("--multiple", type=int, default=1, help="widths are multiples of this")
+    parser.add_argument("--multiple", type=int, default=Prune.multiple, help="widths are multiples of this")
+    parser.add_argument("--int8", action="store_true", help="beside them, `optimize` with pruning and without")
     arguments = parser.parse_args()
     for case in cases(arguments.folder):
-        if not case.name.startswith("cifar") or arguments.only not in (None, case.name):
+        if case.name != arguments.only and (arguments.only or not case.name.startswith("cifar")):
             continue
         original = arguments.folder / f"{case.name}.onnx"
         model = models.load(original)
@@ -53,8 +56,18 @@ def main() -> None:
                 seconds.append(f"{name}: {time.perf_counter() - start:.0f} s")
                 versions[name] = folder / f"{criterion}-{share}.onnx"
                 models.save(pruned, versions[name])
+            for passes in (["simplify", "quantize"], ["simplify", "prune", "quantize"]) if arguments.int8 else ():
+                name = f"optimize --passes {','.join(passes)}"
+                versions[name] = folder / f"{len(passes)}.onnx"
+                start = time.perf_counter()
+                result = optimize(
+                    original, output=versions[name], target=Target("cpu", 1), passes=passes, batch=16,
+                    best_effort=True, **case.optimize,
+                )  # fmt: skip
+                chosen = " + ".join(trial.name for trial in result.report.trials if trial.verdict == "chosen")
+                seconds.append(f"{name}: {time.perf_counter() - start:.0f} s, chose {chosen}")
             show(case.name, table(case, versions))
-        print(f"\npruning took {', '.join(seconds)}")
+        print("", *seconds, sep="\n")
 
 
 if __name__ == "__main__":

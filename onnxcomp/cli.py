@@ -399,7 +399,7 @@ def quantize(
 @click.option("--penalty", type=float, default=0.0, show_default=True, help="lambda in: score - lambda * cost.")
 @click.option("--threshold", type=float, help="Channels that score less go, in place of --target.")
 @click.option("--rounds", type=click.IntRange(1), default=1, show_default=True, help="Each ranks what is left anew.")
-@click.option("--multiple", type=click.IntRange(1), default=1, show_default=True, help="Widths are multiples of this.")
+@click.option("--multiple", type=click.IntRange(1), default=2, show_default=True, help="Widths are multiples of this.")
 @click.option(
     "--least",
     type=_Parsed("SHARE", budget.parse_share),

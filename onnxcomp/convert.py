@@ -182,7 +182,7 @@ def prune(
     threshold: float | None = None,
     rounds: int = 1,
     reconstruct: bool = True,
-    multiple: int = 1,
+    multiple: int = 2,
     least: float = 0.1,
     output: str | os.PathLike[str] | None = None,
     calib: Any = None,

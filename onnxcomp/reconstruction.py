@@ -30,8 +30,10 @@ from onnxcomp.prefix import Prefix, part_between
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset
 
-_ROWS_PER_INPUT = 32
-_LEAST_ROWS = 16384
+_ROWS_PER_INPUT = 96
+_LEAST_ROWS = 32768
+_START = 3
+"""The part of the rows, one in so many, that is enough for layers that are fitted together afterwards."""
 
 _JOINT_ROWS = 65536
 _JOINT_SAMPLES = 32
@@ -76,7 +78,9 @@ def reconstruct(
     for row in chains([pair.after for pair in pairs]):
         block = [by_name[layer.name] for layer in row]
         for pair in block:
-            _fit(pair, twins.runs(pair.before.data, pair, starts=pair is block[0]), data.samples, context.seed, damping)
+            rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (1 if len(block) == 1 else _START)
+            runs = twins.runs(pair.before.data, pair, starts=pair is block[0])
+            _fit(pair, runs, rows / data.samples, context.seed, damping)
         if len(block) > 1:
             _fit_together(block, pruned, twins, data.samples, context, damping)
         done += len(block)
@@ -125,12 +129,11 @@ class _Twins:
             yield _Run(batch, original[0], pruned[0], (original[1], pruned[1]) if len(original) > 1 else None)
 
 
-def _fit(pair: Pair, runs: Iterator[_Run], samples: int, seed: int, damping: float) -> None:
-    """Ridge regression of one layer."""
+def _fit(pair: Pair, runs: Iterator[_Run], share: float, seed: int, damping: float) -> None:
+    """Ridge regression of one layer, on so many rows of each sample."""
     before, after = pair.before, pair.after
     groups, width = after.groups, after.input_width
     kept = np.flatnonzero(pair.outputs)
-    share = max(_LEAST_ROWS, _ROWS_PER_INPUT * width) / samples
     H = np.zeros((groups, width + 1, width + 1))
     G = np.zeros((groups, len(kept) // groups, width + 1))
     for number, run in enumerate(runs):

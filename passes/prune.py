@@ -72,7 +72,7 @@ class Prune(Pass):
     threshold: float | None = None
     rounds: int = 1
     reconstruct: bool = True
-    multiple: int = 1
+    multiple: int = 2
     least: float = 0.1
 
     def __post_init__(self) -> None:

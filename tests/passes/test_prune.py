@@ -158,7 +158,7 @@ def test_what_surgery_cannot_cut_is_left_with_its_reason(monkeypatch: pytest.Mon
 
 def test_a_threshold_takes_what_scores_less() -> None:
     model = zoo_model("vgg")
-    outcome = Prune(criterion=Criterion.L1, rates=Rates.GLOBAL, threshold=0.95, least=0, reconstruct=False)(
+    outcome = Prune(criterion=Criterion.L1, rates=Rates.GLOBAL, threshold=0.95, least=0, multiple=1, reconstruct=False)(
         model, Context()
     )
     for width in outcome.widths:
