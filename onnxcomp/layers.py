@@ -226,12 +226,21 @@ class Layer:
             rows: (rows, out).
             shape: of the layer's input.
         """
-        if self.node.op_type == "Conv":
-            one = self._windows(np.zeros((1, 1, *shape[2:]), np.float32))
-            positions: tuple[int, ...] = (shape[0], *one.shape[1 : len(shape) - 1])
-        else:
-            positions = tuple(np.delete(shape, self.input_axis).tolist())
-        return np.moveaxis(rows.reshape(*positions, -1), -1, self.output_axis)
+        return np.moveaxis(rows.reshape(*self._positions(shape), -1), -1, self.output_axis)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the output for an input of some shape; not for ConvTranspose."""
+        result = list(self._positions(shape))
+        axis = self.output_axis
+        result.insert(axis if axis >= 0 else len(shape) + axis, self.outputs)
+        return tuple(result)
+
+    def _positions(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many rows there are along each axis, for an input of some shape."""
+        if self.node.op_type != "Conv":
+            return tuple(np.delete(shape, self.input_axis).tolist())
+        one = self._windows(np.zeros((1, 1, *shape[2:]), np.float32))
+        return (shape[0], *one.shape[1 : len(shape) - 1])
 
     def from_rows(self, rows: Array, shape: tuple[int, ...]) -> Array:
         """The adjoint of `rows` where all positions were drawn: each element of the input sums what its copies hold.

@@ -129,6 +129,14 @@ class _Twins:
             yield _Run(batch, original[0], pruned[0], (original[1], pruned[1]) if len(original) > 1 else None)
 
 
+def _as_outputs(run: _Run, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """What is added, in the shapes of the two outputs; None where there is nothing, or the sum is larger than they."""
+    try:
+        return run.skips and (np.broadcast_to(run.skips[0], before), np.broadcast_to(run.skips[1], after))
+    except ValueError:
+        return None
+
+
 def _fit(pair: Pair, runs: Iterator[_Run], share: float, seed: int, damping: float) -> None:
     """Ridge regression of one layer, on so many rows of each sample."""
     before, after = pair.before, pair.after
@@ -140,9 +148,9 @@ def _fit(pair: Pair, runs: Iterator[_Run], share: float, seed: int, damping: flo
         rows, state = int(np.ceil(share * run.batch.valid)), [seed, number]  # the same positions in both models
         x = after.rows(run.data, rows, np.random.default_rng(state))
         target = _outputs(before, before.rows(run.before, rows, np.random.default_rng(state)), kept)
-        if run.skips is not None:
-            target += before.output_rows(run.skips[0], rows, np.random.default_rng(state))[:, kept]
-            target -= after.output_rows(run.skips[1], rows, np.random.default_rng(state))
+        if skips := _as_outputs(run, before.output_shape(run.before.shape), after.output_shape(run.data.shape)):
+            target += before.output_rows(skips[0], rows, np.random.default_rng(state))[:, kept]
+            target -= after.output_rows(skips[1], rows, np.random.default_rng(state))
         x = np.concatenate([x, np.ones((*x.shape[:2], 1), x.dtype)], axis=2)
         H += np.matmul(x.swapaxes(1, 2), x)
         G += np.matmul(target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype), x)
@@ -193,7 +201,10 @@ def _parts(
     parts: tuple[list[joint.Part], list[joint.Part]] = [], []
     seen = 0
     for run in twins.runs(last.before.node.outputs[0], last, first):
-        arrays = [run.data, run.before, *(run.skips or ())]
+        narrow = list(run.before.shape)
+        narrow[last.after.output_axis] = len(kept)
+        skips = _as_outputs(run, run.before.shape, tuple(narrow)) or ()
+        arrays = [run.data, run.before, *skips]
         valid = run.batch.valid
         if any(array.dtype != np.float32 or array.shape[:1] != (valid,) for array in arrays):
             return None
@@ -210,9 +221,9 @@ def _parts(
             chosen = np.flatnonzero(uses[seen : seen + valid] == use)
             if len(chosen):
                 target = last.before.output_rows(run.before[chosen], everything, random)[:, kept]
-                if run.skips is not None:
-                    target = target + last.before.output_rows(run.skips[0][chosen], everything, random)[:, kept]
-                    target -= last.after.output_rows(run.skips[1][chosen], everything, random)
+                if skips:
+                    target = target + last.before.output_rows(skips[0][chosen], everything, random)[:, kept]
+                    target -= last.after.output_rows(skips[1][chosen], everything, random)
                 found.append(joint.Part(run.data[chosen], target))
         seen += valid
     return parts if all(parts) else None

@@ -33,6 +33,7 @@ def one_layer(operator: str, weight: Array, x: Array, index: int = 1, **attribut
 
 def is_undone(layer: Layer, x: Array, rows: Array, product: Array, expected: Array) -> None:
     """The way back from rows: exact for what the layer gives, the adjoint for what it reads."""
+    assert layer.output_shape(x.shape) == expected.shape
     np.testing.assert_allclose(layer.from_output_rows(product, x.shape), expected, rtol=1e-4, atol=1e-5)
     weights = RANDOM.normal(size=rows.shape).astype(np.float32)
     assert np.vdot(rows, weights) == pytest.approx(np.vdot(x, layer.from_rows(weights, x.shape)), rel=1e-3, abs=1e-3)

@@ -135,6 +135,38 @@ def test_every_criterion_reaches_the_target(criterion: Criterion) -> None:
             assert max(np.array(width.saliency)[lost]) <= min(np.array(width.saliency)[list(width.kept)])
 
 
+@pytest.mark.parametrize("source", ["p", "b"])
+def test_what_is_added_may_be_broadcast(source: str) -> None:
+    """One value for each channel, or another branch of the output's own size."""
+    random = np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> str:
+        values = ", ".join(f"{value:.3f}" for value in random.normal(size=shape).ravel())
+        return f"float[{', '.join(map(str, shape))}] {name} = {{{values}}}"
+
+    weights = ", ".join([weight("v", 8, 3, 3, 3), weight("w", 8, 8, 3, 3), weight("s", 8, 8, 1, 1), weight("l", 8, 5)])
+    model = models.load(
+        ir.from_onnx_text(f"""<ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[n,3,8,8] x) => (float[n,5] y) <{weights}> {{
+            a = Conv <pads=[1,1,1,1]> (x, v)
+            b = Relu(a)
+            c = Conv <pads=[1,1,1,1]> (b, w)
+            p = GlobalAveragePool(b)
+            q = Conv({source}, s)
+            d = Add(c, q)
+            e = Relu(d)
+            f = GlobalAveragePool(e)
+            g = Flatten(f)
+            y = MatMul(g, l)
+        }}""")
+    )
+    for node in model.graph:
+        node.name = node.outputs[0].name
+    ShapeInferencePass()(model)
+    outcome = Prune(0.6)(model, context_of(model, 16))
+    assert totals(outcome.model).flops <= 0.6 * totals(model).flops
+
+
 def test_local_rates_are_the_same_everywhere() -> None:
     model = zoo_model("vgg")
     outcome = Prune(0.5, criterion=Criterion.L1, rates=Rates.LOCAL, reconstruct=False)(model, Context())
