@@ -113,7 +113,7 @@ class Pruner:
     def _answers(self) -> list[tuple[Feeds, Feeds]]:
         """What the original says on a few samples."""
         samples = self._data.at_most(_PROBED, self.context.seed)
-        session = Session(self.groups.model, self.context.target)
+        session = Session(self.groups.model, self.context.target, spinning=False)
         return [(batch.feeds, session.run(batch.feeds)) for batch in samples.batches(16)]
 
     def _moment(self, layer: Layer) -> NDArray[np.float64]:
@@ -190,7 +190,7 @@ class Pruner:
 
     def _effect(self, group: ChannelGroup, gone: NDArray[np.int64]) -> float:
         """Relative squared error of the model's outputs without some channels of one group."""
-        session = Session(self.cut({group: gone}, infer=False).model, self.context.target)
+        session = Session(self.cut({group: gone}, infer=False).model, self.context.target, spinning=False)
         signal = noise = 0.0
         for feeds, expected in self._answers:
             for name, actual in session.run(feeds).items():
