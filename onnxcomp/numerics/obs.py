@@ -19,6 +19,9 @@ from onnxcomp.numerics.arrays import Floats
 _ELIMINATED = 64
 """Channels that go at a time, at most, where there are thousands: a share of what is left."""
 
+_KEPT_ALONG = 0.2
+"""Share of a matrix that may belong to what is gone before it is made smaller."""
+
 _SWAPS = 32
 _LEAST_GAIN = 1e-6
 """Of a swap, relative to what it brings back, so that rounding does not swap channels to and fro."""
@@ -202,6 +205,7 @@ class _State:
         self._inverse = damped_inverse(consumer.second_moment, damping)
         self._weight = np.array(consumer.weight, np.float64)
         self._columns = consumer.columns
+        self._gone: list[int] = []
 
     def scores(self, channels: NDArray[np.int64]) -> NDArray[np.float64]:
         """What each channel would cost, relative to the layer's output."""
@@ -220,4 +224,14 @@ class _State:
         self._inverse[S] = 0
         self._inverse[:, S] = 0
         self._inverse[S, S] = 1
+        self._gone += S.tolist()
+        if len(self._gone) > len(self._inverse) * _KEPT_ALONG:
+            self._forget()
         return cost / self._energy
+
+    def _forget(self) -> None:
+        """Drop the rows and columns of what is gone."""
+        left = np.setdiff1d(np.arange(len(self._inverse)), self._gone)
+        self._weight, self._inverse = self._weight[:, left], self._inverse[np.ix_(left, left)]
+        self._columns = np.searchsorted(left, self._columns)  # those that are gone are not asked for again
+        self._gone = []
