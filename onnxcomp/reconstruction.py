@@ -180,7 +180,7 @@ def _fit_together(
         fitted = joint.fit(links, parts[0], context.seed, damping)
         better = [replace(link, weight=weight, bias=bias) for link, (weight, bias) in zip(links, fitted, strict=True)]
         helps = joint.error(better, parts[1]) < joint.error(links, parts[1])
-    except (OnnxcompError, ValueError):  # a function between them holds constants of a batch's own size
+    except (OnnxcompError, ValueError):  # constants of a batch's own size between them, or moments that are singular
         return
     if helps:
         for layer, (weight, bias) in zip(layers_, fitted, strict=True):
