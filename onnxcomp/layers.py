@@ -8,6 +8,7 @@ import onnx_ir as ir
 from numpy.typing import ArrayLike, NDArray
 
 from onnxcomp.errors import ModelError
+from onnxcomp.graph import Builder
 from onnxcomp.model import all_nodes
 
 Array = NDArray[np.floating]
@@ -150,6 +151,23 @@ class Layer:
             grouped = matrix.reshape(self.groups, -1, matrix.shape[1])
             return np.ascontiguousarray(np.swapaxes(grouped, 1, 2)).reshape(shape)
         return np.ascontiguousarray(matrix.T) if self.channel_axis == 1 else matrix
+
+    def set_matrix(self, matrix: NDArray[np.floating]) -> None:
+        """Give the node another weight of the same shape and type, in a constant of its own."""
+        self._replace(self.index, self.from_matrix(matrix), self.weight.name or "")
+
+    def set_bias(self, bias: NDArray[np.floating]) -> None:
+        """Give a convolution or Gemm another bias, (out,), in a constant of its own."""
+        name = f"{self.name}_bias" if self.bias is None else self.bias.name or ""
+        self.node.resize_inputs(3)
+        self._replace(2, bias, name)
+
+    def _replace(self, index: int, array: NDArray[np.generic], name: str) -> None:
+        tensor, graph = self.weight.const_value, self.node.graph
+        assert tensor is not None
+        assert isinstance(graph, ir.Graph)
+        wanted = f"{name.removesuffix('_fitted')}_fitted"
+        self.node.replace_input_with(index, Builder(graph).constant(array.astype(tensor.dtype.numpy()), wanted))
 
     def by_output(self, weight: Array | None = None) -> Array:
         """The weights of each output channel: (out, ...), of all groups."""

@@ -18,7 +18,6 @@ from onnxcomp.core import Context, Skip
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.members import Reader, readers
 from onnxcomp.numerics.obs import Consumer, eliminate, survivors, swapped
-from onnxcomp.reconstruction import set_bias, set_matrix
 from onnxcomp.runtime import Session
 from onnxcomp.saliency import Aggregate, Criterion, saliencies
 from onnxcomp.samples import Dataset, Feeds
@@ -55,7 +54,7 @@ class Cut:
 
     Attributes:
         model: without them.
-        outputs: by layer name (out,) which of its output channels are left, where some are gone.
+        outputs: by name of a layer or normalisation (out,) which of its output channels are left, where some are gone.
     """
 
     model: ir.Model
@@ -234,8 +233,8 @@ class Pruner:
             if layer.adds_bias:
                 mean = self._grams[name].mean[0]
                 shift = matrix @ mean - fitted @ mean[kept]
-                set_bias(twin, (shift + layer.bias_vector())[rows])
-            set_matrix(twin, fitted[np.repeat(rows, len(matrix) // len(rows))])
+                twin.set_bias((shift + layer.bias_vector())[rows])
+            twin.set_matrix(fitted[np.repeat(rows, len(matrix) // len(rows))])
         return Cut(pruned, outputs)
 
 
@@ -258,16 +257,19 @@ def _kept_outputs(
 ) -> dict[str, NDArray[np.bool_]]:
     result: dict[str, NDArray[np.bool_]] = {}
     for group, gone in removed.items():
-        for layer, positions in _made(groups, group):
-            kept = result.setdefault(layer.name, np.ones(layer.outputs, bool))
+        for name, channels, positions in _made(groups, group):
+            kept = result.setdefault(name, np.ones(channels, bool))
             kept[positions[gone].ravel()] = False
     return result
 
 
-def _made(groups: ChannelGroups, group: ChannelGroup) -> Iterator[tuple[Layer, NDArray[np.int64]]]:
-    """The layers whose output holds the group along its channel axis, and where."""
+def _made(groups: ChannelGroups, group: ChannelGroup) -> Iterator[tuple[str, int, NDArray[np.int64]]]:
+    """The nodes whose output holds the group along its channel axis: name, channels, and where."""
     for slot in group.slots:
         node = slot.value.producer()
-        layer = None if node is None else layer_of(node)
-        if layer is not None and slot.axis == layer.output_axis % len(groups.facts.shapes[slot.value]):
-            yield layer, slot.positions
+        if node is None:
+            continue
+        layer, shape = layer_of(node), groups.facts.shapes[slot.value]
+        normalises = node.op_type == "BatchNormalization" and slot.axis == 1
+        if normalises or (layer is not None and slot.axis == layer.output_axis % len(shape)):
+            yield node.name or "", shape[slot.axis], slot.positions

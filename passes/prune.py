@@ -25,7 +25,7 @@ from onnxcomp.latency import LatencyModel
 from onnxcomp.model import free_inputs, input_specs, spec_of, vocabularies
 from onnxcomp.numerics.saliency import penalised
 from onnxcomp.pruning import Cut, Pruner, Ranking, together
-from onnxcomp.reconstruction import Pair, ordered, reconstruct
+from onnxcomp.reconstruction import reconstruct
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset, Feeds
 from onnxcomp.synthetic import synthetic
@@ -117,7 +117,7 @@ class Prune(Pass):
         ]
         pruned = cuts[-1].model if cuts else model
         if cuts and self.reconstruct and traced is not None:
-            _fit_again(traced, pruned, together(cuts), data, context)
+            skips |= dict.fromkeys(reconstruct(traced, pruned, together(cuts), data, context))
         if cuts:
             remove_unused(pruned)  # the weights as they were before
         return Outcome(pruned, tuple(changes), tuple(skips), tuple(widths.values()))
@@ -215,18 +215,3 @@ def _narrowed(known: Width | None, group: ChannelGroup, ranking: Ranking, gone: 
     saliency[kept] = ranking.scores
     left = kept if gone is None else np.delete(kept, gone)
     return Width(group.name, len(saliency), tuple(left.tolist()), tuple(saliency.tolist()))
-
-
-def _fit_again(
-    original: ir.Model, pruned: ir.Model, outputs: Mapping[str, NDArray[np.bool_]], data: Dataset, context: Context
-) -> None:
-    """Every layer of the pruned model, in order."""
-    befores = {layer.name: layer for layer in ordered(original)}
-    pairs = []
-    for after in ordered(pruned):
-        before = befores[after.name]
-        shared = len(before.weight.uses()) > 1
-        if shared or after.node.op_type == "ConvTranspose" or context.excludes(after.node):
-            continue
-        pairs.append(Pair(before, after, outputs.get(after.name, np.ones(before.outputs, bool))))
-    reconstruct(original, pruned, pairs, data, context)

@@ -18,7 +18,7 @@ LAYERS = (
     {"core"},
     {"calibration", "equivalence", "weights", "decode", "rescale", "integers",
      "relations", "movement", "facts", "channels", "members", "saliency", "surgery", "widths",
-     "latency", "chains", "prefix", "reconstruction", "pruning"},
+     "latency", "chains", "prefix", "twins", "together", "reconstruction", "pruning"},
     {"passes"},
     {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
      "optimizer", "measure", "inspection", "convert"},

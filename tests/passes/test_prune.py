@@ -15,9 +15,11 @@ from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context, node_pattern
 from onnxcomp.data import open_dataset
 from onnxcomp.errors import OptionError
+from onnxcomp.graph import constant_of
 from onnxcomp.layers import layers
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.simplify import Simplify
+from onnxcomp.prefix import part_between
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Session
 from onnxcomp.saliency import Criterion
@@ -247,3 +249,31 @@ def test_a_latency_target_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     cheaper = [width for width in outcome.widths if len(width.kept) < width.size]
     assert cheaper
     assert all(len(width.kept) % 4 == 0 for width in cheaper if width.size % 32 == 0)
+
+
+def maker(node: ir.Node) -> ir.Node:
+    assert node.inputs[0] is not None
+    found = node.inputs[0].producer()
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", ["preact_resnet", "densenet"])
+def test_normalisations_give_each_channel_the_mean_and_spread_that_it_had(name: str) -> None:
+    model = zoo_model(name)
+    context = context_of(model, 32)
+    assert context.data is not None
+    feeds = next(iter(context.data.batches(32))).feeds
+    pruned = Prune(0.5, criterion=Criterion.L1, rates=Rates.LOCAL)(model, context).model
+    norms = [node for node in pruned.graph if node.op_type == "BatchNormalization"]
+    shifts = {node.name: constant_of(node.inputs[2]) for node in model.graph if node.op_type == "BatchNormalization"}
+    for node in [node for node in norms if maker(node).op_type != "Conv"]:  # those are fitted together with it
+        before, after = shifts[node.name], constant_of(node.inputs[2])
+        assert before is not None
+        assert after is not None
+        kept = np.isin(before, after)  # no two are the same
+        output = node.outputs[0].name or ""
+        want, got = (Session(part_between(one, set(), [output])).run(feeds)[output] for one in (model, pruned))
+        want = want[:, kept]
+        np.testing.assert_allclose(got.mean((0, 2, 3)), want.mean((0, 2, 3)), atol=1e-3 * want.std())
+        np.testing.assert_allclose(got.std((0, 2, 3)), want.std((0, 2, 3)), rtol=1e-3)

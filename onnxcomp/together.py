@@ -1,0 +1,130 @@
+"""Layers in a row fitted together to what the last one is to give, on part of the samples.
+
+They stay so if that helps on others.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.core import Context
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.layers import Layer
+from onnxcomp.numerics import joint
+from onnxcomp.prefix import part_between
+from onnxcomp.runtime import Session
+from onnxcomp.twins import Pair, Twins, as_outputs
+
+_ROWS = 65536
+_SAMPLES = 32
+"""At least, even where fewer have as many rows."""
+_HELD_OUT = 0.2
+"""Share of them on which it is judged whether fitting layers together helped."""
+
+
+def fit_together(
+    block: list[Pair], pruned: ir.Model, twins: Twins, samples: int, context: Context, damping: float
+) -> str | None:
+    """Fit layers in a row to what the last one is to give, where that helps on samples held out.
+
+    Returns:
+        Why that cannot be tried, or None.
+    """
+    row = [pair.after for pair in block]
+    parts = _parts(block, twins, samples, context)
+    if isinstance(parts, str):
+        return parts
+    try:
+        links = _links(row, pruned, context)
+        fitted = joint.fit(links, parts[0], context.seed, damping)
+    except OnnxcompError as error:
+        return f"what lies between it and its neighbours does not run by itself: {error.fact}"
+    except np.linalg.LinAlgError:
+        return "its inputs do not vary"
+    better = [replace(link, weight=weight, bias=bias) for link, (weight, bias) in zip(links, fitted, strict=True)]
+    if joint.error(better, parts[1]) < joint.error(links, parts[1]):
+        for layer, (weight, bias) in zip(row, fitted, strict=True):
+            layer.set_matrix(weight.reshape(-1, weight.shape[2]))
+            if bias is not None:
+                layer.set_bias(bias.ravel())
+    return None
+
+
+def _parts(
+    block: list[Pair], twins: Twins, samples: int, context: Context
+) -> tuple[list[joint.Part], list[joint.Part]] | str:
+    """What the block reads and is to give, on samples to fit and on others; or why that cannot be had."""
+    first, last = block[0].after, block[-1]
+    kept = np.flatnonzero(last.outputs)
+    everything = np.iinfo(np.int64).max
+    random = np.random.default_rng(context.seed)
+    uses: NDArray[np.int64] | None = None  # by sample: 0 to fit, 1 held out, 2 not at all
+    parts: tuple[list[joint.Part], list[joint.Part]] = [], []
+    seen = 0
+    for run in twins.runs(last.before.node.outputs[0], last, first):
+        narrow = list(run.before.shape)
+        narrow[last.after.output_axis] = len(kept)
+        skips = as_outputs(run, run.before.shape, tuple(narrow)) or ()
+        arrays = [run.data, run.before, *skips]
+        valid = run.batch.valid
+        if any(array.dtype != np.float32 or array.shape[:1] != (valid,) for array in arrays):
+            return "its activations are not float32 with one row for each sample"
+        if uses is None:
+            rows = run.before.size // last.before.outputs / valid
+            room = context.memory / 8 / (4 * rows * sum(pair.after.input_width * pair.after.groups for pair in block))
+            count = int(min(max(_ROWS / rows, _SAMPLES), room, samples * (1 - _HELD_OUT)))
+            if count < min(_SAMPLES, samples * (1 - _HELD_OUT) - 1):
+                return "the memory cap leaves no room for enough samples"
+            held_out = max(int(count * _HELD_OUT), 1)
+            uses = np.repeat([0, 1, 2], [count, held_out, max(samples - count - held_out, 0)])
+            random.shuffle(uses)
+        for use, found in enumerate(parts):
+            chosen = np.flatnonzero(uses[seen : seen + valid] == use)
+            if len(chosen):
+                target = last.before.output_rows(run.before[chosen], everything, random)[:, kept]
+                if skips:
+                    target = target + last.before.output_rows(skips[0][chosen], everything, random)[:, kept]
+                    target -= last.after.output_rows(skips[1][chosen], everything, random)
+                found.append(joint.Part(run.data[chosen], target))
+        seen += valid
+    return parts if all(parts) else "there are too few samples"
+
+
+def _links(row: list[Layer], model: ir.Model, context: Context) -> list[joint.Link]:
+    result = []
+    for layer, follower in zip(row, [*row[1:], None], strict=True):
+        matrix = layer.matrix().astype(np.float64)
+        bias = layer.bias_vector().reshape(layer.groups, -1) if layer.adds_bias else None
+        function = _identity if follower is None else _function(layer.node.outputs[0], follower.data, model, context)
+        everything = np.iinfo(np.int64).max
+        drawn = np.random.default_rng(0)  # nothing is drawn where all rows are taken
+        result.append(
+            joint.Link(
+                matrix.reshape(layer.groups, -1, matrix.shape[1]),
+                bias,
+                partial(layer.rows, count=everything, generator=drawn),
+                layer.from_rows,
+                layer.from_output_rows,
+                partial(layer.output_rows, count=everything, generator=drawn),
+                function,
+            )
+        )
+    return result
+
+
+def _identity(array: joint.Tensor) -> joint.Tensor:
+    return array
+
+
+def _function(source: ir.Value, result: ir.Value, model: ir.Model, context: Context) -> Callable[[joint.Tensor], Any]:
+    """What leads from one value to another."""
+    if source is result:
+        return _identity
+    given, made = source.name or "", result.name or ""
+    session = Session(part_between(model, {given}, [made]), replace(context.target, threads=1), spinning=False)
+    return lambda array: session.run({given: np.ascontiguousarray(array)})[made]
