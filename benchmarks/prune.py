@@ -1,8 +1,8 @@
 """Pruned networks against the dense ones: `python -m benchmarks.prune FOLDER`.
 
 Channels go until a share of the FLOPs, or of another cost, remains, with calibration samples alone and no labels.
-`--int8` adds what `optimize` makes with pruning and without. Accuracy is that of the whole evaluation file, latency is
-taken side by side on one thread.
+`--int8` adds what `optimize` makes with pruning and without, `--beside` what `prune_others.py` made with other tools.
+Accuracy is that of the whole evaluation file, latency is taken side by side on one thread.
 """
 
 import argparse
@@ -35,6 +35,7 @@ def main() -> None:
     )
     parser.add_argument("--multiple", type=int, default=Prune.multiple, help="widths are multiples of this")
     parser.add_argument("--int8", action="store_true", help="beside them, `optimize` with pruning and without")
+    parser.add_argument("--beside", type=Path, help="folder of other models with the same inputs and outputs")
     arguments = parser.parse_args()
     for case in cases(arguments.folder):
         if case.name != arguments.only and (arguments.only or not case.name.startswith("cifar")):
@@ -45,6 +46,7 @@ def main() -> None:
         context = Context(data, Target(threads=1) if arguments.cost is Cost.LATENCY else Target(), batch=16)
         clean = Simplify()(model, context).model
         versions, seconds = {"fp32": original}, []
+        versions |= {file.stem: file for file in sorted(arguments.beside.glob("*.onnx"))} if arguments.beside else {}
         with scratch() as folder:
             for criterion, share in itertools.product(arguments.criterion, arguments.remains):
                 name = f"{criterion}, {share:.0%} of the {arguments.cost}"

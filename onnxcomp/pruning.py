@@ -97,8 +97,6 @@ class Pruner:
             return "a body of control flow reads or makes its channels"
         if any(_is_scaled(reader.layer.node) for reader in found):
             return "a Gemm with alpha or beta reads its channels"
-        if any(reader.layer.groups > 1 for reader in found):
-            return "a grouped convolution reads its channels"
         return None
 
     # -- what is learnt from data -----------------------------------------------------------------------------------
@@ -115,16 +113,17 @@ class Pruner:
         session = Session(self.groups.model, self.context.target, spinning=False)
         return [(batch.feeds, session.run(batch.feeds)) for batch in samples.batches(16)]
 
-    def _moment(self, layer: Layer) -> NDArray[np.float64]:
-        """H of a layer's inputs; centred where its bias takes up their mean."""
+    def _moments(self, layer: Layer) -> NDArray[np.float64]:
+        """H of a layer's inputs (groups, in, in); centred where its bias takes up their mean."""
         gram = self._grams[layer.name]
-        moment: NDArray[np.float64] = (gram.covariance if layer.adds_bias else gram.second_moment)[0]
-        return moment
+        return gram.covariance if layer.adds_bias else gram.second_moment
 
     def _consumers(self, group: ChannelGroup) -> list[Consumer]:
+        """Each group of a grouped convolution is one."""
         return [
-            Consumer(reader.layer.matrix().astype(np.float64), self._moment(reader.layer), reader.columns)
+            Consumer(matrix, moment, reader.columns)
             for reader in self._readers[group]
+            for matrix, moment in zip(_matrices(reader.layer), self._moments(reader.layer), strict=True)
         ]
 
     # -- which channels ---------------------------------------------------------------------------------------------
@@ -227,14 +226,15 @@ class Pruner:
             assert twin is not None
             kept = np.ones(layer.input_width, bool)
             kept[np.concatenate(parts)] = False
-            matrix = layer.matrix().astype(np.float64)
-            fitted = survivors(matrix, self._moment(layer), kept, DAMPING)
+            matrices, moments = _matrices(layer), self._moments(layer)
+            fitted = [survivors(matrix, H, kept, DAMPING) for matrix, H in zip(matrices, moments, strict=True)]
             rows = outputs.get(name, np.ones(layer.outputs, bool))
             if layer.adds_bias:
-                mean = self._grams[name].mean[0]
-                shift = matrix @ mean - fitted @ mean[kept]
-                twin.set_bias((shift + layer.bias_vector())[rows])
-            twin.set_matrix(fitted[np.repeat(rows, len(matrix) // len(rows))])
+                means = self._grams[name].mean
+                shifts = [W @ mean - V @ mean[kept] for W, V, mean in zip(matrices, fitted, means, strict=True)]
+                twin.set_bias((np.concatenate(shifts) + layer.bias_vector())[rows])
+            matrix = np.concatenate(fitted)
+            twin.set_matrix(matrix[np.repeat(rows, len(matrix) // len(rows))])
         return Cut(pruned, outputs)
 
 
@@ -246,6 +246,11 @@ def together(parts: Sequence[Cut]) -> Mapping[str, NDArray[np.bool_]]:
             whole = result.setdefault(name, np.ones(len(kept), bool))
             whole[np.flatnonzero(whole)[~kept]] = False
     return result
+
+
+def _matrices(layer: Layer) -> list[NDArray[np.float64]]:
+    """The layer's matrix, of each group."""
+    return np.split(layer.matrix().astype(np.float64), layer.groups)
 
 
 def _is_scaled(node: ir.Node) -> bool:

@@ -195,7 +195,7 @@ class _Plan:
         rankings = [self._rankings.get(group) for group in self._pruner.groups]
         nothing, most = np.zeros(len(rankings)), [max(int(counts[-1]), 1) for counts in self._counts]
         saved = [self.cost.saving(index, nothing, count) / count for index, count in enumerate(most)]
-        relative = np.array(saved) / (float(np.mean(saved)) or 1.0)
+        relative = np.array(saved) / (float(np.sum(saved)) / max(len(saved), 1) or 1.0)
         return [
             None if ranking is None else penalised(ranking.scores, one, self._settings.penalty)
             for ranking, one in zip(rankings, relative, strict=True)

@@ -277,3 +277,18 @@ def test_normalisations_give_each_channel_the_mean_and_spread_that_it_had(name: 
         want = want[:, kept]
         np.testing.assert_allclose(got.mean((0, 2, 3)), want.mean((0, 2, 3)), atol=1e-3 * want.std())
         np.testing.assert_allclose(got.std((0, 2, 3)), want.std((0, 2, 3)), rtol=1e-3)
+
+
+def test_grouped_convolutions_make_up_for_the_channels_that_they_read() -> None:
+    model = zoo_model("shufflenet")
+    context = context_of(model, 64)
+    assert context.data is not None
+    feeds = next(iter(context.data.batches(64))).feeds
+    answers: list[Any] = []
+    for reconstruct in (True, False):
+        outcome = Prune(0.6, rates=Rates.LOCAL, reconstruct=reconstruct)(model, context)
+        assert len(outcome.changes) == 3
+        answers.append(next(iter(Session(outcome.model).run(feeds).values())))
+    want: Any = next(iter(Session(model).run(feeds).values()))
+    fitted, plain = (np.square(want - answer).sum() for answer in answers)
+    assert fitted < 0.1 * plain
