@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import ArrayLike, NDArray
 
 from onnxcomp.errors import ModelError
-from onnxcomp.graph import Builder
+from onnxcomp.graph import Builder, constant_of
 from onnxcomp.model import all_nodes
 
 Array = NDArray[np.floating]
@@ -54,12 +55,11 @@ class Layer:
         return self.node.inputs[2] if len(self.node.inputs) > 2 else None
 
     def bias_vector(self) -> NDArray[np.float64]:
-        """The operator's own bias, (out,), zeros where it has none."""
-        tensor = None if self.bias is None or self.bias.is_graph_input() else self.bias.const_value
-        size = self.outputs
-        if tensor is None:
-            return np.zeros(size)
-        return np.array(np.broadcast_to(tensor.numpy().astype(np.float64).reshape(-1), (size,)))
+        """The operator's own bias, (out,); zeros where it has none, or one that is computed or differs by row."""
+        array = constant_of(self.bias)
+        if array is None or not _is_vector(array):
+            return np.zeros(self.outputs)
+        return np.array(np.broadcast_to(array.astype(np.float64).reshape(-1), (self.outputs,)))
 
     @property
     def groups(self) -> int:
@@ -114,8 +114,18 @@ class Layer:
 
     @property
     def adds_bias(self) -> bool:
-        """Whether the operator can add a vector of its own, one element for each row of the matrix."""
-        return self.node.op_type in {"Conv", "Gemm"}
+        """Whether the operator has, or can be given, a constant vector to add, one element for each output channel."""
+        array = constant_of(self.bias)
+        if self.node.op_type not in {"Conv", "Gemm"} or self.is_scaled:
+            return False
+        return self.bias is None or (array is not None and _is_vector(array))
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether a Gemm multiplies its product or its bias by a factor."""
+        return self.node.op_type == "Gemm" and any(
+            self.node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta")
+        )
 
     @property
     def input_width(self) -> int:
@@ -309,6 +319,11 @@ class Layer:
         """Padding of each axis of a convolution's input."""
         strides = list(self.node.attributes.get_ints("strides", [1] * len(self.kernel)))
         return [(0, 0), (0, 0), *_pads(self.node, shape[2:], self._spans, strides)]
+
+
+def _is_vector(array: NDArray[Any]) -> bool:
+    """Whether it is the same for each row that it is added to."""
+    return array.size == (array.shape[-1] if array.ndim else 1)
 
 
 def _draw(total: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:

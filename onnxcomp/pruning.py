@@ -95,7 +95,7 @@ class Pruner:
             return "no layer reads its channels with weights of its own"
         if any(node.graph is not self.groups.model.graph for node in nodes):
             return "a body of control flow reads or makes its channels"
-        if any(_is_scaled(reader.layer.node) for reader in found):
+        if any(reader.layer.is_scaled for reader in found):
             return "a Gemm with alpha or beta reads its channels"
         return None
 
@@ -251,10 +251,6 @@ def together(parts: Sequence[Cut]) -> Mapping[str, NDArray[np.bool_]]:
 def _matrices(layer: Layer) -> list[NDArray[np.float64]]:
     """The layer's matrix, of each group."""
     return np.split(layer.matrix().astype(np.float64), layer.groups)
-
-
-def _is_scaled(node: ir.Node) -> bool:
-    return node.op_type == "Gemm" and {node.attributes.get_float(name, 1.0) for name in ("alpha", "beta")} != {1.0}
 
 
 def _kept_outputs(

@@ -10,7 +10,8 @@ layers reads is kept for the next one to start from where the memory cap allows,
 inputs.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -29,6 +30,9 @@ from onnxcomp.twins import Pair, Run, Twins, as_outputs
 
 _ROWS_PER_INPUT = 96
 _LEAST_ROWS = 32768
+Project: TypeAlias = Callable[[Layer, NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
+"""From a layer, weights (out, in) that fit it and H (groups, in, in) of its inputs, the weights that it gets."""
+
 _START = 3
 """The part of the rows, one in so many, that is enough for layers that are fitted together afterwards."""
 
@@ -40,6 +44,7 @@ def reconstruct(
     data: Dataset,
     context: Context,
     damping: float = 1e-2,
+    project: Project | None = None,
 ) -> list[Skip]:
     """Fit the layers of the pruned model, in place.
 
@@ -50,6 +55,7 @@ def reconstruct(
         data: samples to fit on.
         context: target, seed, progress.
         damping: of the regression, as a share of the mean of H's diagonal.
+        project: makes of each layer's fitted weights those that it gets. Layers are then fitted one by one only.
 
     Returns:
         What was not fitted, and why.
@@ -61,12 +67,13 @@ def reconstruct(
     done = 0
     for row in chains([pair.after for pair in pairs]):
         block = [by_name[layer.name] for layer in row]
+        jointly = len(block) > 1 and project is None
         for pair in block:
             norms.adjust(pair.after.node)
-            rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (1 if len(block) == 1 else _START)
+            rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if jointly else 1)
             runs = twins.runs(pair.before.data, pair, starts=pair is block[0])
-            _fit(pair, runs, rows / data.samples, context.seed, damping)
-        if len(block) > 1 and (reason := fit_together(block, pruned, twins, data.samples, context, damping)):
+            _fit(pair, runs, rows / data.samples, context.seed, damping, project)
+        if jointly and (reason := fit_together(block, pruned, twins, data.samples, context, damping)):
             skips += [Skip(pair.after.name, f"fitted by itself only: {reason}") for pair in block]
         done += len(block)
         context.progress(done, len(pairs), "fitting layers again")
@@ -88,6 +95,8 @@ def _pairs(
             reason = "another node shares its weight"
         elif after.node.graph is not pruned.graph:
             reason = "a body of control flow holds it"
+        elif after.is_scaled:
+            reason = "it scales its product or its bias"
         elif after.node.op_type == "ConvTranspose":
             reason = "least squares is not worked out for ConvTranspose"
         if reason:
@@ -173,7 +182,7 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
     return found
 
 
-def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: float) -> None:
+def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: float, project: Project | None) -> None:
     """Ridge regression of one layer, on so many rows of each sample."""
     before, after = pair.before, pair.after
     groups, width = after.groups, after.input_width
@@ -191,16 +200,17 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: floa
         H += np.matmul(x.swapaxes(1, 2), x)
         G += np.matmul(target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype), x)
     H, G = H / H[:, -1:, -1:], G / H[:, -1:, -1:]
-    biased = after.adds_bias
-    matrices, biases = [], []
-    for group, old in enumerate(after.matrix().astype(np.float64).reshape(groups, -1, width)):
-        mean, output = (H[group, :-1, -1], G[group, :, -1]) if biased else (np.zeros(width), np.zeros(len(old)))
-        moment, cross = H[group, :-1, :-1] - np.outer(mean, mean), G[group, :, :-1] - np.outer(output, mean)
-        matrices.append(refit(old, moment, cross, damping))
-        biases.append(output - matrices[-1] @ mean)
-    after.set_matrix(np.concatenate(matrices))
+    width, biased = after.input_width, after.adds_bias
+    means, outputs = (H[:, :-1, -1], G[:, :, -1]) if biased else (np.zeros((groups, width)), np.zeros(G.shape[:2]))
+    moments = H[:, :-1, :-1] - means[:, :, None] * means[:, None]
+    crosses = G[:, :, :-1] - outputs[:, :, None] * means[:, None]
+    old = after.matrix().astype(np.float64).reshape(groups, -1, width)
+    matrices = np.stack([refit(*parts, damping) for parts in zip(old, moments, crosses, strict=True)])
+    if project is not None:
+        matrices = project(after, np.asarray(matrices.reshape(-1, width), np.float64), moments).reshape(matrices.shape)
+    after.set_matrix(matrices.reshape(-1, width))
     if biased:
-        after.set_bias(np.concatenate(biases))
+        after.set_bias((outputs - np.matmul(matrices, means[:, :, None])[:, :, 0]).ravel())
 
 
 def _outputs(layer: Layer, x: NDArray[np.floating], kept: NDArray[np.int64]) -> NDArray[np.floating]:

@@ -180,3 +180,24 @@ def test_what_is_no_layer() -> None:
     assert layer_of(ir.node("MatMul", [x, ir.val("i", const_value=ir.tensor(np.ones((3, 3), np.int32)))])) is None
     assert layer_of(ir.node("MatMul", [x, ir.val("t", const_value=ir.tensor(normal(2, 3, 3)))])) is None
     assert layer_of(ir.node("Add", [x, w])) is None
+
+
+@pytest.mark.parametrize(
+    ("gemm", "adds", "vector"),
+    [
+        ("Gemm(x, w)", True, [0, 0]),
+        ("Gemm(x, w, one)", True, [3, 3]),
+        ("Gemm(x, w, row)", True, [1, 2]),
+        ("Gemm(x, w, rows)", False, [0, 0]),
+        ("Gemm(x, w, y)", False, [0, 0]),
+        ("Gemm <alpha = 0.5> (x, w, row)", False, [1, 2]),
+    ],
+)
+def test_a_bias_is_a_constant_vector(gemm: str, adds: bool, vector: list[int]) -> None:
+    model = ir.from_onnx_text(f"""<ir_version: 8, opset_import: ["" : 17]>
+        agraph (float[3,2] x, float[3,2] y) => (float[3,2] z)
+        <float[2,2] w = {{1,2,3,4}}, float one = {{3}}, float[1,2] row = {{1,2}}, float[3,1] rows = {{1,2,3}}>
+        {{ z = {gemm} }}""")
+    (layer,) = layers(model)
+    assert layer.adds_bias == adds
+    assert layer.bias_vector().tolist() == vector

@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 
 from onnxcomp.numerics.affine import IntGrid, dequantize, quantize, spread_blocks
 from onnxcomp.numerics.arrays import Floats, Ints
-from onnxcomp.numerics.gptq import layer_error, polish, round_gptq
+from onnxcomp.numerics.feedback import layer_error
+from onnxcomp.numerics.gptq import polish, round_gptq
 from onnxcomp.numerics.ranges import blockwise, weight_scales
 
 Array = NDArray[np.float64]
