@@ -51,6 +51,11 @@ class View:
         """The tensor as (rows, columns)."""
         return tensor.reshape(self.split).transpose(self.order).reshape(-1, self.columns)
 
+    def tensor(self, matrix: NDArray[Any]) -> NDArray[Any]:
+        """The inverse of `matrix`."""
+        moved = matrix.reshape([self.split[axis] for axis in self.order])
+        return moved.transpose(np.argsort(self.order)).reshape(self.shape)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:

@@ -15,26 +15,26 @@ Rules, by what reads a weight:
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, calibrate
+from onnxcomp.constants import Weight, weights_of
 from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.decode import (
     CONTRIB,
     PackedMatrix,
     StoredMatrix,
-    View,
     even_block,
     kernel_block,
     stored_bytes,
 )
 from onnxcomp.errors import OptionError
-from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, replace
-from onnxcomp.layers import FLOATS, Layer, layer_of
+from onnxcomp.graph import Builder, prepared, remove_unused, replace
+from onnxcomp.layers import Layer
 from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.weights import Rounding, round_weights
 
@@ -42,8 +42,6 @@ _OPSET = 13
 _LEAST_ELEMENTS = 1024
 _SMALL_TABLE = 1024
 _GRAPH_BYTES = 2048  # what the nodes of a decoding take, their names included
-_WEIGHT_INPUTS = {"MatMul": (0, 1), "Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}
-_WEIGHT_INPUTS |= dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1,))
 
 
 class Form(Choice):
@@ -96,7 +94,7 @@ class QuantizeWeights(Pass):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
         plans, skips = [], []
-        for weight in _weights(converted):
+        for weight in weights_of(converted):
             if not self._gains(weight):
                 continue
             planned = self._obstacle(weight, context) or self._plan(weight)
@@ -113,17 +111,17 @@ class QuantizeWeights(Pass):
             converted.opset_imports.setdefault(CONTRIB, 1)
         return Outcome(converted if changes else model, tuple(changes), tuple(skips))
 
-    def _gains(self, weight: "_Weight") -> bool:
+    def _gains(self, weight: "Weight") -> bool:
         array, view = weight.array, weight.view
         block = even_block(view.columns, self.block, self.bits)
         rows = array.size // view.columns
         stored = stored_bytes(rows, view.columns, self._bits(weight), block, symmetric=self.symmetric)
         return array.size >= _LEAST_ELEMENTS and stored + _GRAPH_BYTES < array.nbytes
 
-    def _bits(self, weight: "_Weight") -> int:
+    def _bits(self, weight: "Weight") -> int:
         return 8 if weight.lookups and weight.view.split[0] <= _SMALL_TABLE else self.bits
 
-    def _obstacle(self, weight: "_Weight", context: Context) -> str | None:
+    def _obstacle(self, weight: "Weight", context: Context) -> str | None:
         if any(context.excludes(node) for node in weight.nodes):
             return "excluded by the user, or shares its weight with an excluded node"
         if any(node.name in self.keep for node in weight.nodes):
@@ -134,7 +132,7 @@ class QuantizeWeights(Pass):
             return "its weights are not finite"
         return None
 
-    def _plan(self, weight: "_Weight") -> "_Plan | str":
+    def _plan(self, weight: "Weight") -> "_Plan | str":
         """How a weight is stored and read, or why it cannot be."""
         columns, bits = weight.view.columns, self._bits(weight)
         if weight.lookups:
@@ -206,106 +204,16 @@ class QuantizeWeights(Pass):
 
 
 @dataclass(frozen=True, eq=False)
-class _Weight:
-    """A constant and the weighted operators that read it."""
-
-    value: ir.Value
-    uses: tuple[tuple[ir.Node, int], ...]
-
-    @property
-    def nodes(self) -> list[ir.Node]:
-        return [node for node, _ in self.uses]
-
-    @property
-    def array(self) -> NDArray[Any]:
-        content = constant_of(self.value)
-        assert content is not None
-        return content
-
-    @property
-    def lookups(self) -> list[ir.Node]:
-        """The nodes that gather whole rows of a table."""
-        if len(_shape(self.value)) != 2:
-            return []
-        return [node for node in self.nodes if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0]
-
-    @property
-    def view(self) -> View:
-        """The matrix that is rounded: the table where there are lookups, else as the first reader multiplies by it."""
-        uses = [use for use in self.uses if use[0] in self.lookups] or self.uses
-        return _view(*uses[0], _shape(self.value))
-
-    @property
-    def layer(self) -> Layer | None:
-        """The first reader, where it is a layer whose matrix is the one that is rounded."""
-        layer = layer_of(self.nodes[0])
-        return None if layer is None or self.lookups or layer.weight is not self.value else layer
-
-    @property
-    def only_multiplied(self) -> bool:
-        """Whether every reader is a product with the same matrix on the right."""
-        view, shape = self.view, _shape(self.value)
-        return len(self.value.uses()) == len(self.uses) and all(
-            _is_product(node, index) and _view(node, index, shape) == view for node, index in self.uses
-        )
-
-
-@dataclass(frozen=True, eq=False)
 class _Plan:
-    weight: _Weight
+    weight: Weight
     bits: int
     block: int
     multiplied: bool
 
 
-def _weights(model: ir.Model) -> list[_Weight]:
-    """The constant float weights of the graph and its bodies, in order of their first use."""
-    uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
-    for node in model.graph.all_nodes():
-        for index in _WEIGHT_INPUTS.get(node.op_type, ()) if node.domain == "" else ():
-            value = node.inputs[index] if index < len(node.inputs) else None
-            if value is None or not value.is_initializer() or value.is_graph_input() or value.dtype not in FLOATS:
-                continue
-            if len(_shape(value)) > 1 and 0 not in _shape(value):
-                uses.setdefault(value, []).append((node, index))
-    return [_Weight(value, tuple(found)) for value, found in uses.items()]
-
-
-def _shape(value: ir.Value) -> tuple[int, ...]:
-    assert value.const_value is not None
-    return tuple(value.const_value.shape.numpy())
-
-
 def _graph(node: ir.Node) -> ir.Graph:
     assert isinstance(node.graph, ir.Graph)
     return node.graph
-
-
-def _view(node: ir.Node, index: int, shape: tuple[int, ...]) -> View:
-    """The matrix (out, in) that the node takes from a weight of this shape."""
-    match node.op_type:
-        case "ConvTranspose":
-            groups = node.attributes.get_int("group", 1)
-            return View(shape, (groups, shape[0] // groups, int(np.prod(shape[1:]))), (0, 2, 1))
-        case "Gemm":
-            return View(shape, shape, (0, 1) if node.attributes.get_int("transB", 0) else (1, 0))
-        case "MatMul":
-            split = (int(np.prod(shape[:-2])), *shape[-2:])
-            return View(shape, split, (0, 2, 1) if index == 1 else (0, 1, 2))
-        case "LSTM" | "GRU" | "RNN":
-            return View(shape, (int(np.prod(shape[:-1])), shape[-1]), (0, 1))
-        case _:
-            return View(shape, (shape[0], int(np.prod(shape[1:]))), (0, 1))
-
-
-def _is_product(node: ir.Node, index: int) -> bool:
-    """Whether `MatMulNBits` can stand for the node."""
-    data, weight = node.inputs[0], node.inputs[1]
-    if index != 1 or weight is None or data is None or weight.dtype != ir.DataType.FLOAT or len(_shape(weight)) != 2:
-        return False
-    attributes = node.attributes
-    plain = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1.0
-    return node.op_type == "MatMul" or (node.op_type == "Gemm" and plain and not attributes.get_int("transA", 0))
 
 
 def _shift_bias(layer: Layer, shift: NDArray[np.float64]) -> None:

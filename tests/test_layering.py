@@ -17,7 +17,7 @@ LAYERS = (
     {"runtime", "footprint", "profiling"},
     {"core"},
     {"calibration", "equivalence", "weights", "decode", "rescale", "integers",
-     "relations", "movement", "facts", "channels", "members", "saliency", "surgery", "widths",
+     "constants", "unpacking", "encodings", "relations", "movement", "facts", "channels", "members", "saliency", "surgery", "widths",
      "latency", "chains", "prefix", "twins", "together", "reconstruction", "pruning"},
     {"passes"},
     {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",

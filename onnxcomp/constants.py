@@ -1,0 +1,107 @@
+"""The constants that weighted operators read, and the matrices that they are taken for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.decode import View
+from onnxcomp.graph import constant_of
+from onnxcomp.layers import FLOATS, Layer, layer_of
+
+_WEIGHT_INPUTS = {"MatMul": (0, 1), "Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}
+_WEIGHT_INPUTS |= dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1,))
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A constant and the weighted operators that read it."""
+
+    value: ir.Value
+    uses: tuple[tuple[ir.Node, int], ...]
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """The operators, in order."""
+        return [node for node, _ in self.uses]
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The content."""
+        content = constant_of(self.value)
+        assert content is not None
+        return content
+
+    @property
+    def lookups(self) -> list[ir.Node]:
+        """The nodes that gather whole rows of a table."""
+        if len(_shape(self.value)) != 2:
+            return []
+        return [node for node in self.nodes if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0]
+
+    @property
+    def view(self) -> View:
+        """The matrix that is rounded: the table where there are lookups, else as the first reader multiplies by it."""
+        uses = [use for use in self.uses if use[0] in self.lookups] or self.uses
+        return matrix_view(*uses[0], _shape(self.value))
+
+    @property
+    def layer(self) -> Layer | None:
+        """The first reader, where it is a layer whose matrix is the one that is rounded."""
+        layer = layer_of(self.nodes[0])
+        return None if layer is None or self.lookups or layer.weight is not self.value else layer
+
+    @property
+    def only_multiplied(self) -> bool:
+        """Whether every reader is a product with the same matrix on the right."""
+        view, shape = self.view, _shape(self.value)
+        return len(self.value.uses()) == len(self.uses) and all(
+            is_product(node, index) and matrix_view(node, index, shape) == view for node, index in self.uses
+        )
+
+
+def weights_of(model: ir.Model) -> list[Weight]:
+    """The constant float weights of the graph and its bodies, in order of their first use."""
+    uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for node in model.graph.all_nodes():
+        for index in _WEIGHT_INPUTS.get(node.op_type, ()) if node.domain == "" else ():
+            value = node.inputs[index] if index < len(node.inputs) else None
+            if value is None or not value.is_initializer() or value.is_graph_input() or value.dtype not in FLOATS:
+                continue
+            if len(_shape(value)) > 1 and 0 not in _shape(value):
+                uses.setdefault(value, []).append((node, index))
+    return [Weight(value, tuple(found)) for value, found in uses.items()]
+
+
+def _shape(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(value.const_value.shape.numpy())
+
+
+def matrix_view(node: ir.Node, index: int, shape: tuple[int, ...]) -> View:
+    """The matrix (out, in) that the node takes from a weight of this shape."""
+    match node.op_type:
+        case "ConvTranspose":
+            groups = node.attributes.get_int("group", 1)
+            return View(shape, (groups, shape[0] // groups, int(np.prod(shape[1:]))), (0, 2, 1))
+        case "Gemm":
+            return View(shape, shape, (0, 1) if node.attributes.get_int("transB", 0) else (1, 0))
+        case "MatMul":
+            split = (int(np.prod(shape[:-2])), *shape[-2:])
+            return View(shape, split, (0, 2, 1) if index == 1 else (0, 1, 2))
+        case "LSTM" | "GRU" | "RNN":
+            return View(shape, (int(np.prod(shape[:-1])), shape[-1]), (0, 1))
+        case _:
+            return View(shape, (shape[0], int(np.prod(shape[1:]))), (0, 1))
+
+
+def is_product(node: ir.Node, index: int) -> bool:
+    """Whether `MatMulNBits` can stand for the node."""
+    data, weight = node.inputs[0], node.inputs[1]
+    if index != 1 or weight is None or data is None or weight.dtype != ir.DataType.FLOAT or len(_shape(weight)) != 2:
+        return False
+    attributes = node.attributes
+    plain = attributes.get_float("alpha", 1.0) == attributes.get_float("beta", 1.0) == 1.0
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and plain and not attributes.get_int("transA", 0))
