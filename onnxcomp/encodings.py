@@ -74,9 +74,9 @@ class Codes(Encoded):
     def decoded(self) -> NDArray[np.float64]:
         """The matrix (rows, columns)."""
         books = np.repeat(np.arange(len(self.values)), len(self.indices) // len(self.values))
-        found: NDArray[np.float64] = self.values.astype(np.float64)[books[:, None], self.indices]
-        matrix = found.reshape(len(self.indices), -1)
-        return matrix if self.scale is None else np.multiply(matrix, self.scale[:, None], dtype=np.float64)
+        scale = np.ones(len(self.indices)) if self.scale is None else self.scale.astype(np.float64)
+        found = self.values.astype(np.float64)[books[:, None], self.indices] * scale[:, None, None]
+        return np.asarray(found.reshape(len(self.indices), -1))
 
     @property
     def _by_element(self) -> bool:
@@ -123,7 +123,7 @@ class Sum(Encoded):
 
     def decoded(self) -> NDArray[np.float64]:
         """The matrix (rows, columns)."""
-        return np.sum([part.decoded() for part in self.parts], axis=0)
+        return np.asarray(np.sum([part.decoded() for part in self.parts], axis=0))
 
     def streams(self, view: View | None) -> list[Stream]:
         """Those of the parts."""
@@ -186,13 +186,11 @@ class Hashed(Encoded):
     Attributes:
         shape: of the matrix.
         values: (buckets,) in the type that they are stored in.
-        begin: number of the first place.
         factors: of the polynomial that is the hash; what it gives is bucket * 2 + sign.
     """
 
     shape: tuple[int, int]
     values: Values
-    begin: int
     factors: tuple[int, ...]
 
     @property
@@ -202,7 +200,7 @@ class Hashed(Encoded):
 
     def decoded(self) -> NDArray[np.float64]:
         """The matrix (rows, columns)."""
-        buckets, signs = places(self.shape, len(self.values), self.begin, self.factors)
+        buckets, signs = places(self.shape, len(self.values), self.factors)
         return self.values.astype(np.float64)[buckets] * signs
 
     def streams(self, view: View | None) -> list[Stream]:
@@ -214,16 +212,16 @@ class Hashed(Encoded):
         rows, columns = self.shape
         column = unpacker.constant(self.values.astype(np.float32)[:, None], "values")
         both = unpacker.node("Concat", [column, unpacker.node("Neg", [column])], axis=1)
-        number = unpacker.hashed(self.factors, self.begin, rows * columns)
+        number = unpacker.hashed(self.factors, rows * columns)
         number = unpacker.node("Mod", [number, unpacker.integers([2 * len(self.values)])])
         return viewed(unpacker, unpacker.node("Gather", [unpacker.reshaped(both, [-1]), number]), view, dtype)
 
 
 def places(
-    shape: tuple[int, int], buckets: int, begin: int, factors: Sequence[int]
+    shape: tuple[int, int], buckets: int, factors: Sequence[int]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(rows, columns) the bucket and the sign, 1 or -1, of each weight of a hashed matrix."""
-    numbers = hashes(factors, begin, shape[0] * shape[1]) % (2 * buckets)
+    numbers = hashes(factors, shape[0] * shape[1]) % (2 * buckets)
     return (numbers // 2).reshape(shape), np.where(numbers % 2, -1.0, 1.0).reshape(shape)
 
 

@@ -160,9 +160,9 @@ class Unpacker:
 
     # -- hashes -----------------------------------------------------------------------------------------------------
 
-    def hashed(self, factors: Sequence[int], begin: int, count: int) -> ir.Value:
-        """(count,) int64: (a i^2 + b i + c) mod PRIME for the numbers i from `begin` on."""
-        ends = [self.constant(np.int64(end), "n") for end in (begin, begin + count, 1)]
+    def hashed(self, factors: Sequence[int], count: int) -> ir.Value:
+        """(count,) int64: (a i^2 + b i + c) mod PRIME for the numbers i from 0 on."""
+        ends = [self.constant(np.int64(end), "n") for end in (0, count, 1)]
         numbers = self.node("Range", ends, ir.DataType.INT64)
         prime = self.integers([PRIME])
         value = self.integers([factors[0]])
@@ -172,9 +172,9 @@ class Unpacker:
         return value
 
 
-def hashes(factors: Sequence[int], begin: int, count: int) -> NDArray[np.int64]:
+def hashes(factors: Sequence[int], count: int) -> NDArray[np.int64]:
     """What `Unpacker.hashed` computes."""
-    numbers = np.arange(begin, begin + count, dtype=np.int64)
+    numbers = np.arange(count, dtype=np.int64)
     value = np.full(count, factors[0], np.int64)
     for factor in factors[1:]:
         value = (value * numbers % PRIME + factor) % PRIME

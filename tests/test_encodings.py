@@ -42,7 +42,7 @@ def masked(view: View) -> Masked:
 
 
 def hashed(view: View) -> Hashed:
-    return Hashed(shape(view), RANDOM.normal(size=5).astype(np.float32), 1000, (123456789, 987654321, 55555))
+    return Hashed(shape(view), RANDOM.normal(size=5).astype(np.float32), (123456789, 987654321, 55555))
 
 
 Make: TypeAlias = Callable[[View], Encoded]

@@ -1,0 +1,113 @@
+"""Weight sharing: many weights have one value, and the file holds which.
+
+    W'[r, c] = values[index[r, c]]
+
+1. `kmeans`: single values, found with the layer's inputs in view (`numerics.codebook`).
+2. `product`: vectors of neighbouring weights of a row (`numerics.product`).
+3. `hash`: the index is a hash of the weight's place, computed in the graph; only the values are stored, and fitted by
+   least squares.
+
+Sharing makes the file smaller, not the model faster: a session decodes the weights once, when it loads.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.compression import Matrix, compress
+from onnxcomp.constants import Weight
+from onnxcomp.core import Choice, Context, Outcome, Pass
+from onnxcomp.encodings import Codes, Encoded, Hashed, places
+from onnxcomp.errors import OptionError
+from onnxcomp.numerics.codebook import fitted, share
+from onnxcomp.numerics.product import share_vectors
+from onnxcomp.unpacking import PRIME
+
+_INDEX = 8
+"""Bits of an index, at most."""
+
+
+class Method(Choice):
+    """What is shared, and who with."""
+
+    KMEANS = "kmeans"
+    """Single values, by a codebook."""
+    PRODUCT = "product"
+    """Vectors of neighbouring weights, by a codebook."""
+    HASH = "hash"
+    """Single values, by chance."""
+
+
+@dataclass(frozen=True)
+class Share(Pass):
+    """Weights that share values.
+
+    Attributes:
+        bits: per weight, 1 to 8, beside the codebooks.
+        method: what is shared.
+        channels: output channels that have a codebook of their own; None for one codebook per tensor.
+
+    Raises:
+        OptionError: a setting out of range.
+    """
+
+    name: ClassVar[str] = "share"
+    summary: ClassVar[str] = "weight sharing: codebooks or hashes, decoded when a session loads: smaller, not faster"
+
+    bits: int = 4
+    method: Method = Method.KMEANS
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= _INDEX:
+            raise OptionError(f"weights cannot share values by {self.bits} bits", remedy="choose 1 to 8")
+        if self.channels is not None and (self.channels < 1 or self.method is not Method.KMEANS):
+            raise OptionError(
+                "codebooks by channels need the method kmeans and one channel or more", remedy="leave them out"
+            )
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        """Encode what becomes smaller."""
+
+        def encode(weight: Weight, matrix: Matrix, H: Matrix) -> Encoded | str:
+            match self.method:
+                case Method.HASH:
+                    return self._hashed(weight, matrix, H, context.seed)
+                case Method.PRODUCT:
+                    return self._product(weight, matrix, H, context.seed)
+                case Method.KMEANS:
+                    return self._codes(weight, matrix, H)
+
+        return compress(model, context, encode, self._said)
+
+    def _codes(self, weight: Weight, matrix: Matrix, H: Matrix) -> Encoded:
+        books = 1
+        if self.channels is not None and len(matrix) % self.channels == 0:
+            books = len(matrix) // self.channels
+        book = share(matrix, H, 1 << self.bits, books)
+        values = book.values[:, :, None].astype(weight.array.dtype)
+        return Codes(book.indices.astype(np.uint8), values)
+
+    def _product(self, weight: Weight, matrix: Matrix, H: Matrix, seed: int) -> Encoded:
+        length = max(size for size in range(1, _INDEX // self.bits + 1) if matrix.shape[1] % size == 0)
+        vectors, indices = share_vectors(matrix, H, 1 << self.bits * length, length, seed)
+        return Codes(indices.astype(np.uint8), vectors[None].astype(weight.array.dtype))
+
+    def _hashed(self, weight: Weight, matrix: Matrix, H: Matrix, seed: int) -> Encoded:
+        buckets = max(matrix.size * self.bits // (8 * weight.array.dtype.itemsize), 1)
+        own = zlib.crc32((weight.value.name or "").encode())
+        factors = tuple(np.random.default_rng([seed, own]).integers(1, PRIME, 3).tolist())
+        indices, signs = places(matrix.shape, buckets, factors)
+        values = fitted(matrix, H, indices, np.zeros(buckets), signs)
+        return Hashed(matrix.shape, values.astype(weight.array.dtype), factors)
+
+    def _said(self, encoded: Encoded) -> str:
+        if isinstance(encoded, Hashed):
+            return f"{len(encoded.values)} shared values, by hash"
+        assert isinstance(encoded, Codes)
+        books, count, length = encoded.values.shape
+        what = "values" if length == 1 else f"vectors of {length}"
+        return f"{count} shared {what}, {self.bits} bits" + (f", {books} codebooks" if books > 1 else "")
