@@ -10,7 +10,7 @@ from onnxcomp import errors
 
 if TYPE_CHECKING:
     from onnxcomp.budget import Budget
-    from onnxcomp.convert import prune, quantize, simplify
+    from onnxcomp.conversion import convert
     from onnxcomp.core import Context, Pass
     from onnxcomp.inspection import inspect
     from onnxcomp.measure import bench, evaluate
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onnxcomp.optimizer import optimize
     from onnxcomp.report import Report
     from onnxcomp.runtime import Target
+    from onnxcomp.techniques import binarize, prune, quantize, share, simplify, sparsify
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,8 @@ __all__ = [
     "Report",
     "Target",
     "bench",
+    "binarize",
+    "convert",
     "errors",
     "evaluate",
     "inspect",
@@ -36,12 +39,14 @@ __all__ = [
     "prune",
     "quantize",
     "save",
+    "share",
     "simplify",
+    "sparsify",
 ]
 
 _HOMES = {
     "budget": ("Budget",),
-    "convert": ("prune", "quantize", "simplify"),
+    "conversion": ("convert",),
     "core": ("Context", "Pass"),
     "inspection": ("inspect",),
     "measure": ("bench", "evaluate"),
@@ -49,6 +54,7 @@ _HOMES = {
     "optimizer": ("optimize",),
     "report": ("Report",),
     "runtime": ("Target",),
+    "techniques": ("binarize", "prune", "quantize", "share", "simplify", "sparsify"),
 }
 """Which module defines which names."""
 

@@ -5,12 +5,8 @@ imports wait until a command runs, so that `--help` answers at once.
 """
 
 import atexit
-import functools
 import gc
-import inspect
-import io
 import logging
-import re
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp import __version__, budget
+from onnxcomp import __version__, budget, options
 from onnxcomp.errors import BudgetError, OnnxcompError, OptionError
 
 if TYPE_CHECKING:
     from onnxcomp.console import Terminal
-    from onnxcomp.data import ImageOptions
     from onnxcomp.report import Report, Result
-    from onnxcomp.runtime import Target
 
 _INTERRUPTED = 130
 _CRITERIA = ["obs", "obd", "l1", "l2", "l1-nonzero", "l2-nonzero", "activation", "activation-std", "feature-map"]
@@ -75,182 +69,6 @@ class _Group(click.Group):
     command_class = _Command
 
 
-class _Parsed(click.ParamType[Any]):
-    """An option read by a function that raises OptionError."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name, self._parse = name, parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not isinstance(value, str):
-            return value
-        try:
-            return self._parse(value)
-        except OptionError as error:
-            self.fail(error.fact + (f"; {error.remedy}" if error.remedy else ""), param, ctx)
-
-
-def _parse_image_size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
-    if match is None:
-        raise OptionError(f"'{text}' is not an image size", remedy="write it like 224 or 480x640 (height x width)")
-    return int(match[1]), int(match[2] or match[1])
-
-
-def _parse_numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise OptionError(f"'{text}' is not a list of numbers", remedy="write it like 0.485,0.456,0.406") from None
-
-
-def _parse_names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _parse_pattern(text: str) -> str:
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise OptionError(f"'{text}' is not a regular expression: {error}") from None
-    return text
-
-
-_Decorator = Callable[[Callable[..., None]], Callable[..., None]]
-
-
-def _as_one(name: str, build: Callable[..., Any], *options: _Decorator) -> _Decorator:
-    """Options that reach the command as one argument, made of them by `build`."""
-    parts = list(inspect.signature(build).parameters)
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(command)
-        def wrapped(**given: Any) -> None:
-            value = build(**{part: given.pop(part) for part in parts})
-            command(**given, **{name: value})
-
-        return _all(*options)(wrapped)
-
-    return decorate
-
-
-def _all(*options: _Decorator) -> _Decorator:
-    """Several options, shown by --help in this order."""
-    return lambda command: functools.reduce(lambda done, option: option(done), reversed(options), command)
-
-
-def _target(provider: str, threads: int) -> "Target":
-    from onnxcomp.runtime import Target
-
-    target = Target(provider, threads)
-    _ = target.providers  # refused here, before any work
-    return target
-
-
-def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
-    from onnxcomp.console import Terminal
-    from onnxcomp.model import check_target
-
-    path = Path(json) if json not in {None, "-"} else None
-    if path is not None and (path.is_file() or not path.exists()):
-        check_target(path, overwrite=_is_report(path))
-    return Terminal(json, quiet, verbose)
-
-
-def _is_report(path: Path) -> bool:
-    """Whether a file is one that `--json` wrote, or empty, so that another may take its place."""
-    with path.open("rb") if path.is_file() else io.BytesIO() as stream:
-        start = stream.read(64)
-    return not start or start.lstrip().startswith(b'{\n  "schema"')
-
-
-def _images(
-    image_size: tuple[int, int] | None,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    layout: Any,
-) -> "ImageOptions":
-    from onnxcomp.data import ImageOptions
-
-    return ImageOptions(image_size, mean or ImageOptions.mean, std or ImageOptions.std, layout)
-
-
-_SHARE = _Parsed("SHARE", budget.parse_share)
-_BYTES = _Parsed("BYTES", budget.parse_bytes)
-_NUMBERS = _Parsed("R,G,B", _parse_numbers)
-
-_model = click.argument("model", type=click.Path(path_type=Path))
-_models = click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
-
-_calib = click.option(
-    "--calib",
-    metavar="P",
-    type=click.Path(path_type=Path),
-    help="Data to learn from: .npz, or a folder of samples or images.",
-)
-_eval = click.option(
-    "--eval", "evaluation", metavar="P", type=click.Path(path_type=Path), help="Data to measure the result on."
-)
-_metric = click.option(
-    "--metric",
-    metavar="NAME|FILE.py:FUNC",
-    help="What to measure.  [default: accuracy with labels, else relative-error]",
-)
-_batch = click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows per run.")
-_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything random.")
-_exclude = click.option(
-    "--exclude",
-    metavar="REGEX",
-    type=_Parsed("REGEX", _parse_pattern),
-    help="Leave alone the nodes whose name matches.",
-)
-_memory = click.option(
-    "--memory", metavar="2GB", type=_BYTES, default="2GB", show_default=True, help="Most that calibration keeps."
-)
-_max_drop = click.option(
-    "--max-drop", metavar="1%", type=_SHARE, help="Most that the metric may lose, in its own unit: 1% is 0.01."
-)
-_best_effort = click.option("--best-effort", is_flag=True, help="Write the result even if it breaks the budget.")
-_overridable = click.option(
-    "--keep-overridable", is_flag=True, help="Leave weights that are also graph inputs overridable."
-)
-_writing = _all(
-    click.option("-o", "--output", metavar="OUT", type=click.Path(path_type=Path), help="[default: MODEL.opt.onnx]"),
-    click.option("--overwrite", is_flag=True, help="Replace an existing output."),
-    click.option("--dry-run", is_flag=True, help="Decide and show, but write no model."),
-)
-_running = _as_one(
-    "target",
-    _target,
-    click.option("--provider", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, tensorrt, ..."),
-    click.option(
-        "--threads", type=click.IntRange(0), default=0, help="Within an operator.  [default: ONNX Runtime's choice]"
-    ),
-)
-_showing = _as_one(
-    "terminal",
-    _terminal,
-    click.option("--json", metavar="FILE", help="Also write the report as JSON; - is standard output."),
-    click.option("-q", "--quiet", is_flag=True, help="Show nothing but errors."),
-    click.option("-v", "--verbose", is_flag=True, help="Show every node, and the traceback of a defect."),
-)
-_picturing = _as_one(
-    "images",
-    _images,
-    click.option(
-        "--image-size",
-        metavar="HxW|N",
-        type=_Parsed("HxW|N", _parse_image_size),
-        help="Of images.  [default: the model's]",
-    ),
-    click.option(
-        "--mean", metavar="R,G,B", type=_NUMBERS, help="Subtracted from pixels, in 0-1 or 0-255.  [default: 0]"
-    ),
-    click.option("--std", metavar="R,G,B", type=_NUMBERS, help="Divides pixels, in 0-1 or 0-255.  [default: 1]"),
-    click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Of images.  [default: guessed]"),
-)
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="onnxcomp")
 def main() -> None:
@@ -261,31 +79,36 @@ def main() -> None:
 
 
 @main.command()
-@_model
-@_writing
-@_calib
-@_eval
-@_metric
-@_max_drop
-@click.option("--max-latency", metavar="5ms", type=_Parsed("TIME", budget.parse_latency), help="Per run.")
-@click.option("--min-speedup", metavar="2x", type=_Parsed("RATIO", budget.parse_speedup), help="Over the original.")
-@click.option("--max-size", metavar="25%|10MB", type=_Parsed("SIZE", budget.parse_size), help="Of the file.")
-@_best_effort
+@options.model_
+@options.writing
+@options.calib
+@options.evaluation_
+@options.metric
+@options.max_drop
+@click.option("--max-latency", metavar="5ms", type=options.Parsed("TIME", budget.parse_latency), help="Per run.")
 @click.option(
-    "--passes", metavar="A,B", type=_Parsed("A,B", _parse_names), help="Use only these, see `onnxcomp passes`."
+    "--min-speedup", metavar="2x", type=options.Parsed("RATIO", budget.parse_speedup), help="Over the original."
 )
-@_exclude
-@_overridable
-@_running
-@_batch
+@click.option("--max-size", metavar="25%|10MB", type=options.Parsed("SIZE", budget.parse_size), help="Of the file.")
+@options.best_effort
+@click.option(
+    "--passes",
+    metavar="A,B",
+    type=options.Parsed("A,B", options.parse_names),
+    help="Use only these, see `onnxcomp passes`.",
+)
+@options.exclude
+@options.overridable
+@options.running
+@options.batch
 @click.option(
     "--effort", type=click.Choice(["quick", "default", "extensive"]), default="default", show_default=True,
     help="How long to search.",
 )  # fmt: skip
-@_seed
-@_memory
-@_picturing
-@_showing
+@options.seed
+@options.memory
+@options.picturing
+@options.showing
 def optimize(
     model: Path,
     output: Path | None,
@@ -309,8 +132,8 @@ def optimize(
 
 
 @main.command()
-@_model
-@_writing
+@options.model_
+@options.writing
 @click.option(
     "--scheme",
     type=click.Choice(["int8", "int8-dynamic", "int8-weights", "int4-weights", "fp16", "bf16"]),
@@ -331,19 +154,7 @@ def optimize(
 @click.option("--no-bias-correction", is_flag=True, help="Leave biases as they are.")
 @click.option("--no-equalize", is_flag=True, help="No cross-layer equalization before int8.")
 @click.option("--no-smooth", is_flag=True, help="No SmoothQuant before int8 and int8-dynamic.")
-@_calib
-@_eval
-@_metric
-@_max_drop
-@_best_effort
-@_exclude
-@_overridable
-@_running
-@_batch
-@_seed
-@_memory
-@_picturing
-@_showing
+@options.learning
 def quantize(
     model: Path,
     output: Path | None,
@@ -354,9 +165,9 @@ def quantize(
     **settings: Any,
 ) -> None:
     """Clean MODEL up and quantize it as asked, wherever the scheme can; show the loss."""
-    from onnxcomp.convert import Scheme
-    from onnxcomp.convert import quantize as work
     from onnxcomp.passes.quantize_static import Range
+    from onnxcomp.techniques import Scheme
+    from onnxcomp.techniques import quantize as work
 
     for step in ("gptq", "polish", "bias_correction", "equalize", "smooth"):
         settings[step] = not settings.pop(f"no_{step}")
@@ -365,13 +176,13 @@ def quantize(
 
 
 @main.command()
-@_model
-@_writing
+@options.model_
+@options.writing
 @click.option(
     "--target",
     "goal",
     metavar="COST=SHARE",
-    type=_Parsed("COST=SHARE", budget.parse_target),
+    type=options.Parsed("COST=SHARE", budget.parse_target),
     help="What remains: flops=50%, params=70%, size=60% or latency=75% (on --provider, at --batch and --threads).",
 )
 @click.option(
@@ -402,25 +213,13 @@ def quantize(
 @click.option("--multiple", type=click.IntRange(1), default=2, show_default=True, help="Widths are multiples of this.")
 @click.option(
     "--least",
-    type=_Parsed("SHARE", budget.parse_share),
+    type=options.Parsed("SHARE", budget.parse_share),
     default=0.1,
     show_default=True,
     help="Share of its channels that every group keeps.",
 )
 @click.option("--no-reconstruct", is_flag=True, help="Do not fit the layers again.")
-@_calib
-@_eval
-@_metric
-@_max_drop
-@_best_effort
-@_exclude
-@_overridable
-@_running
-@_batch
-@_seed
-@_memory
-@_picturing
-@_showing
+@options.learning
 def prune(
     model: Path,
     output: Path | None,
@@ -432,7 +231,7 @@ def prune(
     **settings: Any,
 ) -> None:
     """Remove whole channels of MODEL until a share of its cost remains, and fit the others again."""
-    from onnxcomp.convert import prune as work
+    from onnxcomp.techniques import prune as work
 
     if (goal is None) == (settings["threshold"] is None):
         raise OptionError("how much is to go is not said once", remedy="give either --target or --threshold")
@@ -443,16 +242,108 @@ def prune(
 
 
 @main.command()
-@_model
-@_writing
-@_overridable
-@_running
-@_batch
-@_seed
-@_showing
+@options.model_
+@options.writing
+@click.option("--bits", type=click.IntRange(1, 8), default=4, show_default=True, help="Per weight, beside codebooks.")
+@click.option(
+    "--method",
+    type=click.Choice(["kmeans", "product", "hash"]),
+    default="kmeans",
+    show_default=True,
+    help="Single values or vectors from a codebook, or values by the hash of a weight's place.",
+)
+@click.option("--channels", type=click.IntRange(1), help="Output channels to a codebook.  [default: all]")
+@options.learning
+def share(model: Path, output: Path | None, dry_run: bool, terminal: "Terminal", **settings: Any) -> None:
+    """Let the weights of MODEL share values: fewer bytes in the file, on every provider.
+
+    Sessions decode the weights once, when they load: the result runs as fast as the original, from as much memory.
+    """
+    from onnxcomp.techniques import share as work
+
+    _convert(work, model, output, dry_run, terminal, settings)
+
+
+@main.command()
+@options.model_
+@options.writing
+@click.option(
+    "--sparsity",
+    metavar="50%|2:4",
+    type=options.Parsed("SPARSITY", options.parse_sparsity),
+    default="50%",
+    show_default=True,
+    help="Share that becomes zero, or so many of every so many inputs.",
+)
+@click.option(
+    "--block",
+    metavar="RxC",
+    type=options.Parsed("RxC", options.parse_block),
+    default="1x1",
+    show_default=True,
+    help="Outputs x inputs that become zero together.",
+)
+@click.option(
+    "--choose",
+    type=click.Choice(["magnitude", "wanda", "sparsegpt"]),
+    default="sparsegpt",
+    show_default=True,
+    help="What makes a weight worth keeping.",
+)
+@click.option("--no-reconstruct", is_flag=True, help="Leave the other weights as they are.")
+@options.learning
+def sparsify(
+    model: Path,
+    output: Path | None,
+    sparsity: tuple[float, int],
+    no_reconstruct: bool,
+    dry_run: bool,
+    terminal: "Terminal",
+    **settings: Any,
+) -> None:
+    """Make weights of MODEL zero, and store the others alone: fewer bytes in the file, on every provider.
+
+    ONNX Runtime multiplies by zeros as by other numbers: nothing runs faster, but for 2:4 on TensorRT, whose kernels
+    use the sparse units of NVIDIA GPUs from Ampere on.
+    """
+    from onnxcomp.techniques import sparsify as work
+
+    settings |= {"sparsity": sparsity[0], "of": sparsity[1], "reconstruct": not no_reconstruct}
+    _convert(work, model, output, dry_run, terminal, settings)
+
+
+@main.command()
+@options.model_
+@options.writing
+@click.option("--ternary", is_flag=True, help="Signs and zeros, 1.6 bits per weight, instead of signs alone.")
+@click.option("--bases", type=click.IntRange(1, 4), default=1, show_default=True, help="Patterns of signs added up.")
+@click.option(
+    "--ends", type=click.IntRange(0, 8), default=8, show_default=True,
+    help="Bits of the first and last layers; 0 treats them like the others.",
+)  # fmt: skip
+@options.learning
+def binarize(model: Path, output: Path | None, dry_run: bool, terminal: "Terminal", **settings: Any) -> None:
+    """Make the weights of MODEL signs and scales: fewer bytes in the file, on every provider.
+
+    Sessions decode the weights once, when they load: no provider of ONNX Runtime has kernels for binary weights, so the
+    result runs as fast as the original.
+    """
+    from onnxcomp.techniques import binarize as work
+
+    _convert(work, model, output, dry_run, terminal, settings)
+
+
+@main.command()
+@options.model_
+@options.writing
+@options.overridable
+@options.running
+@options.batch
+@options.seed
+@options.showing
 def simplify(model: Path, output: Path | None, dry_run: bool, terminal: "Terminal", **settings: Any) -> None:
     """Clean MODEL up: the same function from fewer, cheaper nodes."""
-    from onnxcomp.convert import simplify as work
+    from onnxcomp.techniques import simplify as work
 
     _convert(work, model, output, dry_run, terminal, settings)
 
@@ -493,14 +384,14 @@ def _refuse_unmet(report: "Report") -> None:
 
 
 @main.command()
-@_models
-@_calib
-@_running
-@_batch
+@options.models_
+@options.calib
+@options.running
+@options.batch
 @click.option("--cold", is_flag=True, help="Alternate single runs, which evict each other from caches.")
-@_seed
-@_picturing
-@_showing
+@options.seed
+@options.picturing
+@options.showing
 def bench(models: tuple[Path, ...], cold: bool, terminal: "Terminal", **settings: Any) -> None:
     """Time MODELS side by side: latency, throughput, load time, size, memory; ratios to the first."""
     from onnxcomp.measure import bench as work
@@ -512,15 +403,15 @@ def bench(models: tuple[Path, ...], cold: bool, terminal: "Terminal", **settings
 
 
 @main.command("eval")
-@_models
+@options.models_
 @click.option(
     "--eval", "evaluation", metavar="P", required=True, type=click.Path(path_type=Path), help="Data to score on."
 )
-@_metric
-@_running
+@options.metric
+@options.running
 @click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Rows per run.")
-@_picturing
-@_showing
+@options.picturing
+@options.showing
 def evaluate(models: tuple[Path, ...], evaluation: Path, terminal: "Terminal", **settings: Any) -> None:
     """Score MODELS on the same samples, and compare their outputs with the first's."""
     from onnxcomp.measure import evaluate as work
@@ -531,14 +422,14 @@ def evaluate(models: tuple[Path, ...], evaluation: Path, terminal: "Terminal", *
 
 
 @main.command("inspect")
-@_model
+@options.model_
 @click.option("--groups", is_flag=True, help="Show which channels only go together, and which cannot go and why.")
-@_calib
-@_running
-@_batch
-@_seed
-@_picturing
-@_showing
+@options.calib
+@options.running
+@options.batch
+@options.seed
+@options.picturing
+@options.showing
 def inspect_(model: Path, terminal: "Terminal", **settings: Any) -> None:
     """Show what each node of MODEL stores, computes, and takes of the time."""
     from onnxcomp.inspection import inspect as work

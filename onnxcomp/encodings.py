@@ -93,12 +93,12 @@ class Codes(Encoded):
         books, count, length = self.values.shape
         (indices,) = integers
         if self._by_element:
-            table = unpacker.constant(self.values.astype(dtype.numpy()).ravel(), "values")
-            return unpacker.node("Gather", [table, unpacker.reshaped(indices, view.shape)])
+            table = unpacker.constant(self.values.ravel(), "values")
+            return unpacker.cast(unpacker.node("Gather", [table, unpacker.reshaped(indices, view.shape)]), dtype)
         if books > 1:
             begins = unpacker.integers(np.arange(books)[:, None] * count, np.int32)
             indices = unpacker.node("Add", [unpacker.reshaped(indices, [books, -1]), begins])
-        table = unpacker.constant(self.values.astype(dtype.numpy()).reshape(-1, length), "values")
+        table = unpacker.constant(self.values.reshape(-1, length), "values")
         value = unpacker.node("Gather", [table, indices])
         if self.scale is not None:
             value = unpacker.cast(unpacker.reshaped(value, [len(self.indices), -1]), ir.DataType.FLOAT)
@@ -173,10 +173,10 @@ class Masked(Encoded):
         (mask,) = integers
         inside = view.tensor(self.mask)
         values = view.tensor(self.decoded())[inside]
-        table = unpacker.constant(np.concatenate([[0], values]).astype(dtype.numpy()), "values")
+        table = unpacker.constant(np.concatenate([[0], values]).astype(self.values.dtype), "values")
         numbers = unpacker.node("CumSum", [mask, unpacker.constant(np.int32(0), "n")])
         numbers = unpacker.node("Mul", [numbers, mask])
-        return unpacker.node("Gather", [table, unpacker.reshaped(numbers, view.shape)])
+        return unpacker.cast(unpacker.node("Gather", [table, unpacker.reshaped(numbers, view.shape)]), dtype)
 
 
 @dataclass(frozen=True, eq=False)

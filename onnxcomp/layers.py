@@ -1,6 +1,6 @@
 """One view of every weighted operator: `Y = W X + b` with W of shape (out, in * kernel)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -358,6 +358,34 @@ def layer_of(node: ir.Node) -> Layer | None:
             continue
         return Layer(node, index)
     return None
+
+
+def end_layers(model: ir.Model) -> set[str]:
+    """Names of the main graph's first and last layers: no other stands between them and an input, or an output."""
+    known = {layer.node: layer.name for layer in layers(model)}
+    forwards = _met(model.graph.inputs, known, lambda value: [use.node for use in value.uses()], lambda n: n.outputs)
+    backwards = _met(model.graph.outputs, known, lambda value: [value.producer()], lambda node: node.inputs)
+    return forwards | backwards
+
+
+def _met(
+    values: Iterable[ir.Value | None],
+    known: Mapping[ir.Node, str],
+    nodes: Callable[[ir.Value], Iterable[ir.Node | None]],
+    beyond: Callable[[ir.Node], Iterable[ir.Value | None]],
+) -> set[str]:
+    """The layers that are met first on the way from some values."""
+    found, seen, open_ends = set(), set(), [value for value in values if value is not None]
+    while open_ends:
+        for node in nodes(open_ends.pop()):
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            if node in known:
+                found.add(known[node])
+            else:
+                open_ends += [value for value in beyond(node) if value is not None]
+    return found
 
 
 def is_empty(value: ir.Value) -> bool:

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 
 import onnxcomp
 from models import zoo
-from onnxcomp import convert, footprint, inspection, measure, metrics
+from onnxcomp import conversion, footprint, inspection, measure, metrics, techniques
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.cli import _CRITERIA, main
@@ -168,10 +168,10 @@ def test_max_drop_is_a_gate(model: Path, data: Path) -> None:
 
 
 def test_letters_hold_their_accuracy_in_dynamic_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "Protocol", lambda: FAST)
+    monkeypatch.setattr(conversion, "Protocol", lambda: FAST)
     whole = np.load(MODELS / "letters_eval.npz")
     np.savez(tmp_path / "eval.npz", **{name: whole[name][:64] for name in whole})
-    scheme, target = convert.Scheme.INT8_DYNAMIC, Target(threads=1)
+    scheme, target = techniques.Scheme.INT8_DYNAMIC, Target(threads=1)
     result = onnxcomp.quantize(
         MODELS / "letters.onnx", scheme=scheme, evaluation=tmp_path / "eval.npz", target=target, max_drop=0.05
     )
@@ -473,7 +473,7 @@ def test_every_command_and_option_has_help(command: str) -> None:
 
 def test_choices_are_those_of_the_code() -> None:
     choices = {option.name: option.type for option in main.commands["quantize"].params}
-    assert list(choices["scheme"].choices) == list(convert.Scheme)  # type: ignore[attr-defined]
+    assert list(choices["scheme"].choices) == list(techniques.Scheme)  # type: ignore[attr-defined]
     assert list(choices["range_"].choices) == list(Range)  # type: ignore[attr-defined]
 
 

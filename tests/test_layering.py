@@ -22,8 +22,8 @@ LAYERS = (
      "latency", "chains", "prefix", "twins", "together", "reconstruction", "pruning"},
     {"passes"},
     {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
-     "optimizer", "measure", "inspection", "convert"},
-    {"console", "cli", "__main__", "__init__"},
+     "optimizer", "measure", "inspection", "conversion", "techniques"},
+    {"console", "options", "cli", "__main__", "__init__"},
 )
 # fmt: on
 """Lowest first: arrays, models and data, execution, the contract, tools of passes, passes, flows, commands."""

@@ -8,7 +8,8 @@ import pytest
 import onnxcomp
 
 NAMES = {
-    *("optimize", "prune", "quantize", "simplify", "bench", "evaluate", "inspect", "load", "save"),
+    *("optimize", "convert", "simplify", "quantize", "prune", "share", "sparsify", "binarize"),
+    *("bench", "evaluate", "inspect", "load", "save"),
     *("Budget", "Context", "Pass", "Report", "Target", "errors"),
 }
 

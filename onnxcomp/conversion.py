@@ -1,0 +1,248 @@
+"""A model made into another by a fixed list of passes, with proof."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import onnx_ir as ir
+
+from onnxcomp import metrics
+from onnxcomp import model as models
+from onnxcomp.budget import Budget, within
+from onnxcomp.core import Context, Pass, no_progress, node_pattern
+from onnxcomp.data import ImageOptions, open_dataset
+from onnxcomp.errors import BudgetError, ModelError
+from onnxcomp.layers import refuse_broken_weights
+from onnxcomp.measure import circumstances, file_size, paced, side_by_side, usual_metric
+from onnxcomp.model import ModelSource
+from onnxcomp.report import Figures, Report, Result, Step, source_name, stamped
+from onnxcomp.runtime import Protocol, Session, Target
+from onnxcomp.samples import Dataset
+from onnxcomp.synthetic import synthetic
+
+Progress = Callable[[int, int, str], None]
+
+_SYNTHETIC = 32
+
+_JUDGED = 32
+"""Samples of the calibration data that the loss is measured on where there are no others: it is an indication."""
+
+_PROTOCOL = Protocol(seconds=0.4)
+"""Timing that stays a small part of the work."""
+
+
+class Common(TypedDict, total=False):
+    """What every conversion takes, as `convert` documents it."""
+
+    output: str | os.PathLike[str] | None
+    calib: Any
+    evaluation: Any
+    metric: str | Callable[[Any], float] | None
+    max_drop: float | None
+    exclude: str | None
+    target: Target | str
+    batch: int
+    seed: int
+    memory: int
+    images: ImageOptions | None
+    overwrite: bool
+    best_effort: bool
+    dry_run: bool
+    progress: Progress
+
+
+def convert(
+    source: ModelSource,
+    passes: Sequence[Pass],
+    *,
+    output: str | os.PathLike[str] | None = None,
+    calib: Any = None,
+    evaluation: Any = None,
+    metric: str | Callable[[Any], float] | None = None,
+    max_drop: float | None = None,
+    exclude: str | None = None,
+    target: Target | str = Target(),
+    batch: int = 1,
+    seed: int = 0,
+    memory: int = 2 * 10**9,
+    images: ImageOptions | None = None,
+    overwrite: bool = False,
+    best_effort: bool = False,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+) -> Result:
+    """Apply passes in this order, and measure what that cost and brought.
+
+    Args:
+        source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; never modified.
+        passes: what is done.
+        output: where to write the result; None to keep it in memory.
+        calib: data to learn from, as `data.open_dataset` takes them.
+        evaluation: data to measure the loss on; without them it is the relative output error on `calib`, or on
+            synthetic inputs.
+        metric: a metric's name, `FILE.py:FUNCTION` or the function itself; by default accuracy where `evaluation` has
+            labels, else relative error.
+        max_drop: largest loss to accept, in the metric's unit; None accepts any.
+        exclude: regular expression of node names to leave alone.
+        target: execution provider and threads, or the provider's name.
+        batch: samples per run that latency is measured at.
+        seed: of everything random.
+        memory: cap in bytes on what calibration and fitting keep.
+        images: how image files become inputs.
+        overwrite: replace an existing output.
+        best_effort: write the result even where it loses more than `max_drop`.
+        dry_run: measure, but write nothing.
+        progress: called with (done, total, what).
+
+    Raises:
+        InputError: the model, the data or an option cannot be used.
+        BudgetError: it loses more than `max_drop`; its `result` is what came out.
+    """
+    target = Target.of(target)
+    work = _Conversion(source, output, target, batch, overwrite, dry_run, (calib, evaluation))
+    specs = models.input_specs(work.model) if calib is not None or evaluation is not None else ()
+    learn = None if calib is None else open_dataset(calib, specs, images)
+    proof = None if evaluation is None else open_dataset(evaluation, specs, images)
+    wanted = metrics.parse_metric(metric) if metric else None
+    context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress)
+    return work.run(passes, context, proof, wanted, max_drop, best_effort)
+
+
+class _Conversion:
+    """From a model to another by a fixed list of passes. What can be refused is refused before any work.
+
+    Raises:
+        ModelError: the model cannot be read, or the output not be written.
+        OptionError: a batch below 1.
+        ProviderError: the target is not available.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource,
+        output: str | os.PathLike[str] | None,
+        target: Target,
+        batch: int,
+        overwrite: bool,
+        dry_run: bool,
+        data: Sequence[object],
+    ) -> None:
+        self._environment = circumstances(target, batch)
+        self._output = None if output is None else Path(output)
+        self._writes, self._overwrite = not dry_run, overwrite
+        if self._output is not None and self._writes:
+            models.check_target(self._output, overwrite=overwrite, inputs=(source, *data))
+        self._source = source
+        self.model = models.load(source)
+        refuse_broken_weights(self.model)
+
+    def run(
+        self,
+        passes: Sequence[Pass],
+        context: Context,
+        proof: Dataset | None,
+        metric: metrics.Metric | None,
+        max_drop: float | None,
+        best_effort: bool,
+    ) -> Result:
+        """Apply the passes, measure, judge and write."""
+        current, steps = self.model, []
+        for technique in passes:
+            outcome = technique(current, context)
+            current = outcome.model
+            steps.append(Step.of(technique, outcome))
+        fingerprint = models.fingerprint(self._source)
+        pattern = None if context.exclude is None else context.exclude.pattern
+        made = stamped(current, steps, fingerprint, context.seed, pattern)
+        sizes = file_size(self._source, self.model), file_size(made, made)
+        before, after = (Figures(size) for size in sizes)
+        protocol, name, data, notes = str(_PROTOCOL), "", "nothing was measured", []
+        try:
+            loss = _Loss.of(self.model, context, proof, metric)
+            before, after, protocol = loss.measure(self.model, made, sizes, context)
+            name, data, notes = loss.metric.name, loss.description, loss.notes(after)
+        except ModelError:
+            if any(models.spec_of(value) is None for value in models.free_inputs(self.model)):
+                notes = ["Neither latency nor outputs were measured: an input is no tensor."]
+            else:
+                raise
+        unmet = []
+        if max_drop is not None and after.drop is not None and not within(after.drop, max_drop):
+            unmet.append(f"{name} drops by {after.drop:.4g}, more than {max_drop:.4g}")
+        report = Report(
+            source=source_name(self._source),
+            output=None if self._output is None else str(self._output),
+            fingerprint=fingerprint,
+            environment=self._environment | {"seed": context.seed},
+            protocol=protocol,
+            metric=name,
+            data=data,
+            budget=Budget(max_drop=max_drop),
+            met=not unmet,
+            unmet=tuple(unmet),
+            original=before,
+            result=after,
+            steps=tuple(steps),
+            notes=tuple(notes),
+        )
+        result = Result(made, report)
+        if unmet and not best_effort:
+            error = BudgetError(
+                "the result loses too much: " + "; ".join(unmet),
+                "the scheme is too coarse for some layers",
+                "leave layers out with --exclude, let `onnxcomp optimize` choose them, or write it with --best-effort",
+            )
+            error.result = result
+            raise error
+        if self._output is not None and self._writes:
+            models.save(made, self._output, overwrite=self._overwrite)
+        return result
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """What a conversion is judged by, on which samples."""
+
+    metric: metrics.Metric
+    data: Dataset
+    description: str
+    invented: bool
+
+    @classmethod
+    def of(cls, model: ir.Model, context: Context, proof: Dataset | None, metric: metrics.Metric | None) -> "_Loss":
+        data, where = proof, ""
+        if data is None:
+            data, where = context.data, ", the calibration data: what was learnt from them is flattered"
+            if data is not None:
+                data = data.at_most(_JUDGED, context.seed)
+        invented = data is None
+        if data is None:
+            specs = models.input_specs(model)
+            data, where = synthetic(specs, _SYNTHETIC, context.seed, models.vocabularies(model)), ""
+        reason = "as asked"
+        if metric is None and proof is None:
+            metric, reason = metrics.METRICS["relative-error"], "no evaluation data"
+        elif metric is None:
+            metric, reason = usual_metric(Session(model, context.target), data)
+        samples = f"{data.samples} samples of {data.origin}{where}"
+        return cls(metric, data, f"{metric.name} ({reason}) on {samples}", invented)
+
+    def measure(
+        self, original: ir.Model, made: ir.Model, sizes: tuple[int, int], context: Context
+    ) -> tuple[Figures, Figures, str]:
+        """Both models' figures, and how latency was measured."""
+        sessions = Session(original, context.target), Session(made, context.target)
+        feeds = next(iter(self.data.batches(context.batch))).feeds
+        protocol = paced(_PROTOCOL, sessions[0], feeds)
+        return *side_by_side(sessions, sizes, feeds, protocol, self.metric, self.data), str(protocol)
+
+    def notes(self, result: Figures) -> list[str]:
+        """What the figures do not say by themselves."""
+        notes = []
+        if self.invented:
+            notes.append("The loss was measured on synthetic inputs and says little about real ones: give --eval.")
+        if result.speedup is not None and result.speedup < 1:
+            notes.append("The result is slower than the original on this target.")
+        return notes

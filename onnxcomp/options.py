@@ -1,0 +1,222 @@
+"""What commands share: options that become typed values, and the parsing of their text."""
+
+import functools
+import inspect
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcomp import budget
+from onnxcomp.errors import OptionError
+
+if TYPE_CHECKING:
+    from onnxcomp.console import Terminal
+    from onnxcomp.data import ImageOptions
+    from onnxcomp.runtime import Target
+
+
+class Parsed(click.ParamType[Any]):
+    """An option read by a function that raises OptionError."""
+
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name, self._parse = name, parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What the function makes of the text."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except OptionError as error:
+            self.fail(error.fact + (f"; {error.remedy}" if error.remedy else ""), param, ctx)
+
+
+def _parse_image_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    if match is None:
+        raise OptionError(f"'{text}' is not an image size", remedy="write it like 224 or 480x640 (height x width)")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _parse_numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"'{text}' is not a list of numbers", remedy="write it like 0.485,0.456,0.406") from None
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def parse_sparsity(text: str) -> tuple[float, int]:
+    """A share, or N:M: how many of every so many become zero. Gives the share and M, or 0."""
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if match is None:
+        return budget.parse_share(text), 0
+    zero, of = int(match[1]), int(match[2])
+    if not 0 < zero < of:
+        raise OptionError(f"'{text}' leaves no sense", remedy="write it like 2:4: two zeros in every four weights")
+    return zero / of, of
+
+
+def parse_block(text: str) -> tuple[int, int]:
+    """Outputs x inputs."""
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.strip().lower())
+    if match is None:
+        raise OptionError(f"'{text}' is not a block", remedy="write it like 4x1: outputs x inputs")
+    return int(match[1]), int(match[2])
+
+
+def _parse_pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise OptionError(f"'{text}' is not a regular expression: {error}") from None
+    return text
+
+
+_Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def _as_one(name: str, build: Callable[..., Any], *options: _Decorator) -> _Decorator:
+    """Options that reach the command as one argument, made of them by `build`."""
+    parts = list(inspect.signature(build).parameters)
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def wrapped(**given: Any) -> None:
+            value = build(**{part: given.pop(part) for part in parts})
+            command(**given, **{name: value})
+
+        return together(*options)(wrapped)
+
+    return decorate
+
+
+def together(*options: _Decorator) -> _Decorator:
+    """Several options, shown by --help in this order."""
+    return lambda command: functools.reduce(lambda done, option: option(done), reversed(options), command)
+
+
+def _target(provider: str, threads: int) -> "Target":
+    from onnxcomp.runtime import Target
+
+    target = Target(provider, threads)
+    _ = target.providers  # refused here, before any work
+    return target
+
+
+def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
+    from onnxcomp.console import Terminal
+    from onnxcomp.model import check_target
+
+    path = Path(json) if json not in {None, "-"} else None
+    if path is not None and (path.is_file() or not path.exists()):
+        check_target(path, overwrite=_is_report(path))
+    return Terminal(json, quiet, verbose)
+
+
+def _is_report(path: Path) -> bool:
+    """Whether a file is one that `--json` wrote, or empty, so that another may take its place."""
+    with path.open("rb") if path.is_file() else io.BytesIO() as stream:
+        start = stream.read(64)
+    return not start or start.lstrip().startswith(b'{\n  "schema"')
+
+
+def _images(
+    image_size: tuple[int, int] | None,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    layout: Any,
+) -> "ImageOptions":
+    from onnxcomp.data import ImageOptions
+
+    return ImageOptions(image_size, mean or ImageOptions.mean, std or ImageOptions.std, layout)
+
+
+SHARE = Parsed("SHARE", budget.parse_share)
+_BYTES = Parsed("BYTES", budget.parse_bytes)
+_NUMBERS = Parsed("R,G,B", _parse_numbers)
+
+model_ = click.argument("model", type=click.Path(path_type=Path))
+models_ = click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path))
+
+calib = click.option(
+    "--calib",
+    metavar="P",
+    type=click.Path(path_type=Path),
+    help="Data to learn from: .npz, or a folder of samples or images.",
+)
+evaluation_ = click.option(
+    "--eval", "evaluation", metavar="P", type=click.Path(path_type=Path), help="Data to measure the result on."
+)
+metric = click.option(
+    "--metric",
+    metavar="NAME|FILE.py:FUNC",
+    help="What to measure.  [default: accuracy with labels, else relative-error]",
+)
+batch = click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Rows per run.")
+seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of everything random.")
+exclude = click.option(
+    "--exclude",
+    metavar="REGEX",
+    type=Parsed("REGEX", _parse_pattern),
+    help="Leave alone the nodes whose name matches.",
+)
+memory = click.option(
+    "--memory", metavar="2GB", type=_BYTES, default="2GB", show_default=True, help="Most that calibration keeps."
+)
+max_drop = click.option(
+    "--max-drop", metavar="1%", type=SHARE, help="Most that the metric may lose, in its own unit: 1% is 0.01."
+)
+best_effort = click.option("--best-effort", is_flag=True, help="Write the result even if it breaks the budget.")
+overridable = click.option(
+    "--keep-overridable", is_flag=True, help="Leave weights that are also graph inputs overridable."
+)
+writing = together(
+    click.option("-o", "--output", metavar="OUT", type=click.Path(path_type=Path), help="[default: MODEL.opt.onnx]"),
+    click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+    click.option("--dry-run", is_flag=True, help="Decide and show, but write no model."),
+)
+running = _as_one(
+    "target",
+    _target,
+    click.option("--provider", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, tensorrt, ..."),
+    click.option(
+        "--threads", type=click.IntRange(0), default=0, help="Within an operator.  [default: ONNX Runtime's choice]"
+    ),
+)
+showing = _as_one(
+    "terminal",
+    _terminal,
+    click.option("--json", metavar="FILE", help="Also write the report as JSON; - is standard output."),
+    click.option("-q", "--quiet", is_flag=True, help="Show nothing but errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Show every node, and the traceback of a defect."),
+)
+picturing = _as_one(
+    "images",
+    _images,
+    click.option(
+        "--image-size",
+        metavar="HxW|N",
+        type=Parsed("HxW|N", _parse_image_size),
+        help="Of images.  [default: the model's]",
+    ),
+    click.option(
+        "--mean", metavar="R,G,B", type=_NUMBERS, help="Subtracted from pixels, in 0-1 or 0-255.  [default: 0]"
+    ),
+    click.option("--std", metavar="R,G,B", type=_NUMBERS, help="Divides pixels, in 0-1 or 0-255.  [default: 1]"),
+    click.option("--layout", type=click.Choice(["NCHW", "NHWC"]), help="Of images.  [default: guessed]"),
+)
+
+learning = together(
+    calib, evaluation_, metric, max_drop, best_effort, exclude, overridable, running, batch, seed, memory, picturing,
+    showing,
+)  # fmt: skip
+"""What every technique takes that learns from data and is measured on them."""

@@ -1,0 +1,106 @@
+"""Sparse weights: some become zero, the others make up for it, and only those are stored.
+
+A bit for each weight says which are there; a session puts the zeros back when it loads. ONNX Runtime multiplies by
+zeros as by other numbers, so sparse weights make the file smaller and nothing faster, but for 2:4 on TensorRT, which
+uses the sparse units of recent NVIDIA GPUs.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.compression import Matrix, compress
+from onnxcomp.constants import Weight
+from onnxcomp.core import Choice, Context, Outcome, Pass
+from onnxcomp.encodings import Encoded, Masked
+from onnxcomp.errors import OptionError
+from onnxcomp.numerics.sparse import Mask, Pattern, magnitude_mask, obs_mask, refit_on, wanda_mask
+
+
+class Choose(Choice):
+    """What makes a weight worth keeping."""
+
+    MAGNITUDE = "magnitude"
+    """|w|."""
+    WANDA = "wanda"
+    """|w| ||x|| (Sun et al. 2024)."""
+    SPARSEGPT = "sparsegpt"
+    """What its loss costs when the others make up for it (Frantar and Alistarh 2023)."""
+
+
+@dataclass(frozen=True)
+class Sparsify(Pass):
+    """Weights that are zero.
+
+    Attributes:
+        sparsity: share that becomes zero.
+        of: that share of every so many consecutive inputs (4 for 2:4); 0 for anywhere in the weight.
+        block: (outputs, inputs) that become zero together.
+        choose: what makes a weight worth keeping.
+        reconstruct: least squares on those that are left.
+
+    Raises:
+        OptionError: a setting out of range.
+    """
+
+    name: ClassVar[str] = "sparsify"
+    summary: ClassVar[str] = "sparse weights, stored without their zeros: smaller; faster only as 2:4 on TensorRT"
+
+    sparsity: float = 0.5
+    of: int = 0
+    block: tuple[int, int] = (1, 1)
+    choose: Choose = Choose.SPARSEGPT
+    reconstruct: bool = True
+
+    def __post_init__(self) -> None:
+        whole = self.of == 0 or (self.of > 1 and (self.sparsity * self.of).is_integer())
+        if not (0 < self.sparsity < 1 and whole and min(self.block) >= 1):
+            raise OptionError(
+                f"a sparsity of {self.sparsity:.4g} in blocks of {self.block[0]}x{self.block[1]}"
+                + (f" of every {self.of} makes" if self.of else " makes")
+                + " no sense",
+                remedy="give a share between 0 and 1, or N:M with N below M",
+            )
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        """Encode what becomes smaller."""
+        pattern = Pattern(self.sparsity, self.of, self.block)
+
+        def encode(weight: Weight, matrix: Matrix, H: Matrix) -> Encoded:
+            order = _channels_last(weight, matrix.shape[1])
+            parts = [
+                self._sparse(rows[:, order], moment[np.ix_(order, order)], pattern)
+                for rows, moment in zip(np.split(matrix, len(H)), H, strict=True)
+            ]
+            sparse = np.concatenate(parts)[:, np.argsort(order)]
+            mask = sparse != 0
+            return Masked(mask, sparse[mask].astype(weight.array.dtype))
+
+        return compress(model, context, encode, self._said)
+
+    def _sparse(self, W: Matrix, H: Matrix, pattern: Pattern) -> Matrix:
+        mask: Mask
+        match self.choose:
+            case Choose.MAGNITUDE:
+                mask = magnitude_mask(W, pattern)
+            case Choose.WANDA:
+                mask = wanda_mask(W, H, pattern)
+            case Choose.SPARSEGPT:
+                mask = obs_mask(W, H, pattern)
+        return refit_on(W, H, mask) if self.reconstruct else np.where(mask, W, 0.0)
+
+    def _said(self, encoded: Encoded) -> str:
+        assert isinstance(encoded, Masked)
+        how = (
+            f"{round(self.sparsity * self.of)} of {self.of} zero" if self.of else f"{1 - encoded.mask.mean():.0%} zero"
+        )
+        return how + (f", in blocks of {self.block[0]}x{self.block[1]}" if self.block != (1, 1) else "")
+
+
+def _channels_last(weight: Weight, columns: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Columns with the channels of each kernel tap side by side, as kernels for N:M take them."""
+    layer = weight.layer
+    taps = int(np.prod(layer.kernel)) if layer is not None and layer.node.op_type == "Conv" else 1
+    return np.arange(columns).reshape(-1, taps).T.ravel()
