@@ -180,7 +180,7 @@ def test_int8_without_calibration_data(model: Path) -> None:
 # --- output ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["simplify", "quantize"])
+@pytest.mark.parametrize("command", ["simplify", "share"])
 def test_a_target_that_cannot_be_written(model: Path, command: str) -> None:
     def message(output: Path) -> str:
         return refused(command, model, "-o", output)
