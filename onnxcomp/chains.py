@@ -1,6 +1,6 @@
 """Layers in a row: those between which there are only functions that work element by element."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import onnx_ir as ir
 
@@ -10,13 +10,15 @@ from onnxcomp.relations import ELEMENTWISE
 
 _LONGEST = 3
 """Layers: what a bottleneck or an inverted residual has."""
+_LONGEST_OF_FACTORS = 2
 
 
-def chains(found: Sequence[Layer]) -> list[list[Layer]]:
+def chains(found: Sequence[Layer], factors: Collection[str] = ()) -> list[list[Layer]]:
     """Layers in rows of at most three, in the order of their first ones; each layer is in one row.
 
     Args:
         found: layers of one graph, in topological order.
+        factors: names of those that are only a part of what they lead to: rows neither count them nor end with them.
     """
     by_output = {layer.node.outputs[0]: layer for layer in found}
     followers: dict[str, Layer] = {}
@@ -24,14 +26,19 @@ def chains(found: Sequence[Layer]) -> list[list[Layer]]:
         source = _source(layer)
         if source in by_output:
             followers[by_output[source].name] = layer
+    longest = _LONGEST_OF_FACTORS if factors else _LONGEST
     result: list[list[Layer]] = []
     taken: set[str] = set()
     for layer in found:
         if layer.name in taken:
             continue
         row = [layer]
-        while len(row) < _LONGEST and (follower := followers.get(row[-1].name)) is not None:
+        while (follower := followers.get(row[-1].name)) is not None and (
+            sum(member.name not in factors for member in row) < longest
+        ):
             row.append(follower)
+        whole = max((place for place, member in enumerate(row) if member.name not in factors), default=len(row) - 1)
+        del row[whole + 1 :]
         taken |= {member.name for member in row}
         result.append(row)
     return result

@@ -15,19 +15,16 @@ from numpy.typing import NDArray
 from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context, Skip
+from onnxcomp.effects import Answers
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.members import Reader, readers
 from onnxcomp.numerics.obs import Consumer, eliminate, survivors, swapped
-from onnxcomp.runtime import Session
 from onnxcomp.saliency import Aggregate, Criterion, saliencies
-from onnxcomp.samples import Dataset, Feeds
+from onnxcomp.samples import Dataset
 from onnxcomp.surgery import SurgeryError, without
 from onnxcomp.widths import Curve
 
 DAMPING = 1e-2
-
-_PROBED = 64
-"""Samples on which it is measured what a group's error does to the outputs."""
 
 _PROBES = 4
 """Widths of each group at which that is measured, evenly spaced."""
@@ -107,11 +104,8 @@ class Pruner:
         return calibrate(self.groups.model, self._data, self.context, layers=list(layers.values())).grams
 
     @cached_property
-    def _answers(self) -> list[tuple[Feeds, Feeds]]:
-        """What the original says on a few samples."""
-        samples = self._data.at_most(_PROBED, self.context.seed)
-        session = Session(self.groups.model, self.context.target, spinning=False)
-        return [(batch.feeds, session.run(batch.feeds)) for batch in samples.batches(16)]
+    def _answers(self) -> Answers:
+        return Answers(self.groups.model, self._data, self.context)
 
     def _moments(self, layer: Layer) -> NDArray[np.float64]:
         """H of a layer's inputs (groups, in, in); centred where its bias takes up their mean."""
@@ -178,25 +172,13 @@ class Pruner:
             errors = eliminate(self._consumers(group), DAMPING, order=order).errors
         probes = sorted({int(np.ceil(most * place / _PROBES)) for place in range(1, _PROBES + 1)} - {0})
         try:
-            effects = [self._effect(group, order[:count]) for count in probes]
+            effects = [self._answers.error(self.cut({group: order[:count]}, infer=False).model) for count in probes]
         except SurgeryError as error:
             self.skips.append(Skip(group.name, error.fact))
             return None
         gains = [effect / max(errors[count], 1e-12) for count, effect in zip(probes, effects, strict=True)]
         gain = np.interp(np.arange(len(errors)), probes, gains)
         return Curve(order, np.maximum.accumulate(errors * gain))
-
-    def _effect(self, group: ChannelGroup, gone: NDArray[np.int64]) -> float:
-        """Relative squared error of the model's outputs without some channels of one group."""
-        session = Session(self.cut({group: gone}, infer=False).model, self.context.target, spinning=False)
-        signal = noise = 0.0
-        for feeds, expected in self._answers:
-            for name, actual in session.run(feeds).items():
-                if expected[name].dtype.kind == "f":
-                    want = expected[name].astype(np.float64)
-                    signal += float(np.square(want).sum())
-                    noise += float(np.square(want - actual.astype(np.float64)).sum())
-        return noise / signal if signal and np.isfinite(noise) else 1.0
 
     # -- the cut ----------------------------------------------------------------------------------------------------
 

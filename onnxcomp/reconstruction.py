@@ -65,14 +65,18 @@ def reconstruct(
     norms = _Norms(original, pruned, outputs, twins, context)
     by_name = {pair.after.name: pair for pair in pairs}
     done = 0
-    for row in chains([pair.after for pair in pairs]):
+    factors = {pair.after.name for pair in pairs if pair.before is None}
+    for row in chains([pair.after for pair in pairs], factors):
         block = [by_name[layer.name] for layer in row]
-        jointly = len(block) > 1 and project is None
+        jointly = len(block) > 1 and project is None and block[-1].before is not None
+        start: Layer | None = block[0].after
         for pair in block:
             norms.adjust(pair.after.node)
-            rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if jointly else 1)
-            runs = twins.runs(pair.before.data, pair, starts=pair is block[0])
-            _fit(pair, runs, rows / data.samples, context.seed, damping, project)
+            if pair.before is not None:
+                rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if jointly else 1)
+                runs = twins.runs(pair.before.data, pair, starts=start)
+                _fit(pair, runs, rows / data.samples, context.seed, damping, project)
+                start = None
         if jointly and (reason := fit_together(block, pruned, twins, data.samples, context, damping)):
             skips += [Skip(pair.after.name, f"fitted by itself only: {reason}") for pair in block]
         done += len(block)
@@ -88,10 +92,10 @@ def _pairs(
     befores = {layer.name: layer for layer in layers(original)}
     pairs, skips = [], []
     for after in layers(pruned):
-        reason = None
+        reason, before = None, befores.get(after.name)
         if context.excludes(after.node):
             reason = "excluded by the user"
-        elif len(befores[after.name].weight.uses()) > 1:
+        elif before is not None and len(before.weight.uses()) > 1:
             reason = "another node shares its weight"
         elif after.node.graph is not pruned.graph:
             reason = "a body of control flow holds it"
@@ -102,8 +106,7 @@ def _pairs(
         if reason:
             skips.append(Skip(after.name, f"not fitted again: {reason}"))
         else:
-            before = befores[after.name]
-            pairs.append(Pair(before, after, outputs.get(after.name, np.ones(before.outputs, bool))))
+            pairs.append(Pair(before, after, outputs.get(after.name, np.ones((before or after).outputs, bool))))
     return pairs, skips
 
 
@@ -185,6 +188,7 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
 def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: float, project: Project | None) -> None:
     """Ridge regression of one layer, on so many rows of each sample."""
     before, after = pair.before, pair.after
+    assert before is not None
     groups, width = after.groups, after.input_width
     kept = np.flatnonzero(pair.outputs)
     H = np.zeros((groups, width + 1, width + 1))

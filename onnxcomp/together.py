@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from onnxcomp.core import Context
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.layers import Layer
 from onnxcomp.numerics import joint
 from onnxcomp.prefix import part_between
 from onnxcomp.runtime import Session
@@ -40,7 +39,7 @@ def fit_together(
     if isinstance(parts, str):
         return parts
     try:
-        links = _links(row, pruned, context)
+        links = _links(block, pruned, context)
         fitted = joint.fit(links, parts[0], context.seed, damping)
     except OnnxcompError as error:
         return f"what lies between it and its neighbours does not run by itself: {error.fact}"
@@ -59,14 +58,15 @@ def _parts(
     block: list[Pair], twins: Twins, samples: int, context: Context
 ) -> tuple[list[joint.Part], list[joint.Part]] | str:
     """What the block reads and is to give, on samples to fit and on others; or why that cannot be had."""
-    first, last = block[0].after, block[-1]
+    first, last, before = block[0].after, block[-1], block[-1].before
+    assert before is not None
     kept = np.flatnonzero(last.outputs)
     everything = np.iinfo(np.int64).max
     random = np.random.default_rng(context.seed)
     uses: NDArray[np.int64] | None = None  # by sample: 0 to fit, 1 held out, 2 not at all
     parts: tuple[list[joint.Part], list[joint.Part]] = [], []
     seen = 0
-    for run in twins.runs(last.before.node.outputs[0], last, first):
+    for run in twins.runs(before.node.outputs[0], last, first):
         narrow = list(run.before.shape)
         narrow[last.after.output_axis] = len(kept)
         skips = as_outputs(run, run.before.shape, tuple(narrow)) or ()
@@ -75,7 +75,7 @@ def _parts(
         if any(array.dtype != np.float32 or array.shape[:1] != (valid,) for array in arrays):
             return "its activations are not float32 with one row for each sample"
         if uses is None:
-            rows = run.before.size // last.before.outputs / valid
+            rows = run.before.size // before.outputs / valid
             room = context.memory / 8 / (4 * rows * sum(pair.after.input_width * pair.after.groups for pair in block))
             count = int(min(max(_ROWS / rows, _SAMPLES), room, samples * (1 - _HELD_OUT)))
             if count < min(_SAMPLES, samples * (1 - _HELD_OUT) - 1):
@@ -86,20 +86,21 @@ def _parts(
         for use, found in enumerate(parts):
             chosen = np.flatnonzero(uses[seen : seen + valid] == use)
             if len(chosen):
-                target = last.before.output_rows(run.before[chosen], everything, random)[:, kept]
+                target = before.output_rows(run.before[chosen], everything, random)[:, kept]
                 if skips:
-                    target = target + last.before.output_rows(skips[0][chosen], everything, random)[:, kept]
+                    target = target + before.output_rows(skips[0][chosen], everything, random)[:, kept]
                     target -= last.after.output_rows(skips[1][chosen], everything, random)
                 found.append(joint.Part(run.data[chosen], target))
         seen += valid
     return parts if all(parts) else "there are too few samples"
 
 
-def _links(row: list[Layer], model: ir.Model, context: Context) -> list[joint.Link]:
+def _links(block: list[Pair], model: ir.Model, context: Context) -> list[joint.Link]:
     result = []
-    for layer, follower in zip(row, [*row[1:], None], strict=True):
+    row = [pair.after for pair in block]
+    for pair, layer, follower in zip(block, row, [*row[1:], None], strict=True):
         matrix = layer.matrix().astype(np.float64)
-        bias = layer.bias_vector().reshape(layer.groups, -1) if layer.adds_bias else None
+        bias = layer.bias_vector().reshape(layer.groups, -1) if layer.adds_bias and pair.before is not None else None
         function = _identity if follower is None else _function(layer.node.outputs[0], follower.data, model, context)
         everything = np.iinfo(np.int64).max
         drawn = np.random.default_rng(0)  # nothing is drawn where all rows are taken

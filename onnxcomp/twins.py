@@ -19,12 +19,12 @@ class Pair:
     """A layer in the original and in the pruned model.
 
     Attributes:
-        before: in the original.
+        before: in the original; None where the layer is one of several that took the place of a later one in the row.
         after: in the pruned model.
         outputs: (out,) which of the original's output channels are left.
     """
 
-    before: Layer
+    before: Layer | None
     after: Layer
     outputs: NDArray[np.bool_]
 
@@ -59,23 +59,30 @@ class Twins:
         ):
             yield original[0], pruned[0]
 
-    def runs(self, before: ir.Value, last: Pair, first: Layer | None = None, *, starts: bool = False) -> Iterator[Run]:
+    def runs(
+        self, before: ir.Value, last: Pair, first: Layer | None = None, *, starts: Layer | None = None
+    ) -> Iterator[Run]:
         """Each batch.
 
         Args:
             before: what is wanted of the original.
             last: the layer that is to give what it gave, together with what is added to it.
             first: the layer of whose input it is a function, if not of its own.
-            starts: whether all that is asked for later may be run from these values.
+            starts: a layer of the pruned model; all that is asked for later may be run from its input and these values.
         """
+        assert last.before is not None
         wanted = [[before], [(first or last.after).data]]
         skips = _other_branch(last.before), _other_branch(last.after)
         if skips[0] is not None and skips[1] is not None:
             wanted = [[*wanted[0], skips[0]], [*wanted[1], skips[1]]]
+        added = len(wanted[0]) > 1
+        if starts is not None and starts.data not in wanted[1]:
+            wanted[1].append(starts.data)
+        kept = starts is not None
         for (batch, original), (_, pruned) in zip(
-            self.original.runs(wanted[0], starts=starts), self.pruned.runs(wanted[1], starts=starts), strict=True
+            self.original.runs(wanted[0], starts=kept), self.pruned.runs(wanted[1], starts=kept), strict=True
         ):
-            yield Run(batch, original[0], pruned[0], (original[1], pruned[1]) if len(original) > 1 else None)
+            yield Run(batch, original[0], pruned[0], (original[1], pruned[1]) if added else None)
 
 
 def as_outputs(run: Run, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any]] | None:

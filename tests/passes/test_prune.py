@@ -67,7 +67,7 @@ def test_fitting_again_lowers_the_error(digits: ir.Model) -> None:
 def test_fitting_layers_together_lowers_it_further(digits: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Prune(0.4, criterion=Criterion.L1, rates=Rates.LOCAL)
     together = settings(digits, context(digits)).model
-    monkeypatch.setattr(reconstruction, "chains", lambda found: [[layer] for layer in found])
+    monkeypatch.setattr(reconstruction, "chains", lambda found, factors: [[layer] for layer in found])
     alone = settings(digits, context(digits)).model
     assert error(digits, together) < 0.8 * error(digits, alone)
 

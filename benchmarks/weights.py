@@ -1,0 +1,81 @@
+"""Shared, ternary, sparse and low-rank weights beside the original: `python -m benchmarks.weights FOLDER`.
+
+No labels and no fine-tuning: calibration samples alone. Each technique runs as its pass does by itself, and again without
+data, where it is what it is in the textbooks: k-means on single weights, thresholds for ternary ones, the smallest
+magnitudes gone, plain SVD.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import onnx
+
+from benchmarks.common import cases, scratch, show, table
+from onnxcomp import model as models
+from onnxcomp.core import Context, Pass
+from onnxcomp.data import open_dataset
+from onnxcomp.passes.binarize import Binarize
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.factorize import Method as Form
+from onnxcomp.passes.share import Method, Share
+from onnxcomp.passes.simplify import Simplify
+from onnxcomp.passes.sparsify import Choose, Sparsify
+
+TECHNIQUES: dict[str, dict[str, Pass]] = {
+    "share": {f"{bits} bits": Share(bits) for bits in (4, 3, 2)},
+    "vectors": {f"vectors, {bits} bits": Share(bits, Method.PRODUCT) for bits in (3, 2, 1)},
+    "hash": {f"hash, {bits} bits": Share(bits, Method.HASH) for bits in (8, 4)},
+    "binary": {"ternary": Binarize(ternary=True), "2 bases of signs": Binarize(bases=2), "signs": Binarize()},
+    "sparse": {"50% zero": Sparsify(0.5), "2:4": Sparsify(0.5, 4), "75% zero": Sparsify(0.75)},
+    "lowrank": {
+        "70% of the parameters": Factorize(0.7),
+        "70%, SVD alone": Factorize(0.7, method=Form.SVD),
+        "50% of the parameters": Factorize(0.5),
+    },
+}
+
+PLAIN: dict[str, Pass] = {
+    "ternary": Binarize(ternary=True),
+    "50% zero": Sparsify(0.5, choose=Choose.MAGNITUDE, reconstruct=False),
+    "2:4": Sparsify(0.5, 4, choose=Choose.MAGNITUDE, reconstruct=False),
+    **{name: technique for kind in ("share", "vectors") for name, technique in TECHNIQUES[kind].items()},
+}
+"""What is also shown without data."""
+
+
+def main() -> None:
+    """Make every version of a model and compare."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="holds the models and their data")
+    parser.add_argument("--only", default="cifar_resnet20", help="name of one model")
+    parser.add_argument("--what", nargs="+", choices=TECHNIQUES, default=list(TECHNIQUES))
+    arguments = parser.parse_args()
+    (case,) = (case for case in cases(arguments.folder) if case.name == arguments.only)
+    original = arguments.folder / f"{case.name}.onnx"
+    model = models.load(original)
+    data = open_dataset(arguments.folder / case.calib, models.input_specs(model))
+    clean = Simplify()(model, Context(data)).model
+    versions, notes = {"fp32": original}, []
+    with scratch() as folder:
+        for name, technique in ((n, t) for what in arguments.what for n, t in TECHNIQUES[what].items()):
+            for kind, context in {"": Context(data), ", plain": Context()}.items():
+                if kind and name not in PLAIN:
+                    continue
+                start = time.perf_counter()
+                made = (PLAIN[name] if kind else technique)(clean, context).model
+                versions[name + kind] = folder / f"{len(versions)}.onnx"
+                models.save(made, versions[name + kind])
+                structure = versions[name + kind].stat().st_size - stored(versions[name + kind])
+                notes.append(f"{name}{kind}: {time.perf_counter() - start:.0f} s, {structure} bytes are not constants")
+        show(case.name, table(case, versions))
+    print("", *notes, sep="\n")
+
+
+def stored(path: Path) -> int:
+    """Bytes of a file's constants."""
+    return sum(onnx.numpy_helper.to_array(tensor).nbytes for tensor in onnx.load(path).graph.initializer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""What a change to a model does to its outputs."""
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.core import Context
+from onnxcomp.runtime import Session
+from onnxcomp.samples import Dataset
+
+_SAMPLES = 64
+_BATCH = 16
+
+
+class Answers:
+    """What a model says on a few samples.
+
+    Args:
+        model: the original.
+        data: drawn from.
+        context: target, seed.
+    """
+
+    def __init__(self, model: ir.Model, data: Dataset, context: Context) -> None:
+        self._target = context.target
+        session = Session(model, self._target, spinning=False)
+        samples = data.at_most(_SAMPLES, context.seed)
+        self._pairs = [(batch.feeds, session.run(batch.feeds)) for batch in samples.batches(_BATCH)]
+
+    def error(self, model: ir.Model) -> float:
+        """Relative squared error of another model's outputs; 1 where it is not finite or there is nothing to lose."""
+        session = Session(model, self._target, spinning=False)
+        signal = noise = 0.0
+        for feeds, expected in self._pairs:
+            for name, actual in session.run(feeds).items():
+                if expected[name].dtype.kind == "f":
+                    want = expected[name].astype(np.float64)
+                    signal += float(np.square(want).sum())
+                    noise += float(np.square(want - actual.astype(np.float64)).sum())
+        return noise / signal if signal and np.isfinite(noise) else 1.0

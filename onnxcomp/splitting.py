@@ -1,0 +1,120 @@
+"""A layer replaced by several in a row, and what either costs by itself."""
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.core import Context
+from onnxcomp.graph import Builder
+from onnxcomp.layers import Layer, layer_of
+from onnxcomp.model import opset
+from onnxcomp.numerics.lowrank import Factors, Stage
+from onnxcomp.runtime import Protocol, Session, compare
+
+_PROTOCOL = Protocol(block=10, rounds=7, warmup=2, seconds=0.3)
+
+_PER_AXIS = {"strides": 1, "dilations": 1, "pads": 0}
+"""Attributes with an element for each spatial axis, or two, and what they are where a stage has no part in it."""
+
+
+def kernel_of(layer: Layer) -> NDArray[np.float64]:
+    """The layer's weight as (out, in, *kernel)."""
+    matrix = layer.matrix().astype(np.float64)
+    return matrix.reshape(len(matrix), -1, *layer.kernel)
+
+
+def split(layer: Layer, factors: Factors) -> None:
+    """Put the stages in the layer's place. The last one keeps its node, name, bias and output."""
+    node, graph, dtype = layer.node, layer.node.graph, layer.weight.dtype
+    assert isinstance(graph, ir.Graph)
+    assert dtype is not None
+    builder = Builder(graph)
+    *before, last = factors.stages
+    data: ir.Value = layer.data
+    for number, stage in enumerate(before, 1):
+        weight = _constant(builder, layer, stage, f"{node.name}_factor_{number}_weight")
+        inputs = [data, weight] if layer.index == 1 else [weight, data]
+        attributes = _attributes(layer, stage, first=number == 1)
+        data = builder.node(
+            node.op_type, inputs, f"{node.name}_factor_{number}", dtype=dtype, before=node, **attributes
+        )
+    attributes = _attributes(layer, last, first=False)
+    node.replace_input_with(layer.index, _constant(builder, layer, last, f"{node.name}_factor_weight"))
+    node.replace_input_with(1 - layer.index, data)
+    for name in [*node.attributes]:
+        if name not in {"alpha", "beta"}:
+            del node.attributes[name]
+    for name, value in attributes.items():
+        node.attributes[name] = ir.convenience.convert_attribute(name, value)
+
+
+def _constant(builder: Builder, layer: Layer, stage: Stage, name: str) -> ir.Value:
+    """A stage's weight in the layout that the operator takes."""
+    assert layer.weight.const_value is not None
+    array = stage.kernel.astype(layer.weight.const_value.dtype.numpy())
+    if "Conv" not in layer.node.op_type:
+        matrix = array.reshape(array.shape[:2])
+        array = matrix.T if layer.channel_axis == 1 else matrix
+    return builder.constant(array, name)
+
+
+def _attributes(layer: Layer, stage: Stage, *, first: bool) -> dict[str, Any]:
+    """A convolution's along the axes of the stage; how a Gemm takes its weight, and the first its data."""
+    given = layer.node.attributes
+    if layer.node.op_type == "Gemm":
+        return {"transB": given.get_int("transB", 0)} | ({"transA": given.get_int("transA", 0)} if first else {})
+    if layer.node.op_type != "Conv":
+        return {}
+    rank = len(layer.kernel)
+    found: dict[str, Any] = {"group": stage.groups} if stage.groups > 1 else {}
+    for name, default in _PER_AXIS.items():
+        if name in given:
+            values = given.get_ints(name)
+            assert values is not None
+            found[name] = [value if place % rank in stage.axes else default for place, value in enumerate(values)]
+    mode = given.get_string("auto_pad", "NOTSET")
+    if mode != "NOTSET" and stage.axes:
+        found["auto_pad"] = mode
+        found.pop("pads", None)
+    return found
+
+
+def alone(layer: Layer, shape: tuple[int, ...], version: int, factors: Factors | None = None) -> ir.Model:
+    """A model of nothing but the layer, as it is or in factors, for an input of some shape."""
+    dtype = layer.weight.dtype
+    assert dtype is not None
+    data = ir.val("data", dtype=dtype, shape=shape)
+    constants = [
+        ir.val(f"constant_{index}", const_value=value.const_value)
+        for index, value in enumerate(layer.node.inputs)
+        if index != 1 - layer.index and value is not None
+    ]
+    inputs: list[ir.Value | None] = [*constants]
+    inputs.insert(1 - layer.index, data)
+    node = ir.node(layer.node.op_type, inputs, dict(layer.node.attributes), name="layer")
+    node.outputs[0].name, node.outputs[0].dtype = "result", dtype
+    graph = ir.Graph(
+        [data], node.outputs, nodes=[node], initializers=constants, opset_imports={"": version}, name="layer"
+    )
+    model = ir.Model(graph, ir_version=8)
+    twin = layer_of(node)
+    assert twin is not None
+    if factors is not None:
+        split(twin, factors)
+    ir.passes.common.ShapeInferencePass()(model)
+    return model
+
+
+def slowdowns(
+    layer: Layer, shape: tuple[int, ...], forms: list[Factors], model: ir.Model, context: Context
+) -> NDArray[np.float64]:
+    """(forms,) what each takes on the target, relative to the layer as it is, by itself."""
+    feeds = {"data": np.random.default_rng(context.seed).normal(size=shape).astype(np.float32)}
+    whole = Session(alone(layer, shape, opset(model)), context.target)
+    found = []
+    for form in forms:
+        session = Session(alone(layer, shape, opset(model), form), context.target)
+        found.append(1 / compare([whole, session], feeds, _PROTOCOL)[1].speedup)
+    return np.array(found)

@@ -1,0 +1,285 @@
+"""Low-rank decomposition: a layer becomes several smaller ones in a row (`numerics.lowrank` has the forms).
+
+1. Each layer's forms are found from the covariance of its inputs, at about a dozen ranks of each kind; their errors
+   follow without running the model.
+2. What an error does to the model's outputs is measured once for each layer.
+3. The forms are chosen that cost the outputs least for what is to remain (a multiple-choice knapsack).
+4. All stages are fitted again on what the decomposed model gives them, together with those of the layers beside them.
+
+More nodes run slower than their FLOPs say. Unless bytes or parameters are the target, forms that take longer than the
+layer by itself are not used.
+"""
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.calibration import Gram, calibrate
+from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
+from onnxcomp.cost import Totals, shape_of
+from onnxcomp.effects import Answers
+from onnxcomp.errors import OnnxcompError, OptionError
+from onnxcomp.facts import observe
+from onnxcomp.graph import prepared, remove_unused
+from onnxcomp.layers import Layer, layers
+from onnxcomp.model import free_inputs, input_specs, opset, spec_of, vocabularies
+from onnxcomp.numerics.choice import choose
+from onnxcomp.numerics.feedback import layer_error
+from onnxcomp.numerics.lowrank import Factors, LowRank
+from onnxcomp.profiling import profiles
+from onnxcomp.reconstruction import reconstruct
+from onnxcomp.runtime import Protocol, Session, compare
+from onnxcomp.samples import Dataset
+from onnxcomp.splitting import alone, kernel_of, slowdowns, split
+from onnxcomp.synthetic import synthetic
+from onnxcomp.widths import Cost, totals
+
+_OPSET = 13
+_MADE_UP = 64
+_TIMED = 3
+"""Times that a latency is measured and the forms chosen again."""
+_PROTOCOL = Protocol(block=5, rounds=9, warmup=2, seconds=5)
+
+
+class Method(Choice):
+    """Which forms are tried."""
+
+    AUTO = "auto"
+    """All but CP, whose channel by channel stages are slow and whose decomposition takes long."""
+    SVD = "svd"
+    SPATIAL = "spatial"
+    TUCKER = "tucker"
+    CP = "cp"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Names of the forms."""
+        return ("svd", "spatial", "tucker") if self is Method.AUTO else (self.value,)
+
+
+@dataclass(frozen=True)
+class Factorize(Pass):
+    """Low-rank decomposition to a share of a cost.
+
+    Attributes:
+        remains: share of the cost that is to remain.
+        cost: which cost.
+        method: which forms are tried.
+        energy: share of each layer's output energy to keep, in place of a target; None chooses by target.
+        multiple: ranks are multiples of this.
+        reconstruct: fit all stages again.
+
+    Raises:
+        OptionError: a setting that makes no sense.
+    """
+
+    name: ClassVar[str] = "factorize"
+    summary: ClassVar[str] = "low-rank decomposition of layers, by SVD, spatial SVD, Tucker-2 or CP"
+
+    remains: float = 0.7
+    cost: Cost = Cost.PARAMS
+    method: Method = Method.AUTO
+    energy: float | None = None
+    multiple: int = 1
+    reconstruct: bool = True
+
+    def __post_init__(self) -> None:
+        if not (0 < self.remains <= 1 and self.multiple >= 1 and (self.energy is None or 0 < self.energy < 1)):
+            raise OptionError(
+                f"a target of {self.remains:.4g}, an energy of {self.energy} or ranks in steps of {self.multiple} "
+                "make no sense",
+                remedy="give shares between 0 and 1, and steps of 1 or more",
+            )
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        """Decompose, choose, split, fit."""
+        original = prepared(model, _OPSET)
+        if isinstance(original, str):
+            return Outcome(model, (), (Skip("model", original),))
+        if any(spec_of(value) is None for value in free_inputs(original)):
+            return Outcome(model, (), (Skip("model", "an input is no tensor, so that shapes cannot be observed"),))
+        name_nodes(original)
+        chosen, skips = _factorable(original, context, self.method)
+        if not chosen:
+            return Outcome(model, (), tuple(skips))
+        data = context.data or synthetic(input_specs(original), _MADE_UP, context.seed, vocabularies(original))
+        try:
+            plan = _Plan(self, original, chosen, data, context)
+        except OnnxcompError as error:
+            return Outcome(model, (), (*skips, Skip("model", f"its layers cannot be observed: {error.fact}")))
+        forms = plan.chosen()
+        skips += [Skip(name, reason) for name, reason in plan.reasons(forms).items()]
+        if not forms:
+            return Outcome(model, (), tuple(skips))
+        made = _split(original, forms)
+        note = ", fitted on made-up inputs" if context.data is None else ""
+        changes = [Change(name, f"{_said(form)}{note}") for name, form in forms.items()]
+        if self.reconstruct:
+            skips += reconstruct(original, made, {}, data, context)
+        remove_unused(made)
+        return Outcome(made, tuple(changes), tuple(skips))
+
+
+def _said(form: Factors) -> str:
+    before = form.composed().size
+    return f"{form.kind} of rank {' and '.join(map(str, form.ranks))}, {form.parameters / before:.0%} of its weights"
+
+
+def _factorable(model: ir.Model, context: Context, method: Method) -> tuple[list[Layer], list[Skip]]:
+    found, skips = [], []
+    for layer in layers(model):
+        reason = None
+        if layer.node.graph is not model.graph:
+            reason = "a body of control flow holds it"
+        elif context.excludes(layer.node):
+            reason = "excluded by the user"
+        elif len(layer.weight.uses()) > 1 or layer.weight.is_graph_output():
+            reason = "another node shares its weight"
+        elif layer.node.op_type == "ConvTranspose":
+            reason = "decomposition is not worked out for ConvTranspose"
+        elif layer.groups > 1:
+            reason = "it is a grouped convolution, which has few weights already"
+        elif layer.is_scaled:
+            reason = "it scales its product or its bias"
+        elif not np.isfinite(layer.matrix()).all():
+            reason = "its weights are not finite"
+        elif method in {Method.SPATIAL, Method.CP} and len(layer.kernel) != 2:
+            reason = f"{method} needs a kernel of two axes"
+        elif method is Method.TUCKER and int(np.prod(layer.kernel)) == 1:
+            reason = "tucker needs a kernel of more than one tap"
+        if reason is None:
+            found.append(layer)
+        else:
+            skips.append(Skip(layer.name, reason))
+    return found, skips
+
+
+class _Plan:
+    """The forms of each layer, with what they cost and what they do to the outputs."""
+
+    def __init__(
+        self, settings: Factorize, model: ir.Model, found: list[Layer], data: Dataset, context: Context
+    ) -> None:
+        self._settings, self._model, self._context = settings, model, context
+        self._layers = {layer.name: layer for layer in found}
+        self._run = next(iter(data.at_most(context.batch, context.seed).batches(context.batch))).feeds
+        grams = calibrate(model, data, context, layers=found).grams
+        self._forms: dict[str, list[Factors]] = {}
+        self._errors: dict[str, NDArray[np.float64]] = {}
+        self._costs: dict[str, NDArray[np.float64]] = {}  # of the layer itself, then of its forms
+        answers = Answers(model, data, context)
+        for done, (name, layer) in enumerate(self._layers.items()):
+            self._add(name, layer, grams[name], answers)
+            context.progress(done + 1, len(self._layers), "finding low-rank forms")
+        self._price()
+
+    def _add(self, name: str, layer: Layer, gram: Gram, answers: Answers) -> None:
+        H = (gram.covariance if layer.adds_bias else gram.second_moment)[0]
+        kernel = kernel_of(layer)
+        low = LowRank(kernel, H)
+        forms = list(low.options(self._settings.method.kinds, self._settings.multiple))
+        energy = layer_error(kernel.reshape(len(kernel), -1), H) or 1.0
+        errors = np.array([form.error(kernel, H) / energy for form in forms])
+        if forms and self._settings.energy is None:
+            middle = int(np.argsort(errors)[len(errors) // 2])
+            gain = answers.error(self._with(layer, forms[middle])) / max(errors[middle], 1e-12)
+            errors = errors * gain
+        self._forms[name], self._errors[name] = forms, errors
+
+    def _with(self, layer: Layer, form: Factors) -> ir.Model:
+        """The model with one layer at a lower rank."""
+        clone = self._model.clone()
+        twin = next(other for other in layers(clone) if other.name == layer.name)
+        kernel = form.composed()
+        twin.set_matrix(kernel.reshape(len(kernel), -1))
+        return clone
+
+    def _price(self) -> None:
+        """What each layer costs, and its forms relative to that."""
+        settings, version = self._settings, opset(self._model)
+        timed = settings.cost in {Cost.LATENCY, Cost.FLOPS}
+        times: Mapping[str, float] = {}
+        if timed:
+            observed = observe(self._model, self._run).shapes
+            times = profiles([self._model], self._context.target, self._run)[0].times
+        known: dict[Hashable, NDArray[np.float64]] = {}
+        for name, layer in self._layers.items():
+            shape = shape_of(layer.data, {}) or ()
+            forms: list[Factors | None] = [None, *self._forms[name]]
+            costs = np.array([self._static(totals(alone(layer, shape, version, form))) for form in forms])
+            if timed:
+                key = (layer.node.op_type, layer.weight_shape, observed[layer.data], str(layer.node.attributes))
+                if key not in known:
+                    known[key] = slowdowns(layer, observed[layer.data], self._forms[name], self._model, self._context)
+                slower = known[key]
+                if settings.cost is Cost.LATENCY:
+                    costs = np.append(1.0, slower) * times.get(name, 0.0)
+                kept = np.flatnonzero(slower < 1)  # nothing that runs longer than the layer
+                self._forms[name] = [self._forms[name][number] for number in kept]
+                self._errors[name], costs = self._errors[name][kept], costs[np.append(0, kept + 1)]
+            self._costs[name] = costs
+        self._total = sum(times.values()) if settings.cost is Cost.LATENCY else self._static(totals(self._model))
+
+    def _static(self, whole: Totals) -> float:
+        match self._settings.cost:
+            case Cost.PARAMS:
+                return float(whole.parameters)
+            case Cost.SIZE:
+                return float(whole.bytes)
+            case _:
+                return float(whole.flops)
+
+    def chosen(self) -> dict[str, Factors]:
+        """The form that each layer gets; those that stay as they are have none."""
+        settings = self._settings
+        if settings.energy is not None:
+            return self._by_energy(1 - settings.energy)
+        goal, found = settings.remains, self._choose(settings.remains)
+        if settings.cost is not Cost.LATENCY:
+            return found
+        tried = {}
+        for _ in range(_TIMED):
+            sessions = [Session(each, self._context.target) for each in (self._model, _split(self._model, found))]
+            ratio = 1 / compare(sessions, self._run, _PROTOCOL)[1].speedup
+            tried[abs(ratio - settings.remains)] = found
+            goal *= settings.remains / ratio
+            found = self._choose(goal)
+        return tried[min(tried)]
+
+    def _choose(self, remains: float) -> dict[str, Factors]:
+        names = [name for name, forms in self._forms.items() if forms]
+        errors = [np.append(0.0, self._errors[name]) for name in names]
+        costs = [self._costs[name][:, None] for name in names]
+        fixed = self._total - sum(self._costs[name][0] for name in names)
+        numbers = choose(errors, costs, np.array([self._total * remains - fixed]))
+        if numbers is None:  # out of reach: as far as it goes
+            numbers = [int(np.argmin(cost[:, 0])) for cost in costs]
+        return {name: self._forms[name][number - 1] for name, number in zip(names, numbers, strict=True) if number}
+
+    def _by_energy(self, lost: float) -> dict[str, Factors]:
+        found = {}
+        for name, forms in self._forms.items():
+            costs = np.where(self._errors[name] <= lost, self._costs[name][1:], np.inf)
+            if len(forms) and costs.min() < self._costs[name][0]:
+                found[name] = forms[int(np.argmin(costs))]
+        return found
+
+    def reasons(self, taken: Mapping[str, Factors]) -> dict[str, str]:
+        """Why layers stay as they are."""
+        unless = "no form has fewer weights"
+        if self._settings.cost in {Cost.FLOPS, Cost.LATENCY}:
+            unless += " and runs faster"
+        left = "the target is met at less loss elsewhere" if self._settings.energy is None else "it would lose too much"
+        return {name: left if forms else unless for name, forms in self._forms.items() if name not in taken}
+
+
+def _split(model: ir.Model, forms: Mapping[str, Factors]) -> ir.Model:
+    made = model.clone()
+    for layer in list(layers(made)):
+        if layer.name in forms:
+            split(layer, forms[layer.name])
+    return made
