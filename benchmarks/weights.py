@@ -1,8 +1,8 @@
 """Shared, ternary, sparse and low-rank weights beside the original: `python -m benchmarks.weights FOLDER`.
 
-No labels and no fine-tuning: calibration samples alone. Each technique runs as its pass does by itself, and again without
-data, where it is what it is in the textbooks: k-means on single weights, thresholds for ternary ones, the smallest
-magnitudes gone, plain SVD.
+No labels and no fine-tuning: calibration samples alone. Each technique runs as its pass does by itself, and again
+without data, where it is what it is in the textbooks: k-means on single weights, thresholds for ternary ones, the
+smallest magnitudes gone.
 """
 
 import argparse

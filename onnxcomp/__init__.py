@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onnxcomp.optimizer import optimize
     from onnxcomp.report import Report
     from onnxcomp.runtime import Target
-    from onnxcomp.techniques import binarize, prune, quantize, share, simplify, sparsify
+    from onnxcomp.techniques import binarize, factorize, prune, quantize, share, simplify, sparsify
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,7 @@ __all__ = [
     "convert",
     "errors",
     "evaluate",
+    "factorize",
     "inspect",
     "load",
     "optimize",
@@ -54,7 +55,7 @@ _HOMES = {
     "optimizer": ("optimize",),
     "report": ("Report",),
     "runtime": ("Target",),
-    "techniques": ("binarize", "prune", "quantize", "share", "simplify", "sparsify"),
+    "techniques": ("binarize", "factorize", "prune", "quantize", "share", "simplify", "sparsify"),
 }
 """Which module defines which names."""
 

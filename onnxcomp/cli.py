@@ -178,13 +178,7 @@ def quantize(
 @main.command()
 @options.model_
 @options.writing
-@click.option(
-    "--target",
-    "goal",
-    metavar="COST=SHARE",
-    type=options.Parsed("COST=SHARE", budget.parse_target),
-    help="What remains: flops=50%, params=70%, size=60% or latency=75% (on --provider, at --batch and --threads).",
-)
+@options.goal
 @click.option(
     "--criterion",
     type=click.Choice(_CRITERIA),
@@ -285,8 +279,8 @@ def share(model: Path, output: Path | None, dry_run: bool, terminal: "Terminal",
 )
 @click.option(
     "--choose",
-    type=click.Choice(["magnitude", "wanda", "sparsegpt"]),
-    default="sparsegpt",
+    type=click.Choice(["magnitude", "wanda", "sparsegpt", "admm"]),
+    default="admm",
     show_default=True,
     help="What makes a weight worth keeping.",
 )
@@ -331,6 +325,46 @@ def binarize(model: Path, output: Path | None, dry_run: bool, terminal: "Termina
     from onnxcomp.techniques import binarize as work
 
     _convert(work, model, output, dry_run, terminal, settings)
+
+
+@main.command()
+@options.model_
+@options.writing
+@options.goal
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "svd", "spatial", "tucker", "cp"]),
+    default="auto",
+    show_default=True,
+    help="Forms to try; auto leaves out cp, which is slow.",
+)
+@click.option(
+    "--energy", metavar="99%", type=options.SHARE, help="Of each layer's output that is kept, in place of --target."
+)
+@click.option("--multiple", type=click.IntRange(1), default=1, show_default=True, help="Ranks are multiples of this.")
+@click.option("--no-reconstruct", is_flag=True, help="Do not fit the stages again.")
+@options.learning
+def factorize(
+    model: Path,
+    output: Path | None,
+    goal: tuple[str, float] | None,
+    no_reconstruct: bool,
+    dry_run: bool,
+    terminal: "Terminal",
+    **settings: Any,
+) -> None:
+    """Decompose layers of MODEL into smaller ones in a row until a share of its cost remains.
+
+    More nodes can take longer than fewer FLOPs save. With flops= or latency= as target, forms that are slower on
+    --provider than the layer are not used; params= and size= save bytes at any speed.
+    """
+    from onnxcomp.techniques import factorize as work
+
+    if (goal is None) == (settings["energy"] is None):
+        raise OptionError("how much is to go is not said once", remedy="give either --target or --energy")
+    if goal is not None:
+        settings |= {"cost": goal[0], "remains": goal[1]}
+    _convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
 
 
 @main.command()

@@ -6,18 +6,20 @@ their inputs where that can be had. The decoding goes to the front of the graph,
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.calibration import calibrate
-from onnxcomp.constants import Weight, weights_of
+from onnxcomp.constants import Weight, decode_weights, stored_bytes, weights_of
 from onnxcomp.core import Change, Context, Outcome, Skip, name_nodes
 from onnxcomp.encodings import Encoded
 from onnxcomp.graph import Builder, prepared, remove_unused
 from onnxcomp.layers import Layer
+from onnxcomp.model import file_bytes
+from onnxcomp.numerics.sparse import refit_on
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.unpacking import Unpacker
 
@@ -25,12 +27,23 @@ OPSET = 13
 _NODES = 256
 """Bytes that the nodes of a decoding take, their names included, where many weights are unpacked together."""
 
+_SPARSE = 0.2
+
 Matrix: TypeAlias = NDArray[np.float64]
 Encode: TypeAlias = Callable[[Weight, Matrix, Matrix], Encoded | str]
 """From a weight, its matrix (out, in) and H (groups, in, in): an encoding, or why there is none."""
+Decoded: TypeAlias = Mapping[ir.Value, ir.Value]
+"""The values from which weights were computed that are constants now."""
 
 
-def compress(model: ir.Model, context: Context, encode: Encode, describe: Callable[[Encoded], str]) -> Outcome:
+def compress(
+    model: ir.Model,
+    context: Context,
+    encode: Encode,
+    describe: Callable[[Encoded], str],
+    *,
+    integers: bool = False,
+) -> Outcome:
     """Encode every constant weight that becomes smaller by it.
 
     Args:
@@ -38,21 +51,26 @@ def compress(model: ir.Model, context: Context, encode: Encode, describe: Callab
         context: data, exclusions.
         encode: the technique.
         describe: what is said of a weight.
+        integers: also weights that are quantized to 8 bits.
     """
+    before = file_bytes(model)
     original = prepared(model, OPSET)
     if isinstance(original, str):
         return Outcome(model, (), (Skip("model", original),))
+    decoded = decode_weights(original)
     name_nodes(original)
     chosen, skips = [], []
-    for weight in weights_of(original):
+    weights = weights_of(original, integers=integers)
+    for weight in weights:
         reason = _obstacle(weight, context)
         if reason is None:
             chosen.append(weight)
         else:
             skips += [Skip(node.name or "", reason) for node in weight.nodes]
     made = original.clone()
-    found, fitted, notes = _in_turn(original, made, chosen, context, encode)
-    found |= _as_they_are(original, [weight for weight in chosen if weight not in found], context, encode)
+    found, fitted, notes = _in_turn(original, made, chosen, decoded, context, encode)
+    others = [weight for weight in chosen if weight not in found]
+    found |= _as_they_are(original, others, decoded, context, encode)
     smaller: dict[Weight, Encoded] = {}
     for weight in chosen:
         result = found[weight]
@@ -63,13 +81,20 @@ def compress(model: ir.Model, context: Context, encode: Encode, describe: Callab
     if not smaller:
         return Outcome(model, (), tuple(skips))
     _emit(made, smaller)
+    _restore(made, [weight for weight in weights if weight not in smaller], decoded)
     remove_unused(made)
-    changes = [
-        Change(node.name or "", describe(encoded)) for weight, encoded in smaller.items() for node in weight.nodes
-    ]
-    treated = {change.node for change in changes}
-    changes += [Change(name, "fitted again") for name in fitted if name not in treated]
+    after = file_bytes(made)
+    if after >= before:
+        reason = f"the model would take {after} bytes, and takes {before}"
+        return Outcome(model, (), (*skips, *(Skip(node.name or "", reason) for w in smaller for node in w.nodes)))
+    said = {node.name or "": describe(encoded) for weight, encoded in smaller.items() for node in weight.nodes}
+    changes = [Change(name, what) for name, what in (dict.fromkeys(fitted, "fitted again") | said).items()]
     return Outcome(made, tuple(changes), (*skips, *notes))
+
+
+def sparse(matrix: NDArray[Any]) -> bool:
+    """Whether so many weights are zero that a bit for each, which says so, is worth it."""
+    return bool(np.mean(matrix == 0) > _SPARSE)
 
 
 def _obstacle(weight: Weight, context: Context) -> str | None:
@@ -82,15 +107,17 @@ def _obstacle(weight: Weight, context: Context) -> str | None:
     return None
 
 
-def _smaller(weight: Weight, result: Encoded | str) -> Encoded | str:
+def _smaller(weight: Weight, result: Encoded | str, decoded: Decoded) -> Encoded | str:
     """The encoding, unless it takes no fewer bytes than the weight."""
-    if isinstance(result, Encoded) and result.bytes + _NODES >= weight.array.nbytes:
-        return f"it would take {result.bytes + _NODES} bytes, and takes {weight.array.nbytes}"
+    computed = decoded.get(weight.value)
+    takes = weight.array.nbytes if computed is None else stored_bytes(computed)
+    if isinstance(result, Encoded) and result.bytes + _NODES >= takes:
+        return f"it would take {result.bytes + _NODES} bytes, and takes {takes}"
     return result
 
 
 def _in_turn(
-    original: ir.Model, made: ir.Model, chosen: Sequence[Weight], context: Context, encode: Encode
+    original: ir.Model, made: ir.Model, chosen: Sequence[Weight], decoded: Decoded, context: Context, encode: Encode
 ) -> tuple[dict[Weight, Encoded | str], list[str], list[Skip]]:
     """Those of layers that can be fitted, one after another, in place; and the layers that were."""
     if context.data is None:
@@ -102,17 +129,23 @@ def _in_turn(
     def project(layer: Layer, matrix: Matrix, H: Matrix) -> Matrix:
         fitted.append(layer.name)
         weight = by_layer.get(layer.name)
+        if sparse(layer.matrix()):  # zeros stay zeros
+            kept = np.split(layer.matrix() != 0, len(H))
+            parts = zip(np.split(matrix, len(H)), H, kept, strict=True)
+            matrix = np.concatenate([refit_on(W, moment, mask) for W, moment, mask in parts])
         if weight is None:
             return matrix
-        found[weight] = result = _smaller(weight, encode(weight, matrix, H))
-        return matrix if isinstance(result, str) else result.decoded()
+        found[weight] = result = _smaller(weight, encode(weight, matrix, H), decoded)
+        if isinstance(result, Encoded):
+            return result.decoded()
+        return layer.matrix().astype(np.float64) if weight.value in decoded else matrix
 
     notes = reconstruct(original, made, {}, context.data, context, project=project)
     return found, fitted, notes
 
 
 def _as_they_are(
-    original: ir.Model, weights: Sequence[Weight], context: Context, encode: Encode
+    original: ir.Model, weights: Sequence[Weight], decoded: Decoded, context: Context, encode: Encode
 ) -> dict[Weight, Encoded | str]:
     layers = [layer for weight in weights if (layer := weight.layer) and layer.node.graph is original.graph]
     grams = calibrate(original, context.data, context, layers=layers).grams if context.data and layers else {}
@@ -121,7 +154,7 @@ def _as_they_are(
         matrix = weight.view.matrix(weight.array).astype(np.float64)
         gram = grams.get(weight.layer.name) if weight.layer else None
         H = np.eye(matrix.shape[1])[None] if gram is None else gram.second_moment
-        result[weight] = _smaller(weight, encode(weight, matrix, H))
+        result[weight] = _smaller(weight, encode(weight, matrix, H), decoded)
     return result
 
 
@@ -138,4 +171,22 @@ def _emit(model: ir.Model, encodings: Mapping[Weight, Encoded]) -> None:
         result = encoded.emit(unpacker, own, weight.view, weight.value.dtype)
         result.shape, result.dtype = ir.Shape(weight.view.shape), weight.value.dtype
         for node, index in uses[weight]:
-            node.replace_input_with(index, result)
+            _replace(node, index, result)
+
+
+def _restore(model: ir.Model, weights: Sequence[Weight], decoded: Decoded) -> None:
+    """Compute weights again that stay as they were encoded before."""
+    nodes = {node.name: node for node in model.graph.all_nodes()}
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    for weight in weights:
+        if weight.value in decoded:
+            for node, index in weight.uses:
+                _replace(nodes[node.name], index, values[decoded[weight.value].name])
+
+
+def _replace(node: ir.Node, index: int, value: ir.Value) -> None:
+    """Let a node read another value, and forget the constant that it read if nothing else does."""
+    old = node.inputs[index]
+    node.replace_input_with(index, value)
+    if old is not None and not old.uses() and isinstance(old.graph, ir.Graph) and old.is_initializer():
+        del old.graph.initializers[old.name or ""]

@@ -8,11 +8,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.decode import View
-from onnxcomp.graph import constant_of
+from onnxcomp.graph import Builder, constant_of
 from onnxcomp.layers import FLOATS, Layer, layer_of
+from onnxcomp.prefix import part_between
+from onnxcomp.runtime import Session
 
-_WEIGHT_INPUTS = {"MatMul": (0, 1), "Gather": (0,), "LSTM": (1, 2), "GRU": (1, 2), "RNN": (1, 2)}
+_WEIGHT_INPUTS: dict[str, tuple[int, ...]] = {
+    "MatMul": (0, 1),
+    "Gather": (0,),
+    "LSTM": (1, 2),
+    "GRU": (1, 2),
+    "RNN": (1, 2),
+}
 _WEIGHT_INPUTS |= dict.fromkeys(("Conv", "ConvTranspose", "Gemm"), (1,))
+_INTEGER_INPUTS: dict[str, tuple[int, ...]] = {"DequantizeLinear": (0,), "QLinearConv": (3,), "QLinearMatMul": (3,)}
+_INTEGER_INPUTS |= {"ConvInteger": (1,), "MatMulInteger": (0, 1)}
+_INTEGERS = {ir.DataType.INT8, ir.DataType.UINT8}
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,17 +73,76 @@ class Weight:
         )
 
 
-def weights_of(model: ir.Model) -> list[Weight]:
-    """The constant float weights of the graph and its bodies, in order of their first use."""
+def weights_of(model: ir.Model, *, integers: bool = False) -> list[Weight]:
+    """The constant weights of the graph and its bodies, in order of their first use.
+
+    Args:
+        model: with constants as initializers.
+        integers: also those that are quantized to 8 bits.
+    """
     uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    kinds = [(_WEIGHT_INPUTS, FLOATS), *([(_INTEGER_INPUTS, _INTEGERS)] if integers else [])]
     for node in model.graph.all_nodes():
-        for index in _WEIGHT_INPUTS.get(node.op_type, ()) if node.domain == "" else ():
-            value = node.inputs[index] if index < len(node.inputs) else None
-            if value is None or not value.is_initializer() or value.is_graph_input() or value.dtype not in FLOATS:
-                continue
-            if len(_shape(value)) > 1 and 0 not in _shape(value):
-                uses.setdefault(value, []).append((node, index))
+        for inputs, dtypes in kinds if node.domain == "" else ():
+            for index in inputs.get(node.op_type, ()):
+                value = node.inputs[index] if index < len(node.inputs) else None
+                if value is None or not value.is_initializer() or value.is_graph_input() or value.dtype not in dtypes:
+                    continue
+                if len(_shape(value)) > 1 and 0 not in _shape(value):
+                    uses.setdefault(value, []).append((node, index))
     return [Weight(value, tuple(found)) for value, found in uses.items()]
+
+
+def decode_weights(model: ir.Model) -> dict[ir.Value, ir.Value]:
+    """Put constants in the place of weights that are computed from constants alone, in the main graph, in place.
+
+    What is quantized stays so. The nodes that computed the weights stay, too, should a weight go back.
+
+    Returns:
+        The values that were computed, by the constants.
+    """
+    constant: set[ir.Value] = set()
+    for node in model.graph:  # in topological order
+        given = [value for value in node.inputs if value is not None]
+        if node.op_type == "DequantizeLinear":
+            continue
+        if given and all(value in constant or constant_of(value) is not None for value in given):
+            constant |= set(node.outputs)
+    inputs = _WEIGHT_INPUTS | _INTEGER_INPUTS
+    wanted = {
+        value: None
+        for node in model.graph.all_nodes()
+        for index in inputs.get(node.op_type, ())
+        if index < len(node.inputs) and (value := node.inputs[index]) in constant and value
+    }
+    if not wanted:
+        return {}
+    names = [value.name or "" for value in wanted]
+    found = Session(part_between(model, set(), names)).run({})
+    builder, result = Builder(model.graph), dict[ir.Value, ir.Value]()
+    for value, name in zip(wanted, names, strict=True):
+        if found[name].ndim < 2:
+            continue
+        decoded = builder.constant(found[name], f"{name}_decoded")
+        for reader, index in list(value.uses()):
+            if index in inputs.get(reader.op_type, ()):
+                reader.replace_input_with(index, decoded)
+        result[decoded] = value
+    return result
+
+
+def stored_bytes(value: ir.Value) -> int:
+    """Bytes of all constants that a value is computed from."""
+    found: set[ir.Value] = set()
+    open_ends = [value]
+    while open_ends:
+        end = open_ends.pop()
+        node = end.producer()
+        if node is not None:
+            open_ends += [given for given in node.inputs if given is not None]
+        elif end.const_value is not None:
+            found.add(end)
+    return sum(each.const_value.nbytes for each in found if each.const_value is not None)
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

@@ -147,10 +147,12 @@ class Masked(Encoded):
     Attributes:
         mask: (rows, columns).
         values: those where the mask is true, row by row: (n,) in the type that they are stored in.
+        indices: (n,) uint8 into the values, where they are a codebook; None where there is a value for each.
     """
 
     mask: NDArray[np.bool_]
     values: Values
+    indices: NDArray[np.uint8] | None = None
 
     @property
     def constants(self) -> tuple[Values, ...]:
@@ -160,20 +162,34 @@ class Masked(Encoded):
     def decoded(self) -> NDArray[np.float64]:
         """The matrix (rows, columns)."""
         matrix = np.zeros(self.mask.shape)
-        matrix[self.mask] = self.values
+        matrix[self.mask] = self.values if self.indices is None else self.values[self.indices]
         return matrix
 
     def streams(self, view: View | None) -> list[Stream]:
-        """The mask, in the tensor's own order."""
+        """The mask and the indices, in the tensor's own order."""
         mask = self.mask if view is None else view.tensor(self.mask)
-        return [Stream(mask.ravel().astype(np.uint8), 2)]
+        found = [Stream(mask.ravel().astype(np.uint8), 2)]
+        if self.indices is not None:
+            found.append(Stream(self._in_order(self.indices, view), len(self.values)))
+        return found
+
+    def _in_order(self, values: Values, view: View | None) -> Values:
+        """What belongs to each element that is there, in the tensor's own order."""
+        if view is None:
+            return values
+        wide = np.zeros(self.mask.shape, values.dtype)
+        wide[self.mask] = values
+        return np.asarray(view.tensor(wide)[view.tensor(self.mask)])
 
     def emit(self, unpacker: Unpacker, integers: Sequence[ir.Value], view: View, dtype: ir.DataType) -> ir.Value:
         """Number what is there, and gather; number 0 is zero."""
-        (mask,) = integers
-        inside = view.tensor(self.mask)
-        values = view.tensor(self.decoded())[inside]
-        table = unpacker.constant(np.concatenate([[0], values]).astype(self.values.dtype), "values")
+        mask, *indices = integers
+        zero = np.zeros(1, self.values.dtype)
+        if indices:
+            values = unpacker.node("Gather", [unpacker.constant(self.values, "values"), indices[0]])
+            table = unpacker.node("Concat", [unpacker.constant(zero, "zero"), values], axis=0)
+        else:
+            table = unpacker.constant(np.concatenate([zero, self._in_order(self.values, view)]), "values")
         numbers = unpacker.node("CumSum", [mask, unpacker.constant(np.int32(0), "n")])
         numbers = unpacker.node("Mul", [numbers, mask])
         return unpacker.cast(unpacker.node("Gather", [table, unpacker.reshaped(numbers, view.shape)]), dtype)

@@ -220,3 +220,11 @@ learning = together(
     showing,
 )  # fmt: skip
 """What every technique takes that learns from data and is measured on them."""
+
+goal = click.option(
+    "--target",
+    "goal",
+    metavar="COST=SHARE",
+    type=Parsed("COST=SHARE", budget.parse_target),
+    help="What remains: flops=50%, params=70%, size=60% or latency=75% (on --provider, at --batch and --threads).",
+)

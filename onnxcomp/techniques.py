@@ -1,4 +1,4 @@
-"""The techniques one at a time: `simplify`, `quantize`, `prune`, `share`, `sparsify`, `binarize`.
+"""The techniques one at a time: `simplify`, `quantize`, `prune`, `share`, `sparsify`, `binarize`, `factorize`.
 
 Each cleans the model up, applies its passes and measures what came of it. What they all take is documented at
 `convert.convert`.
@@ -15,6 +15,8 @@ from onnxcomp.model import ModelSource
 from onnxcomp.passes.binarize import Binarize
 from onnxcomp.passes.convert_float import ConvertFloat, Float
 from onnxcomp.passes.equalize import Equalize
+from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.factorize import Method as Form
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
@@ -189,7 +191,7 @@ def sparsify(
     sparsity: float = 0.5,
     of: int = 0,
     block: tuple[int, int] = (1, 1),
-    choose: Choose | str = Choose.SPARSEGPT,
+    choose: Choose | str = Choose.ADMM,
     reconstruct: bool = True,
     keep_overridable: bool = False,
     **common: Unpack[Common],
@@ -238,6 +240,39 @@ def binarize(
         BudgetError: it loses more than `max_drop`; its `result` is what came out.
     """
     return convert(source, [Simplify(keep_overridable), Binarize(ternary, bases, ends)], **common)
+
+
+def factorize(
+    source: ModelSource,
+    *,
+    remains: float = 0.7,
+    cost: Cost | str = Cost.PARAMS,
+    method: Form | str = Form.AUTO,
+    energy: float | None = None,
+    multiple: int = 1,
+    reconstruct: bool = True,
+    keep_overridable: bool = False,
+    **common: Unpack[Common],
+) -> Result:
+    """Clean up, make layers several smaller ones in a row until a share of a cost remains, and measure.
+
+    Args:
+        source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; never modified.
+        remains: share of the cost that is to remain.
+        cost: parameters, FLOPs, bytes, or the latency on the target at `batch`.
+        method: which forms are tried.
+        energy: share of each layer's output energy to keep, in place of a target.
+        multiple: ranks are multiples of this.
+        reconstruct: fit all stages again.
+        keep_overridable: leave weights that are also graph inputs overridable.
+        **common: as for `convert`; without `calib`, layers are fitted on made-up inputs.
+
+    Raises:
+        InputError: the model, the data or an option cannot be used.
+        BudgetError: it loses more than `max_drop`; its `result` is what came out.
+    """
+    technique = Factorize(remains, chosen(Cost, cost), chosen(Form, method), energy, multiple, reconstruct)
+    return convert(source, [Simplify(keep_overridable), technique], **common)
 
 
 def _quantization(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
-from onnxcomp.cost import Totals, shape_of
+from onnxcomp.cost import Totals
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.facts import observe
@@ -166,7 +166,7 @@ class _Plan:
     ) -> None:
         self._settings, self._model, self._context = settings, model, context
         self._layers = {layer.name: layer for layer in found}
-        self._run = next(iter(data.at_most(context.batch, context.seed).batches(context.batch))).feeds
+        self._one, self._run = (next(iter(data.at_most(n, context.seed).batches(n))).feeds for n in (1, context.batch))
         grams = calibrate(model, data, context, layers=found).grams
         self._forms: dict[str, list[Factors]] = {}
         self._errors: dict[str, NDArray[np.float64]] = {}
@@ -203,12 +203,13 @@ class _Plan:
         settings, version = self._settings, opset(self._model)
         timed = settings.cost in {Cost.LATENCY, Cost.FLOPS}
         times: Mapping[str, float] = {}
+        shapes = observe(self._model, self._one).shapes
         if timed:
             observed = observe(self._model, self._run).shapes
             times = profiles([self._model], self._context.target, self._run)[0].times
         known: dict[Hashable, NDArray[np.float64]] = {}
         for name, layer in self._layers.items():
-            shape = shape_of(layer.data, {}) or ()
+            shape = shapes[layer.data]
             forms: list[Factors | None] = [None, *self._forms[name]]
             costs = np.array([self._static(totals(alone(layer, shape, version, form))) for form in forms])
             if timed:
@@ -222,7 +223,11 @@ class _Plan:
                 self._forms[name] = [self._forms[name][number] for number in kept]
                 self._errors[name], costs = self._errors[name][kept], costs[np.append(0, kept + 1)]
             self._costs[name] = costs
-        self._total = sum(times.values()) if settings.cost is Cost.LATENCY else self._static(totals(self._model))
+        whole = self._model.clone()
+        sizes = {value.name: shape for value, shape in shapes.items()}
+        for value in (value for node in whole.graph for value in node.outputs if value.name in sizes):
+            value.shape = ir.Shape(sizes[value.name])
+        self._total = sum(times.values()) if settings.cost is Cost.LATENCY else self._static(totals(whole))
 
     def _static(self, whole: Totals) -> float:
         match self._settings.cost:

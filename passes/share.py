@@ -12,15 +12,15 @@ Sharing makes the file smaller, not the model faster: a session decodes the weig
 
 import zlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.compression import Matrix, compress
+from onnxcomp.compression import Matrix, compress, sparse
 from onnxcomp.constants import Weight
 from onnxcomp.core import Choice, Context, Outcome, Pass
-from onnxcomp.encodings import Codes, Encoded, Hashed, places
+from onnxcomp.encodings import Codes, Encoded, Hashed, Masked, Values, places
 from onnxcomp.errors import OptionError
 from onnxcomp.numerics.codebook import fitted, share
 from onnxcomp.numerics.product import share_vectors
@@ -81,20 +81,36 @@ class Share(Pass):
                 case Method.KMEANS:
                     return self._codes(weight, matrix, H)
 
-        return compress(model, context, encode, self._said)
+        return compress(model, context, encode, self._said, integers=self.method is not Method.HASH)
 
     def _codes(self, weight: Weight, matrix: Matrix, H: Matrix) -> Encoded:
+        dtype, count = weight.array.dtype, 1 << self.bits
+        if sparse(matrix):
+            book = share(matrix, H, count + 1, zero=True)
+            (values,) = _stored(book.values, dtype)
+            mask = matrix != 0
+            others = np.delete(values, np.searchsorted(book.values[0], 0.0))
+            places = np.cumsum(book.values[0] != 0) - 1
+            zeros = book.values[0][book.indices] == 0
+            return Masked(mask & ~zeros, others, places[book.indices[mask & ~zeros]].astype(np.uint8))
         books = 1
         if self.channels is not None and len(matrix) % self.channels == 0:
             books = len(matrix) // self.channels
-        book = share(matrix, H, 1 << self.bits, books)
-        values = book.values[:, :, None].astype(weight.array.dtype)
-        return Codes(book.indices.astype(np.uint8), values)
+        book = share(matrix, H, count, books)
+        return Codes(book.indices.astype(np.uint8), _stored(book.values, dtype)[:, :, None])
 
     def _product(self, weight: Weight, matrix: Matrix, H: Matrix, seed: int) -> Encoded:
-        length = max(size for size in range(1, _INDEX // self.bits + 1) if matrix.shape[1] % size == 0)
+        indices_bytes = matrix.size * self.bits // 8
+        length = max(
+            (
+                size
+                for size in range(2, _INDEX // self.bits + 1)
+                if matrix.shape[1] % size == 0 and (size << self.bits * size) * weight.array.itemsize <= indices_bytes
+            ),
+            default=1,  # where vectors would take more bytes than indices
+        )
         vectors, indices = share_vectors(matrix, H, 1 << self.bits * length, length, seed)
-        return Codes(indices.astype(np.uint8), vectors[None].astype(weight.array.dtype))
+        return Codes(indices.astype(np.uint8), _stored(vectors, weight.array.dtype)[None])
 
     def _hashed(self, weight: Weight, matrix: Matrix, H: Matrix, seed: int) -> Encoded:
         buckets = max(matrix.size * self.bits // (8 * weight.array.dtype.itemsize), 1)
@@ -102,12 +118,19 @@ class Share(Pass):
         factors = tuple(np.random.default_rng([seed, own]).integers(1, PRIME, 3).tolist())
         indices, signs = places(matrix.shape, buckets, factors)
         values = fitted(matrix, H, indices, np.zeros(buckets), signs)
-        return Hashed(matrix.shape, values.astype(weight.array.dtype), factors)
+        return Hashed(matrix.shape, _stored(values, weight.array.dtype), factors)
 
     def _said(self, encoded: Encoded) -> str:
         if isinstance(encoded, Hashed):
             return f"{len(encoded.values)} shared values, by hash"
+        if isinstance(encoded, Masked):
+            return f"{len(encoded.values)} shared values and zero, {1 - encoded.mask.mean():.0%} zero"
         assert isinstance(encoded, Codes)
         books, count, length = encoded.values.shape
         what = "values" if length == 1 else f"vectors of {length}"
         return f"{count} shared {what}, {self.bits} bits" + (f", {books} codebooks" if books > 1 else "")
+
+
+def _stored(values: Matrix, dtype: np.dtype[Any]) -> Values:
+    """In the type of the weight: integers stay integers."""
+    return (np.rint(values) if dtype.kind in "iu" else values).astype(dtype)

@@ -16,7 +16,7 @@ from onnxcomp.constants import Weight
 from onnxcomp.core import Choice, Context, Outcome, Pass
 from onnxcomp.encodings import Encoded, Masked
 from onnxcomp.errors import OptionError
-from onnxcomp.numerics.sparse import Mask, Pattern, magnitude_mask, obs_mask, refit_on, wanda_mask
+from onnxcomp.numerics.sparse import Mask, Pattern, admm_mask, magnitude_mask, obs_mask, refit_on, wanda_mask
 
 
 class Choose(Choice):
@@ -28,6 +28,8 @@ class Choose(Choice):
     """|w| ||x|| (Sun et al. 2024)."""
     SPARSEGPT = "sparsegpt"
     """What its loss costs when the others make up for it (Frantar and Alistarh 2023)."""
+    ADMM = "admm"
+    """What is worth most together, by alternating directions (Boza 2024)."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Sparsify(Pass):
     sparsity: float = 0.5
     of: int = 0
     block: tuple[int, int] = (1, 1)
-    choose: Choose = Choose.SPARSEGPT
+    choose: Choose = Choose.ADMM
     reconstruct: bool = True
 
     def __post_init__(self) -> None:
@@ -89,6 +91,8 @@ class Sparsify(Pass):
                 mask = wanda_mask(W, H, pattern)
             case Choose.SPARSEGPT:
                 mask = obs_mask(W, H, pattern)
+            case Choose.ADMM:
+                mask = admm_mask(W, H, pattern)
         return refit_on(W, H, mask) if self.reconstruct else np.where(mask, W, 0.0)
 
     def _said(self, encoded: Encoded) -> str:

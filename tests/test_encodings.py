@@ -41,6 +41,11 @@ def masked(view: View) -> Masked:
     return Masked(mask, RANDOM.normal(size=mask.sum()).astype(np.float32))
 
 
+def masked_codes(view: View) -> Masked:
+    mask = RANDOM.random(shape(view)) < 0.4
+    return Masked(mask, RANDOM.normal(size=8).astype(np.float32), RANDOM.integers(8, size=mask.sum()).astype(np.uint8))
+
+
 def hashed(view: View) -> Hashed:
     return Hashed(shape(view), RANDOM.normal(size=5).astype(np.float32), (123456789, 987654321, 55555))
 
@@ -52,6 +57,7 @@ ENCODINGS: dict[str, Make] = {
     "a book by row": lambda view: codes(view, 4, shape(view)[0]),
     "scaled rows": lambda view: codes(view, 3, scaled=True),
     "mask": masked,
+    "mask of codes": masked_codes,
     "hash": hashed,
     "sum": lambda view: Sum((codes(view, 2, scaled=True), codes(view, 2, scaled=True))),
 }

@@ -8,7 +8,7 @@ import pytest
 import onnxcomp
 
 NAMES = {
-    *("optimize", "convert", "simplify", "quantize", "prune", "share", "sparsify", "binarize"),
+    *("optimize", "convert", "simplify", "quantize", "prune", "share", "sparsify", "binarize", "factorize"),
     *("bench", "evaluate", "inspect", "load", "save"),
     *("Budget", "Context", "Pass", "Report", "Target", "errors"),
 }

@@ -34,7 +34,7 @@ def share_vectors(W: Floats, H: Floats, count: int, length: int, seed: int = 0) 
     """
     target = np.array(W, np.float64)
     parts = target.reshape(-1, length)
-    start = parts if len(parts) <= count else kmeans2(parts, count, minit="++", seed=seed)[0]
+    start = parts if len(parts) <= count else kmeans2(parts, count, minit="points", seed=seed)[0]
     vectors = np.zeros((count, length))
     vectors[: len(start)] = start
     best: tuple[NDArray[np.float64], Indices] | None = None

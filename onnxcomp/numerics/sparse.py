@@ -1,8 +1,9 @@
 """Which weights become zero, and what the others become: tr((W - W') H (W - W')^T) with W' zero outside a mask.
 
-Masks follow the magnitude |w|, Wanda's |w| ||x|| (Sun et al. 2024, equation 1), or SparseGPT's w^2 / [H^-1]_qq (Frantar
-and Alistarh 2023, section 3), chosen block by block of inputs while the error is passed on to the inputs that follow.
-What is left is then the exact least squares solution on the mask, row by row.
+Masks follow the magnitude |w|, Wanda's |w| ||x|| (Sun et al. 2024, equation 1), or SparseGPT's w^2 / [H^-1]_qq
+(Frantar and Alistarh 2023, section 3), chosen block by block of inputs while the error is passed on to the inputs that
+follow; or mask and weights are found together by ADMM (Boza 2024, algorithm 1), which sees how inputs stand in for each
+other. What is left is then the exact least squares solution on the mask, row by row.
 """
 
 from dataclasses import dataclass
@@ -11,11 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxcomp.numerics.arrays import Floats
-from onnxcomp.numerics.feedback import feedback
+from onnxcomp.numerics.feedback import feedback, layer_error
 
 _STEPS = 50
 _TOLERANCE = 1e-5
 _BLOCK = 128
+_PENALTIES = (0.3, 1.0, 3.0)
+_TURNS = 30
 
 Mask = NDArray[np.bool_]
 
@@ -87,6 +90,33 @@ def obs_mask(W: Floats, H: Floats, pattern: Pattern, damping: float = 1e-2) -> M
         opened=opened,
     )  # fmt: skip
     return mask
+
+
+def admm_mask(W: Floats, H: Floats, pattern: Pattern) -> Mask:
+    """By alternating directions: weights that are free but near to sparse ones, and sparse ones near to those.
+
+    With inputs scaled to unit power, X = (W H + rho (Z - U)) (H + rho I)^-1, Z = X + U on the mask that keeps most of
+    it, U <- U + X - Z. Of several rho the mask is taken on which the least squares solution is best.
+    """
+    scale = np.sqrt(np.diagonal(H) + 1e-12 * (float(np.diagonal(H).mean()) or 1.0))
+    moment, target = H / np.outer(scale, scale), W * scale
+    found: Mask | None = None
+    least = np.inf
+    for rho in _PENALTIES:
+        inverse = np.linalg.inv(moment + rho * np.eye(len(moment)))
+        base = target @ moment
+        mask = pattern.keep(np.square(target))
+        sparse, dual = np.where(mask, target, 0.0), np.zeros(target.shape)
+        for _ in range(_TURNS):
+            free = (base + rho * (sparse - dual)) @ inverse + dual
+            mask = pattern.keep(np.square(free))
+            sparse = np.where(mask, free, 0.0)
+            dual = free - sparse
+        error = layer_error(W - refit_on(W, H, mask), H)
+        if error < least or found is None:
+            found, least = mask, error
+    assert found is not None
+    return found
 
 
 def refit_on(W: Floats, H: Floats, mask: Mask, damping: float = 1e-3) -> NDArray[np.float64]:

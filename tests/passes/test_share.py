@@ -1,0 +1,122 @@
+"""Shared weights: what they cost in accuracy, what they take in the file, and that any kind of weight can be shared."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from models import zoo
+from onnxcomp import model as models
+from onnxcomp.core import Context, Pass, node_pattern
+from onnxcomp.errors import OptionError
+from onnxcomp.layers import layers
+from onnxcomp.passes.binarize import Binarize
+from onnxcomp.passes.quantize_static import QuantizeStatic
+from onnxcomp.passes.share import Method, Share
+from onnxcomp.passes.sparsify import Choose, Sparsify
+from tests.passes.small import context, error, network
+
+
+def optimized(model: ir.Model, tmp_path: Path) -> list[str]:
+    """The operators that are left after stock ONNX Runtime has loaded a model."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    ort.InferenceSession(models.to_bytes(model), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+
+
+SETTINGS: dict[str, tuple[Pass, float]] = {  # with the share of the original's bytes that is too much
+    "4 bits": (Share(4), 0.20),
+    "3 bits": (Share(3), 0.17),
+    "4 bits by 8 channels": (Share(4, channels=8), 0.23),
+    "vectors": (Share(2, Method.PRODUCT), 0.16),
+    "hash": (Share(8, Method.HASH), 0.36),
+    "ternary": (Binarize(ternary=True), 0.14),
+    "two bases": (Binarize(bases=2), 0.18),
+    "2:4": (Sparsify(0.5, 4), 0.6),
+    "blocks": (Sparsify(0.75, 0, (2, 2)), 0.36),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_it_beats_the_textbook_folds_at_load_and_takes_few_bytes(name: str, tmp_path: Path) -> None:
+    technique, share = SETTINGS[name]
+    aware, plain = technique(network(), context()).model, technique(network(), Context()).model
+    assert error(network(), aware) < 0.8 * error(network(), plain)
+    assert models.file_bytes(aware) < share * models.file_bytes(network())
+    before, after = optimized(network(), tmp_path), optimized(aware, tmp_path)
+    assert after == before
+
+
+def test_everything_is_reported() -> None:
+    outcome = Share(4)(network(), context(exclude=node_pattern("^Conv_0$")))
+    treated = {change.node for change in outcome.changes}
+    left = {skip.node for skip in outcome.skips}
+    assert treated | left >= {layer.name for layer in layers(network())}
+    assert all("bits" in change.what or change.what == "fitted again" for change in outcome.changes)
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    for technique in (Share(2, Method.PRODUCT), Sparsify()):
+        first, second = (technique(network(), context(8)).model for _ in range(2))
+        assert models.to_bytes(first) == models.to_bytes(second)
+
+
+@pytest.mark.parametrize("name", ["gpt", "bert", "lstm_tagger", "gru_tagger", "unet", "fp16_weights", "control_flow"])
+@pytest.mark.parametrize("technique", [Share(4), Share(8, Method.HASH), Binarize(bases=3), Sparsify(0.5)], ids=repr)
+def test_weights_of_every_kind(technique: Pass, name: str, tmp_path: Path) -> None:
+    """Embeddings, recurrent and transposed weights, half precision, bodies of control flow."""
+    model = models.load(zoo.build(name))
+    outcome = technique(model, Context())
+    if not outcome.modified:
+        assert all("bytes" in skip.reason for skip in outcome.skips)
+        return
+    assert models.file_bytes(outcome.model) < models.file_bytes(model)
+    assert error(model, outcome.model) < (0.5 if technique != Share(8, Method.HASH) else 4)  # chance is a poor guide
+    assert "BitShift" not in optimized(outcome.model, tmp_path)
+
+
+def test_sparse_weights_stay_sparse() -> None:
+    sparse = Sparsify(0.8, choose=Choose.MAGNITUDE)(network(), context()).model
+    shared = Share(4)(sparse, context())
+    assert models.file_bytes(shared.model) < 0.8 * models.file_bytes(Share(4)(network(), context()).model)
+    assert any("zero" in change.what for change in shared.changes)
+    assert error(network(), shared.model) < 4 * error(network(), sparse)
+
+
+def test_integers_share_values_too(tmp_path: Path) -> None:
+    quantized = QuantizeStatic()(network(), context()).model
+    shared = Share(4)(quantized, context()).model
+    assert models.file_bytes(shared) < 0.75 * models.file_bytes(quantized)
+    assert error(network(), shared) < 0.05
+    assert optimized(shared, tmp_path).count("QLinearConv") == optimized(quantized, tmp_path).count("QLinearConv")
+
+
+def test_what_gains_nothing_is_left() -> None:
+    once = Share(2)(network(), Context()).model
+    again = Share(8)(once, Context())
+    assert not again.modified
+    assert all("bytes" in skip.reason for skip in again.skips)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Share(0),
+        lambda: Share(9),
+        lambda: Share(4, Method.HASH, 2),
+        lambda: Share(4, channels=0),
+        lambda: Binarize(bases=5),
+        lambda: Binarize(ternary=True, bases=2),
+        lambda: Sparsify(1.0),
+        lambda: Sparsify(0.3, 4),
+        lambda: Sparsify(0.5, block=(0, 1)),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(build: Any) -> None:
+    with pytest.raises(OptionError):
+        build()
