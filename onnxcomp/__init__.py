@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxcomp.measure import bench, evaluate
     from onnxcomp.model import load, save
     from onnxcomp.optimizer import optimize
+    from onnxcomp.package import pack, unpack
     from onnxcomp.report import Report
     from onnxcomp.runtime import Target
     from onnxcomp.techniques import binarize, factorize, prune, quantize, share, simplify, sparsify
@@ -37,12 +38,14 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "pack",
     "prune",
     "quantize",
     "save",
     "share",
     "simplify",
     "sparsify",
+    "unpack",
 ]
 
 _HOMES = {
@@ -53,6 +56,7 @@ _HOMES = {
     "measure": ("bench", "evaluate"),
     "model": ("load", "save"),
     "optimizer": ("optimize",),
+    "package": ("pack", "unpack"),
     "report": ("Report",),
     "runtime": ("Target",),
     "techniques": ("binarize", "factorize", "prune", "quantize", "share", "simplify", "sparsify"),

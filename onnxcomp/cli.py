@@ -212,7 +212,7 @@ def quantize(
     show_default=True,
     help="Share of its channels that every group keeps.",
 )
-@click.option("--no-reconstruct", is_flag=True, help="Do not fit the layers again.")
+@options.no_reconstruct
 @options.learning
 def prune(
     model: Path,
@@ -247,15 +247,18 @@ def prune(
     help="Single values or vectors from a codebook, or values by the hash of a weight's place.",
 )
 @click.option("--channels", type=click.IntRange(1), help="Output channels to a codebook.  [default: all]")
+@options.no_reconstruct
 @options.learning
-def share(model: Path, output: Path | None, dry_run: bool, terminal: "Terminal", **settings: Any) -> None:
+def share(
+    model: Path, output: Path | None, no_reconstruct: bool, dry_run: bool, terminal: "Terminal", **settings: Any
+) -> None:
     """Let the weights of MODEL share values: fewer bytes in the file, on every provider.
 
     Sessions decode the weights once, when they load: the result runs as fast as the original, from as much memory.
     """
     from onnxcomp.techniques import share as work
 
-    _convert(work, model, output, dry_run, terminal, settings)
+    _convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
 
 
 @main.command()
@@ -284,7 +287,7 @@ def share(model: Path, output: Path | None, dry_run: bool, terminal: "Terminal",
     show_default=True,
     help="What makes a weight worth keeping.",
 )
-@click.option("--no-reconstruct", is_flag=True, help="Leave the other weights as they are.")
+@options.no_reconstruct
 @options.learning
 def sparsify(
     model: Path,
@@ -315,8 +318,11 @@ def sparsify(
     "--ends", type=click.IntRange(0, 8), default=8, show_default=True,
     help="Bits of the first and last layers; 0 treats them like the others.",
 )  # fmt: skip
+@options.no_reconstruct
 @options.learning
-def binarize(model: Path, output: Path | None, dry_run: bool, terminal: "Terminal", **settings: Any) -> None:
+def binarize(
+    model: Path, output: Path | None, no_reconstruct: bool, dry_run: bool, terminal: "Terminal", **settings: Any
+) -> None:
     """Make the weights of MODEL signs and scales: fewer bytes in the file, on every provider.
 
     Sessions decode the weights once, when they load: no provider of ONNX Runtime has kernels for binary weights, so the
@@ -324,7 +330,7 @@ def binarize(model: Path, output: Path | None, dry_run: bool, terminal: "Termina
     """
     from onnxcomp.techniques import binarize as work
 
-    _convert(work, model, output, dry_run, terminal, settings)
+    _convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
 
 
 @main.command()
@@ -342,7 +348,7 @@ def binarize(model: Path, output: Path | None, dry_run: bool, terminal: "Termina
     "--energy", metavar="99%", type=options.SHARE, help="Of each layer's output that is kept, in place of --target."
 )
 @click.option("--multiple", type=click.IntRange(1), default=1, show_default=True, help="Ranks are multiples of this.")
-@click.option("--no-reconstruct", is_flag=True, help="Do not fit the stages again.")
+@options.no_reconstruct
 @options.learning
 def factorize(
     model: Path,
@@ -380,6 +386,37 @@ def simplify(model: Path, output: Path | None, dry_run: bool, terminal: "Termina
     from onnxcomp.techniques import simplify as work
 
     _convert(work, model, output, dry_run, terminal, settings)
+
+
+@main.command()
+@options.model_
+@click.option("-o", "--output", metavar="OUT", type=click.Path(path_type=Path), help="[default: MODEL.onnxpack]")
+@click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+@options.showing
+def pack(model: Path, output: Path | None, overwrite: bool, terminal: "Terminal") -> None:
+    """Put MODEL and its external data into one entropy-coded file, which `unpack` turns back into the same bytes."""
+    from onnxcomp.package import SUFFIX
+    from onnxcomp.package import pack as work
+
+    output = output or model.with_name(model.name.removesuffix(".onnx") + SUFFIX)
+    terminal.show(work(model, output, overwrite=overwrite))
+
+
+@main.command()
+@click.argument("package", type=click.Path(path_type=Path))
+@click.option("-o", "--output", metavar="OUT", type=click.Path(path_type=Path), help="[default: PACKAGE.onnx]")
+@click.option("--overwrite", is_flag=True, help="Replace existing outputs.")
+@click.option(
+    "--max-bytes", metavar="64GB", type=options.BYTES, default="64GB", show_default=True, help="Most to unpack."
+)
+@options.showing
+def unpack(package: Path, output: Path | None, overwrite: bool, max_bytes: int, terminal: "Terminal") -> None:
+    """Write the model of PACKAGE, with its external data beside it, as they were."""
+    from onnxcomp.package import SUFFIX
+    from onnxcomp.package import unpack as work
+
+    output = output or package.with_name(package.name.removesuffix(SUFFIX) + ".onnx")
+    terminal.show(work(package, output, overwrite=overwrite, most=max_bytes))
 
 
 def _convert(

@@ -20,7 +20,8 @@ from onnxcomp.graph import Builder, prepared, remove_unused
 from onnxcomp.layers import Layer
 from onnxcomp.model import file_bytes
 from onnxcomp.numerics.sparse import refit_on
-from onnxcomp.reconstruction import reconstruct
+from onnxcomp.reconstruction import reconstruct as fit
+from onnxcomp.samples import Dataset
 from onnxcomp.unpacking import Unpacker
 
 OPSET = 13
@@ -42,6 +43,7 @@ def compress(
     encode: Encode,
     describe: Callable[[Encoded], str],
     *,
+    reconstruct: bool = True,
     integers: bool = False,
 ) -> Outcome:
     """Encode every constant weight that becomes smaller by it.
@@ -51,6 +53,7 @@ def compress(
         context: data, exclusions.
         encode: the technique.
         describe: what is said of a weight.
+        reconstruct: fit each layer before it is encoded.
         integers: also weights that are quantized to 8 bits.
     """
     before = file_bytes(model)
@@ -68,7 +71,11 @@ def compress(
         else:
             skips += [Skip(node.name or "", reason) for node in weight.nodes]
     made = original.clone()
-    found, fitted, notes = _in_turn(original, made, chosen, decoded, context, encode)
+    found: dict[Weight, Encoded | str] = {}
+    fitted: list[str] = []
+    if reconstruct and context.data is not None:
+        found, fitted, notes = _in_turn(original, made, chosen, decoded, context, context.data, encode)
+        skips += notes
     others = [weight for weight in chosen if weight not in found]
     found |= _as_they_are(original, others, decoded, context, encode)
     smaller: dict[Weight, Encoded] = {}
@@ -89,7 +96,7 @@ def compress(
         return Outcome(model, (), (*skips, *(Skip(node.name or "", reason) for w in smaller for node in w.nodes)))
     said = {node.name or "": describe(encoded) for weight, encoded in smaller.items() for node in weight.nodes}
     changes = [Change(name, what) for name, what in (dict.fromkeys(fitted, "fitted again") | said).items()]
-    return Outcome(made, tuple(changes), (*skips, *notes))
+    return Outcome(made, tuple(changes), tuple(skips))
 
 
 def sparse(matrix: NDArray[Any]) -> bool:
@@ -117,11 +124,15 @@ def _smaller(weight: Weight, result: Encoded | str, decoded: Decoded) -> Encoded
 
 
 def _in_turn(
-    original: ir.Model, made: ir.Model, chosen: Sequence[Weight], decoded: Decoded, context: Context, encode: Encode
+    original: ir.Model,
+    made: ir.Model,
+    chosen: Sequence[Weight],
+    decoded: Decoded,
+    context: Context,
+    data: Dataset,
+    encode: Encode,
 ) -> tuple[dict[Weight, Encoded | str], list[str], list[Skip]]:
     """Those of layers that can be fitted, one after another, in place; and the layers that were."""
-    if context.data is None:
-        return {}, [], []
     by_layer = {weight.layer.name: weight for weight in chosen if weight.layer is not None}
     found: dict[Weight, Encoded | str] = {}
     fitted: list[str] = []
@@ -140,7 +151,7 @@ def _in_turn(
             return result.decoded()
         return layer.matrix().astype(np.float64) if weight.value in decoded else matrix
 
-    notes = reconstruct(original, made, {}, context.data, context, project=project)
+    notes = fit(original, made, {}, data, context, project=project)
     return found, fitted, notes
 
 

@@ -24,6 +24,7 @@ from rich.text import Text
 from onnxcomp.budget import Budget
 from onnxcomp.core import Width, no_progress
 from onnxcomp.model import write_text
+from onnxcomp.package import Packed
 from onnxcomp.report import (
     Benchmark,
     Document,
@@ -144,6 +145,15 @@ def render(document: Document, verbose: bool = False) -> Iterator[RenderableType
             yield from _evaluation(document)
         case Inspection():
             yield from _inspection(document, verbose)
+        case Packed():
+            yield from _package(document)
+
+
+def _package(packed: Packed) -> Iterator[RenderableType]:
+    for name, size in packed.files.items():
+        yield f"{name}: {byte_count(size)}"
+    total = sum(packed.files.values())
+    yield f"{packed.package}: {byte_count(packed.size)}, {total / packed.size:.2f}x smaller"
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

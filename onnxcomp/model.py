@@ -269,13 +269,13 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = Fal
     target = Path(path)
     check_target(target, overwrite=overwrite)
     if tensor_bytes(model) <= PROTOBUF_LIMIT:
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             temporary.write_bytes(to_bytes(model))
         return (target,)
     data = target.with_name(target.name + ".data")
     check_target(data, overwrite=overwrite)
     # The data are renamed first: whoever finds a model at `target` finds its data too.
-    with _replacing(target) as temporary, _replacing(data) as temporary_data:
+    with replacing(target) as temporary, replacing(data) as temporary_data:
         stored = model.clone()
         strings = {value: value.const_value for value in _initializers(stored) if value.dtype == ir.DataType.STRING}
         for value in strings:  # ONNX has no external strings
@@ -339,7 +339,7 @@ def _holds(source: object, target: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside `target` that takes its place at the end, or is removed on any error."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
@@ -370,7 +370,7 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
         target.write_text(text, encoding="utf-8")  # a pipe or a device
         return
     check_target(target, overwrite=True)
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -458,6 +458,11 @@ def _external_parts(proto: onnx.ModelProto, name: str) -> Iterator[tuple[str, in
         if not valid:
             raise ModelError(f"{name}: tensor '{tensor.name}' has no valid place in its external data", "a broken file")
         yield info.get("location", ""), offset, length
+
+
+def external_locations(proto: onnx.ModelProto, name: str) -> list[str]:
+    """The files in which a model keeps tensors, relative to its folder, each once."""
+    return list(dict.fromkeys(location for location, _, _ in _external_parts(proto, name)))
 
 
 def _check_external(proto: onnx.ModelProto, folder: Path | None, name: str) -> None:

@@ -141,7 +141,7 @@ def _images(
 
 
 SHARE = Parsed("SHARE", budget.parse_share)
-_BYTES = Parsed("BYTES", budget.parse_bytes)
+BYTES = Parsed("BYTES", budget.parse_bytes)
 _NUMBERS = Parsed("R,G,B", _parse_numbers)
 
 model_ = click.argument("model", type=click.Path(path_type=Path))
@@ -170,7 +170,7 @@ exclude = click.option(
     help="Leave alone the nodes whose name matches.",
 )
 memory = click.option(
-    "--memory", metavar="2GB", type=_BYTES, default="2GB", show_default=True, help="Most that calibration keeps."
+    "--memory", metavar="2GB", type=BYTES, default="2GB", show_default=True, help="Most that calibration keeps."
 )
 max_drop = click.option(
     "--max-drop", metavar="1%", type=SHARE, help="Most that the metric may lose, in its own unit: 1% is 0.01."
@@ -228,3 +228,5 @@ goal = click.option(
     type=Parsed("COST=SHARE", budget.parse_target),
     help="What remains: flops=50%, params=70%, size=60% or latency=75% (on --provider, at --batch and --threads).",
 )
+
+no_reconstruct = click.option("--no-reconstruct", is_flag=True, help="Do not fit layers again.")

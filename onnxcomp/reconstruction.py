@@ -207,6 +207,8 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: floa
     width, biased = after.input_width, after.adds_bias
     means, outputs = (H[:, :-1, -1], G[:, :, -1]) if biased else (np.zeros((groups, width)), np.zeros(G.shape[:2]))
     moments = H[:, :-1, :-1] - means[:, :, None] * means[:, None]
+    diagonal = np.arange(width)
+    moments[:, diagonal, diagonal] = np.maximum(moments[:, diagonal, diagonal], 0)  # but for rounding
     crosses = G[:, :, :-1] - outputs[:, :, None] * means[:, None]
     old = after.matrix().astype(np.float64).reshape(groups, -1, width)
     matrices = np.stack([refit(*parts, damping) for parts in zip(old, moments, crosses, strict=True)])

@@ -165,6 +165,7 @@ def share(
     bits: int = 4,
     method: Method | str = Method.KMEANS,
     channels: int | None = None,
+    reconstruct: bool = True,
     keep_overridable: bool = False,
     **common: Unpack[Common],
 ) -> Result:
@@ -175,6 +176,7 @@ def share(
         bits: per weight, 1 to 8, beside the codebooks.
         method: single values by a codebook or by hash, or vectors by a codebook.
         channels: output channels that have a codebook of their own; None for one codebook per tensor.
+        reconstruct: fit each layer on what those before it now give, before it is encoded.
         keep_overridable: leave weights that are also graph inputs overridable.
         **common: as for `convert`; without `calib`, weights alone are approximated.
 
@@ -182,7 +184,9 @@ def share(
         InputError: the model, the data or an option cannot be used.
         BudgetError: it loses more than `max_drop`; its `result` is what came out.
     """
-    return convert(source, [Simplify(keep_overridable), Share(bits, chosen(Method, method), channels)], **common)
+    return convert(
+        source, [Simplify(keep_overridable), Share(bits, chosen(Method, method), channels, reconstruct)], **common
+    )
 
 
 def sparsify(
@@ -222,6 +226,7 @@ def binarize(
     ternary: bool = False,
     bases: int = 1,
     ends: int = 8,
+    reconstruct: bool = True,
     keep_overridable: bool = False,
     **common: Unpack[Common],
 ) -> Result:
@@ -232,6 +237,7 @@ def binarize(
         ternary: signs and zeros instead of signs alone.
         bases: how many patterns of signs are added up.
         ends: bits by which the first and last layers share values; 0 treats them like the others.
+        reconstruct: fit each layer on what those before it now give, before it is encoded.
         keep_overridable: leave weights that are also graph inputs overridable.
         **common: as for `convert`; without `calib`, weights alone are approximated.
 
@@ -239,7 +245,7 @@ def binarize(
         InputError: the model, the data or an option cannot be used.
         BudgetError: it loses more than `max_drop`; its `result` is what came out.
     """
-    return convert(source, [Simplify(keep_overridable), Binarize(ternary, bases, ends)], **common)
+    return convert(source, [Simplify(keep_overridable), Binarize(ternary, bases, ends, reconstruct)], **common)
 
 
 def factorize(

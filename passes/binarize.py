@@ -31,6 +31,7 @@ class Binarize(Pass):
         ternary: signs and zeros instead of signs alone.
         bases: how many patterns of signs are added up, each with scales of its own; 1 where ternary.
         ends: bits by which the first and last layers share values; 0 treats them like the others.
+        reconstruct: fit each layer on what those before it now give, before it is encoded.
 
     Raises:
         OptionError: a setting out of range.
@@ -42,6 +43,7 @@ class Binarize(Pass):
     ternary: bool = False
     bases: int = 1
     ends: int = 8
+    reconstruct: bool = True
 
     def __post_init__(self) -> None:
         if not (1 <= self.bases <= 4 and 0 <= self.ends <= 8 and (self.bases == 1 or not self.ternary)):
@@ -66,7 +68,7 @@ class Binarize(Pass):
             values = np.array([[[-1], [1]]], np.int8)
             return Sum(tuple(Codes((indices >> j & 1).astype(np.uint8), values, wide[:, j]) for j in range(self.bases)))
 
-        return compress(model, context, encode, self._said)
+        return compress(model, context, encode, self._said, reconstruct=self.reconstruct)
 
     def _said(self, encoded: Encoded) -> str:
         if isinstance(encoded, Codes) and encoded.scale is None:

@@ -49,6 +49,7 @@ class Share(Pass):
         bits: per weight, 1 to 8, beside the codebooks.
         method: what is shared.
         channels: output channels that have a codebook of their own; None for one codebook per tensor.
+        reconstruct: fit each layer on what those before it now give, before it is encoded.
 
     Raises:
         OptionError: a setting out of range.
@@ -60,6 +61,7 @@ class Share(Pass):
     bits: int = 4
     method: Method = Method.KMEANS
     channels: int | None = None
+    reconstruct: bool = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= _INDEX:
@@ -81,7 +83,8 @@ class Share(Pass):
                 case Method.KMEANS:
                     return self._codes(weight, matrix, H)
 
-        return compress(model, context, encode, self._said, integers=self.method is not Method.HASH)
+        integers = self.method is not Method.HASH
+        return compress(model, context, encode, self._said, reconstruct=self.reconstruct, integers=integers)
 
     def _codes(self, weight: Weight, matrix: Matrix, H: Matrix) -> Encoded:
         dtype, count = weight.array.dtype, 1 << self.bits

@@ -41,7 +41,7 @@ class Sparsify(Pass):
         of: that share of every so many consecutive inputs (4 for 2:4); 0 for anywhere in the weight.
         block: (outputs, inputs) that become zero together.
         choose: what makes a weight worth keeping.
-        reconstruct: least squares on those that are left.
+        reconstruct: least squares on those that are left, on what the layers before now give.
 
     Raises:
         OptionError: a setting out of range.
@@ -80,7 +80,7 @@ class Sparsify(Pass):
             mask = sparse != 0
             return Masked(mask, sparse[mask].astype(weight.array.dtype))
 
-        return compress(model, context, encode, self._said)
+        return compress(model, context, encode, self._said, reconstruct=self.reconstruct)
 
     def _sparse(self, W: Matrix, H: Matrix, pattern: Pattern) -> Matrix:
         mask: Mask

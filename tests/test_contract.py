@@ -25,7 +25,8 @@ MODELS = [*zoo.BUILDERS, *zoo.PROTO_BUILDERS]
 RUNNABLE = [name for name in MODELS if name not in zoo.UNRUNNABLE]
 
 DEFAULT = "shufflenet"
-"""The model that passes treat with all their defaults; elsewhere weights are rounded to the nearest, for speed."""
+"""The model that passes treat with all their defaults; elsewhere weights are rounded to the nearest and not
+fitted again, for speed."""
 
 every_pass = pytest.mark.parametrize("technique", PASSES)
 
@@ -53,9 +54,11 @@ def case(name: str) -> Case:
 def made(technique: str, name: str) -> Pass:
     """The pass for a model."""
     kind = PASSES[technique]
-    if name != DEFAULT and "rounding" in {field.name for field in dataclasses.fields(kind)}:  # type: ignore[arg-type]
-        return kind(rounding=Rounding(gptq=False, sweeps=0, bias_correction=False))  # type: ignore[call-arg]
-    return kind()
+    cheap: dict[str, object] = {
+        "rounding": Rounding(gptq=False, sweeps=0, bias_correction=False), "reconstruct": False
+    }  # fmt: skip
+    fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    return kind() if name == DEFAULT else kind(**{key: cheap[key] for key in cheap.keys() & fields})
 
 
 @pytest.mark.parametrize("name", RUNNABLE)
@@ -120,7 +123,7 @@ def test_models_that_do_not_run_are_refused_or_treated(technique: str, name: str
 @pytest.mark.parametrize("technique", sorted(PASSES.keys() - {"simplify"}))  # clean-up keeps every function as it is
 def test_excluded_nodes_stay_as_they_are(technique: str) -> None:
     context = dataclasses.replace(case("resnet").context, exclude=re.compile("."))
-    outcome = PASSES[technique]()(case("resnet").model, context)
+    outcome = made(technique, "resnet")(case("resnet").model, context)
     assert not outcome.modified
 
 

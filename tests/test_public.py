@@ -9,7 +9,7 @@ import onnxcomp
 
 NAMES = {
     *("optimize", "convert", "simplify", "quantize", "prune", "share", "sparsify", "binarize", "factorize"),
-    *("bench", "evaluate", "inspect", "load", "save"),
+    *("bench", "evaluate", "inspect", "load", "save", "pack", "unpack"),
     *("Budget", "Context", "Pass", "Report", "Target", "errors"),
 }
 

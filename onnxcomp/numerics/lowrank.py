@@ -83,7 +83,7 @@ def _spread(first: Kernel, second: Kernel, axes: str) -> Kernel:
     letters = "abcdef"[: first.ndim - 2]
     upper = letters.upper()
     pairs = "".join(a + b for a, b in zip(letters, upper, strict=True))
-    found = np.einsum(f"{axes}{upper},ri{letters}->{axes[0]}i{pairs}", second, first)
+    found = _einsum(f"{axes}{upper},ri{letters}->{axes[0]}i{pairs}", second, first)
     sides = [a * b for a, b in zip(first.shape[2:], second.shape[len(axes) :], strict=True)]
     return np.asarray(found.reshape(*found.shape[:2], *sides))
 
@@ -152,10 +152,15 @@ class LowRank:
 
     def _svd(self) -> tuple[NDArray[np.float64], ...]:
         if "svd" not in self._known:
-            S, inverse = _root(self._H)
+            S, inverse = self._whole()
             U, s, Vt = np.linalg.svd(self.weight.reshape(len(self.weight), -1) @ S, full_matrices=False)
             self._known["svd"] = U, s, Vt @ inverse
         return self._known["svd"]
+
+    def _whole(self) -> tuple[NDArray[np.float64], ...]:
+        if "root" not in self._known:
+            self._known["root"] = _root(self._H)
+        return self._known["root"]
 
     def _by_svd(self, rank: int) -> Factors:
         U, s, right = self._svd()
@@ -170,12 +175,12 @@ class LowRank:
         out, inputs, height, width = self.weight.shape
         if "spatial" not in self._known:
             moment = self._H.reshape(inputs, height, width, inputs, height, width)
-            down = np.einsum("ijkabk->ijab", moment).reshape(inputs * height, -1)
-            across = np.einsum("ijkijb->kb", moment)
+            down = _einsum("ijkabk->ijab", moment).reshape(inputs * height, -1)
+            across = _einsum("ijkijb->kb", moment)
             (S, inverse), (T, back) = _root(down / np.trace(across)), _root(across)
-            wide = np.einsum("oijk,kt->ijot", self.weight, T).reshape(inputs * height, -1)
+            wide = _einsum("oijk,kt->ijot", self.weight, T).reshape(inputs * height, -1)
             U, s, Vt = np.linalg.svd(S.T @ wide, full_matrices=False)
-            right = np.einsum("rot,tk->rok", Vt.reshape(len(s), out, -1), back)
+            right = _einsum("rot,tk->rok", Vt.reshape(len(s), out, -1), back)
             self._known["spatial"] = inverse.T @ U, s, right.reshape(len(s), -1)
         left, s, right = self._known["spatial"]
         rank, scale = min(rank, len(s)), np.sqrt(s)[: min(rank, len(s))]
@@ -188,16 +193,16 @@ class LowRank:
         ones = [1] * len(kernel)
         if "tucker" not in self._known:
             taps = int(np.prod(kernel))
-            channels = np.einsum("itjt->ij", self._H.reshape(inputs, taps, inputs, taps))
+            channels = _einsum("itjt->ij", self._H.reshape(inputs, taps, inputs, taps))
             S, inverse = _root(channels)
-            whole, _ = _root(self._H)
+            whole, _ = self._whole()
             outputs = np.linalg.svd(self.weight.reshape(out, -1) @ whole, full_matrices=False)[0]
-            unfolded = np.einsum("is,oit->sot", S, self.weight.reshape(out, inputs, taps)).reshape(inputs, -1)
+            unfolded = _einsum("is,oit->sot", S, self.weight.reshape(out, inputs, taps)).reshape(inputs, -1)
             directions = np.linalg.svd(unfolded, full_matrices=False)[0]
             self._known["tucker"] = outputs, directions.T @ inverse, S @ directions
         outputs, project, back = self._known["tucker"]
         inner, outer = min(inner, inputs, project.shape[0]), min(outer, outputs.shape[1])
-        core = np.einsum("oq,oi...,ir->qr...", outputs[:, :outer], self.weight, back[:, :inner])
+        core = _einsum("oq,oi...,ir->qr...", outputs[:, :outer], self.weight, back[:, :inner])
         stages = (
             Stage(project[:inner].reshape(inner, inputs, *ones)),
             Stage(core, axes=tuple(range(len(kernel)))),
@@ -212,8 +217,8 @@ class LowRank:
         """
         out, inputs, height, width = self.weight.shape
         taps = height * width
-        S, inverse = _root(np.einsum("itjt->ij", self._H.reshape(inputs, taps, inputs, taps)) / taps)
-        tensor = np.einsum("oihw,is->oshw", self.weight, S)
+        S, inverse = _root(_einsum("itjt->ij", self._H.reshape(inputs, taps, inputs, taps)) / taps)
+        tensor = _einsum("oihw,is->oshw", self.weight, S)
         random = np.random.default_rng(0)
         factors = [random.normal(size=(size, rank)) / np.sqrt(size) for size in tensor.shape]
         for sweep in range(_SWEEPS):
@@ -222,7 +227,7 @@ class LowRank:
                 others = [factor for number, factor in enumerate(factors) if number != axis]
                 gram = np.prod([factor.T @ factor for factor in others], axis=0)
                 unfolded = np.moveaxis(tensor, axis, 0)
-                right = np.einsum("nabc,ar,br,cr->nr", unfolded, *others, optimize=True)
+                right = _einsum("nabc,ar,br,cr->nr", unfolded, *others)
                 level = ridge * (np.trace(gram) / rank or 1.0)
                 factors[axis] = np.linalg.solve(gram + level * np.eye(rank), right.T).T
             norms = [np.linalg.norm(factor, axis=0) + np.finfo(float).tiny for factor in factors]
@@ -236,6 +241,10 @@ class LowRank:
             Stage(outer.reshape(out, rank, 1, 1)),
         )
         return Factors("cp", (rank,), stages)
+
+
+def _einsum(path: str, *arrays: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.einsum(path, *arrays, optimize=True))  # by matrix products, not by plain loops
 
 
 def _damped(H: Floats) -> NDArray[np.float64]:
