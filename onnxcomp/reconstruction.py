@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.chains import chains
 from onnxcomp.core import Context, Skip
+from onnxcomp.errors import DataError
 from onnxcomp.graph import Builder, constant_of
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.moments import Spread
@@ -99,6 +100,8 @@ def _pairs(
             reason = "another node shares its weight"
         elif after.node.graph is not pruned.graph:
             reason = "a body of control flow holds it"
+        elif not np.isfinite(after.matrix()).all():
+            reason = "its weights are not finite"
         elif after.is_scaled:
             reason = "it scales its product or its bias"
         elif after.node.op_type == "ConvTranspose":
@@ -196,11 +199,18 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: floa
     for number, run in enumerate(runs):
         rows, state = int(np.ceil(share * run.batch.valid)), [seed, number]  # the same positions in both models
         x = after.rows(run.data, rows, np.random.default_rng(state))
-        target = _outputs(before, before.rows(run.before, rows, np.random.default_rng(state)), kept)
+        with np.errstate(invalid="ignore", over="ignore"):  # refused below, by name
+            target = _outputs(before, before.rows(run.before, rows, np.random.default_rng(state)), kept)
         if skips := as_outputs(run, before.output_shape(run.before.shape), after.output_shape(run.data.shape)):
             target += before.output_rows(skips[0], rows, np.random.default_rng(state))[:, kept]
             target -= after.output_rows(skips[1], rows, np.random.default_rng(state))
         x = np.concatenate([x, np.ones((*x.shape[:2], 1), x.dtype)], axis=2)
+        if not (np.isfinite(x).all() and np.isfinite(target).all()):
+            raise DataError(
+                f"the input or the output of '{after.name}' is not finite",
+                "an activation overflows, or the data hold NaN or infinity",
+                "check the data, or leave the layer out with --exclude",
+            )
         H += np.matmul(x.swapaxes(1, 2), x)
         G += np.matmul(target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype), x)
     H, G = H / H[:, -1:, -1:], G / H[:, -1:, -1:]

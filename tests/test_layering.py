@@ -19,7 +19,7 @@ LAYERS = (
     {"calibration", "equivalence", "weights", "decode", "rescale", "integers",
      "constants", "unpacking", "encodings", "compression",
      "relations", "movement", "facts", "channels", "members", "saliency", "surgery", "widths",
-     "latency", "chains", "prefix", "twins", "together", "reconstruction", "pruning"},
+     "effects", "splitting", "latency", "chains", "prefix", "twins", "together", "reconstruction", "pruning"},
     {"passes"},
     {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
      "optimizer", "measure", "inspection", "conversion", "techniques", "package"},
