@@ -2,7 +2,7 @@
 
 The last stage of Deep Compression (Han et al. 2016, section 4). docs/package.md documents the format. A file is cut at
 the contents of its tensors; each piece is coded in the way that makes it smallest: as it is, by zstandard, by planes
-(the first bytes of all floats, then the second, ...), or with integers of 3, 5, 6 or 7 bits taken apart, so that bytes
+(the first bytes of all floats, then the second, ...), or with integers of 5, 6 or 7 bits taken apart, so that bytes
 begin where integers do and the coder's statistics are theirs.
 """
 
@@ -37,6 +37,12 @@ _LEAST = 64
 """Bytes of a tensor that are a piece of their own."""
 _PIECE = 1 << 24
 """Bytes of a piece, at most."""
+_MOST_CONTENTS = 1 << 28
+_WIDTHS = (2, 4, 8)
+"""Bytes of elements whose planes are tried."""
+_ODD = (5, 6, 7)
+"""Bits of integers that do not begin where bytes do; 6 are also two of 3."""
+_CODINGS = {"raw", "zstd", *(f"planes:{width}" for width in _WIDTHS), *(f"integers:{bits}" for bits in _ODD)}
 _MOST = 1 << 36
 """Bytes that a package may unpack to, unless the caller says otherwise: 64 GiB."""
 
@@ -167,14 +173,14 @@ def _opened(body: bytes, name: str, most: int) -> tuple[list[_File], bytes]:
         raise _damaged(name, "its checksum does not match")
     start = _HEAD.size + length
     try:
-        text = _inflated(body[_HEAD.size : start], min(most, 1 << 28))
+        text = _inflated(body[_HEAD.size : start], _MOST_CONTENTS)
         files, at = [], 0
         for entry in json.loads(text):
             found = []
             for coding, size, stored in entry["pieces"]:
-                if not (isinstance(size, int) and isinstance(stored, int) and size >= 0 and stored >= 0):
-                    raise ValueError("sizes are no numbers")
-                found.append((str(coding), size, slice(start + at, start + at + stored)))
+                if coding not in _CODINGS or type(size) is not int or type(stored) is not int or min(size, stored) < 0:
+                    raise ValueError("a piece is not described")
+                found.append((coding, size, slice(start + at, start + at + stored)))
                 at += stored
             files.append(_File(str(entry["name"]), sum(size for _, size, _ in found), entry["sha256"], tuple(found)))
     except (ValueError, KeyError, TypeError, zstandard.ZstdError) as error:
@@ -224,34 +230,27 @@ def _coded(part: bytes) -> tuple[str, bytes]:
     array = np.frombuffer(part, np.uint8)
     if len(part) < _LEAST:
         return min(found, key=lambda coding: len(coding[1]))
-    for width in (2, 4, 8):
+    for width in _WIDTHS:
         if len(part) % width == 0:
             found.append((f"planes:{width}", compressor.compress(array.reshape(-1, width).T.tobytes())))
-    for bits in (3, 5, 6, 7):
+    for bits in _ODD:
         found.append((f"integers:{bits}", compressor.compress(_apart(array, bits).tobytes())))
     return min(found, key=lambda coding: len(coding[1]))
 
 
 def _apart(array: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Integers of so many bits in bytes of their own, two of 3 bits to a byte."""
+    """Integers of so many bits in bytes of their own, then what is left over."""
     integers = np.asarray(unpack_bits(array, bits, len(array) * 8 // bits, signed=False), np.uint8)
     left = np.unpackbits(array, bitorder="little")[len(integers) * bits :]
-    tail = np.packbits(left, bitorder="little")
-    if bits == 3:
-        padded = np.append(integers, np.zeros(len(integers) % 2, np.uint8))
-        integers = np.bitwise_or(padded[::2], np.left_shift(padded[1::2], 4, dtype=np.uint8), dtype=np.uint8)
-    return np.concatenate([integers, tail])
+    return np.concatenate([integers, np.packbits(left, bitorder="little")])
 
 
 def _together(data: NDArray[np.uint8], bits: int, size: int) -> NDArray[np.uint8]:
     """The inverse of `_apart`, for so many bytes."""
     count, spare = divmod(size * 8, bits)
-    stored = -(-count // 2) if bits == 3 else count
-    integers, tail = data[:stored], data[stored:]
-    if len(integers) != stored or len(tail) != -(-spare // 8):
+    integers, tail = data[:count], data[count:]
+    if len(integers) != count or len(tail) != -(-spare // 8):
         raise ValueError("a piece has another size")
-    if bits == 3:
-        integers = np.asarray(np.stack([integers & 7, integers >> 4], axis=1).ravel()[:count], np.uint8)
     singles = np.unpackbits(pack_bits(integers, bits), bitorder="little", count=count * bits)
     return np.packbits(
         np.concatenate([singles, np.unpackbits(tail, bitorder="little", count=spare)]), bitorder="little"
@@ -265,7 +264,7 @@ def _decoded(coding: str, size: int, stored: bytes, name: str) -> bytes:
         if kind == "raw":
             piece = stored
         else:
-            room = size * 3 + _LEAST  # integers of 3 bits take 4, those of 5 take 8
+            room = size * 2 + _LEAST  # integers of 5 bits take 8
             data = np.frombuffer(_inflated(stored, room), np.uint8)
             codings: dict[str, Callable[[], NDArray[np.uint8]]] = {
                 "zstd": lambda: data,
@@ -273,7 +272,7 @@ def _decoded(coding: str, size: int, stored: bytes, name: str) -> bytes:
                 "integers": lambda: _together(data, int(parameter), size),
             }
             piece = codings[kind]().tobytes()
-    except (KeyError, ValueError, zstandard.ZstdError) as error:
+    except (ValueError, zstandard.ZstdError) as error:
         raise _damaged(name, f"a piece coded as '{coding}' cannot be read") from error
     if len(piece) != size:
         raise _damaged(name, "a piece has another size than it should")
