@@ -495,6 +495,7 @@ def evaluate(models: tuple[Path, ...], evaluation: Path, terminal: "Terminal", *
 @main.command("inspect")
 @options.model_
 @click.option("--groups", is_flag=True, help="Show which channels only go together, and which cannot go and why.")
+@click.option("--weights", is_flag=True, help="Show the ranks and bits that each layer bears; best with --calib.")
 @options.calib
 @options.running
 @options.batch

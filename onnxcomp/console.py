@@ -39,6 +39,7 @@ from onnxcomp.report import (
     Spread,
     Step,
     Trial,
+    WeightRow,
 )
 
 _PIPE_WIDTH = 10_000  # nothing wraps in a pipe
@@ -490,7 +491,32 @@ def _inspection(model: Inspection, verbose: bool) -> Iterator[RenderableType]:
         yield from _groups(model.groups, verbose)
     if model.frozen:
         yield from _frozen(model.frozen, verbose)
+    if model.weights:
+        yield from _weights(model.weights)
     yield from _notes(model.notes)
+
+
+def _weights(rows: Sequence[WeightRow]) -> Iterator[RenderableType]:
+    yield from _heading("What weights bear")
+    headings = ["layer", "weight", "rank", "90% by", "99% by", "1 bit", "2", "3", "4", "8", "bears"]
+    yield _table(
+        headings,
+        [
+            (
+                row.name,
+                "x".join(map(str, row.shape)),
+                str(row.outputs) if row.spectrum else "-",
+                str(row.rank_90) if row.spectrum else "-",
+                str(row.rank_99) if row.spectrum else "-",
+                *(f"{row.errors[bits - 1]:.2%}" for bits in (1, 2, 3, 4, 8)),
+                f"{row.bits} bits" if row.bits else "-",
+            )
+            for row in rows
+        ],
+    )
+    yield _line()
+    yield _line("90%, 99% by: the rank that keeps so much of the output's energy. 1 bit, ...: what a codebook", "dim")
+    yield _line("loses of it, by k-means alone. Bears: the fewest bits that lose no more than 1%.", "dim")
 
 
 def _groups(groups: Sequence[GroupRow], verbose: bool) -> Iterator[RenderableType]:

@@ -8,16 +8,17 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxcomp import model as models
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
-from onnxcomp.core import name_nodes
+from onnxcomp.core import Context, name_nodes
 from onnxcomp.cost import NodeCost, Totals, node_costs
-from onnxcomp.data import ImageOptions
+from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.measure import circumstances, file_size, inputs_for
 from onnxcomp.members import readers
 from onnxcomp.model import ModelSource
 from onnxcomp.profiling import profiles
-from onnxcomp.report import FrozenRow, GroupRow, Inspection, NodeRow, source_name
+from onnxcomp.report import FrozenRow, GroupRow, Inspection, NodeRow, WeightRow, source_name
 from onnxcomp.runtime import Feeds, Session, Target
+from onnxcomp.tolerance import weight_rows
 
 
 def inspect(
@@ -29,6 +30,7 @@ def inspect(
     seed: int = 0,
     images: ImageOptions | None = None,
     groups: bool = False,
+    weights: bool = False,
 ) -> Inspection:
     """What each node stores, computes, and takes of the time.
 
@@ -42,6 +44,7 @@ def inspect(
         seed: of synthetic inputs.
         images: how image files become inputs.
         groups: also find the channels that only go together, and those that cannot go.
+        weights: also what each layer's weights bear: ranks and bits, by the covariance of its inputs on `calib`.
 
     Raises:
         InputError: the model, the data or an option cannot be used.
@@ -56,10 +59,17 @@ def inspect(
     sizes: dict[str, int] = {}
     protocol = ""
     coupled: ChannelGroups | None = None
+    borne: tuple[WeightRow, ...] = ()
     if all(models.spec_of(value) is not None for value in models.free_inputs(model)):
         data = inputs_for(model, calib, batch, seed, images)
         feeds = next(iter(data.batches(batch))).feeds
         sizes = _axes(model, feeds)
+        if weights:
+            learn = None if calib is None else open_dataset(calib, models.input_specs(model), images)
+            try:
+                borne = tuple(weight_rows(model, Context(learn, target, batch, seed)))
+            except OnnxcompError as error:
+                notes.append(f"Weights not looked at. {error.fact}")
         if groups:
             coupled = _traced(model, feeds, notes)
         try:
@@ -89,6 +99,7 @@ def inspect(
         notes=tuple(notes),
         groups=() if coupled is None else tuple(map(_group_row, coupled)),
         frozen=() if coupled is None else tuple(FrozenRow(frozen.name, frozen.reason) for frozen in coupled.frozen),
+        weights=borne,
     )
 
 

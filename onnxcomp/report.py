@@ -345,6 +345,30 @@ class FrozenRow:
 
 
 @dataclass(frozen=True)
+class WeightRow:
+    """What a layer's weights bear.
+
+    Attributes:
+        name: of the layer.
+        shape: of its weight.
+        outputs: rows of its matrix, the most that its rank can be.
+        rank_90, rank_99: the rank that keeps so many percent of its output's energy; 0 where it has none to tell.
+        spectrum: share of the energy kept at 1/16, 2/16, ... of the full rank.
+        errors: relative squared error of its output with a codebook of 1, 2, ... 8 bits, by k-means alone.
+        bits: the fewest at which that is no more than 1%; 0 where 8 are too few.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    outputs: int
+    rank_90: int
+    rank_99: int
+    spectrum: tuple[float, ...]
+    errors: tuple[float, ...]
+    bits: int
+
+
+@dataclass(frozen=True)
 class Inspection(Document):
     """A model's nodes and their sums.
 
@@ -360,6 +384,7 @@ class Inspection(Document):
         notes: what the user should know.
         groups: coupled channels; empty where not asked for.
         frozen: layers whose channels are in no group; empty where not asked for.
+        weights: what each layer's weights bear; empty where not asked for.
     """
 
     kind: ClassVar[str] = "inspection"
@@ -378,3 +403,4 @@ class Inspection(Document):
     notes: tuple[str, ...] = ()
     groups: tuple[GroupRow, ...] = ()
     frozen: tuple[FrozenRow, ...] = ()
+    weights: tuple[WeightRow, ...] = ()

@@ -22,7 +22,7 @@ LAYERS = (
      "effects", "splitting", "latency", "chains", "prefix", "twins", "together", "reconstruction", "pruning"},
     {"passes"},
     {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
-     "optimizer", "measure", "inspection", "conversion", "techniques", "package"},
+     "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package"},
     {"console", "options", "cli", "__main__", "__init__"},
 )
 # fmt: on
