@@ -15,6 +15,9 @@ GROUPS = {
 }
 """Names that stand for several passes."""
 
+STORING = frozenset({"binarize", "share", "sparsify"})
+"""Passes that only store weights in fewer bits, upon whatever else was done."""
+
 
 @functools.cache
 def passes() -> Mapping[str, type[Pass]]:

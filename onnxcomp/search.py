@@ -5,14 +5,17 @@
    those nodes in INT8 that a minimum cut over measured times puts there. All drafts are timed side by side.
 3. Refine the fastest: weights rounded with error feedback, judged on the metric. Over budget, nodes return to float,
    the most sensitive first, until it holds.
-4. What is still float is stored as integers where that costs neither time nor budget.
+4. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
+   sparse or binary, where the user asked for it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from onnxcomp import registry
 from onnxcomp.budget import Budget, within
 from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench
+from onnxcomp.core import Pass
 from onnxcomp.drafts import drafts, narrower, variants
 from onnxcomp.metrics import Metric
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
@@ -156,21 +159,33 @@ class Search:
     # -- shrinking --------------------------------------------------------------------------------------------------
 
     def _shrink(self, best: Candidate) -> Candidate:
-        """Store what is still float as integers, where that costs no budget; nor time, unless size has a limit."""
-        if "quantize-weights" not in self._allowed:
-            return best
+        """Store weights in fewer bits, where that costs no budget; nor time, unless size has a limit.
+
+        What is still float becomes integers; then come the ways that the user asked for by name.
+        """
         limit = self._budget.size_limit(self._original_bytes)
-        best = self._stored(best, best, limit, slower=False)
-        if limit is not None and best.size > limit:
-            best = self._stored(self.clean, best, limit, slower=True)
+        if "quantize-weights" in self._allowed:
+            rounding = self._effort.rounding if self._has_data else NEAREST
+            storages = {
+                f"remaining weights stored in {bits} bits": QuantizeWeights(bits=bits, rounding=rounding)
+                for bits in (8, 4)
+            }
+            best = self._stored(best, best, storages, limit, slower=False)
+            if limit is not None and best.size > limit:
+                best = self._stored(self.clean, best, storages, limit, slower=True)
+        for name in (name for name in self._named if name in registry.STORING):
+            technique = registry.passes()[name]()
+            if best is not self.clean and technique not in best.passes:
+                best = self._stored(best, best, {name: technique}, limit, slower=False)
         return best
 
-    def _stored(self, base: Candidate, best: Candidate, limit: int | None, *, slower: bool) -> Candidate:
-        """The best of `base` with its remaining weights in 8 or 4 bits, as many as the limit on size allows."""
-        rounding = self._effort.rounding if self._has_data else NEAREST
-        for bits in (8, 4):
-            name = f"{base.name}, remaining weights stored in {bits} bits"
-            trial = self._bench.make(name, (*base.passes, QuantizeWeights(bits=bits, rounding=rounding)))
+    def _stored(
+        self, base: Candidate, best: Candidate, storages: Mapping[str, Pass], limit: int | None, *, slower: bool
+    ) -> Candidate:
+        """The best of `base` with its weights stored in one of several ways, as small as the limit on size asks."""
+        for how, technique in storages.items():
+            name = f"{base.name}, {how}"
+            trial = self._bench.make(name, (*base.passes, technique))
             fits = limit is not None and trial.size <= limit
             if not self._bench.works(trial):
                 continue
