@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxcomp.numerics.arrays import Floats
-from onnxcomp.numerics.feedback import feedback, layer_error
+from onnxcomp.numerics.feedback import feedback
 
 _STEPS = 50
 _TOLERANCE = 1e-5
 _BLOCK = 128
-_PENALTIES = (0.3, 1.0, 3.0)
-_TURNS = 30
+_PENALTIES = (0.1, 1.0)
+_TURNS = 40
 
 Mask = NDArray[np.bool_]
 
@@ -96,27 +96,23 @@ def admm_mask(W: Floats, H: Floats, pattern: Pattern) -> Mask:
     """By alternating directions: weights that are free but near to sparse ones, and sparse ones near to those.
 
     With inputs scaled to unit power, X = (W H + rho (Z - U)) (H + rho I)^-1, Z = X + U on the mask that keeps most of
-    it, U <- U + X - Z. Of several rho the mask is taken on which the least squares solution is best.
+    it, U <- U + X - Z. The penalty rho grows, so that the mask is free to change at first and settles at last. One
+    eigendecomposition of H gives all the inverses.
     """
-    scale = np.sqrt(np.diagonal(H) + 1e-12 * (float(np.diagonal(H).mean()) or 1.0))
-    moment, target = H / np.outer(scale, scale), W * scale
-    found: Mask | None = None
-    least = np.inf
-    for rho in _PENALTIES:
-        inverse = np.linalg.inv(moment + rho * np.eye(len(moment)))
-        base = target @ moment
-        mask = pattern.keep(np.square(target))
-        sparse, dual = np.where(mask, target, 0.0), np.zeros(target.shape)
-        for _ in range(_TURNS):
-            free = (base + rho * (sparse - dual)) @ inverse + dual
-            mask = pattern.keep(np.square(free))
-            sparse = np.where(mask, free, 0.0)
-            dual = free - sparse
-        error = layer_error(W - refit_on(W, H, mask), H)
-        if error < least or found is None:
-            found, least = mask, error
-    assert found is not None
-    return found
+    power = np.maximum(np.diagonal(H), 0)
+    scale = np.sqrt(power + 1e-12 * (float(power.mean()) or 1.0))
+    moment, target = np.asarray(H / np.outer(scale, scale)), W * scale
+    values, vectors = np.linalg.eigh(moment)
+    base = target @ moment @ vectors
+    mask = pattern.keep(np.square(target))
+    sparse, dual, before = np.where(mask, target, 0.0), np.zeros(target.shape), _PENALTIES[0]
+    for rho in np.geomspace(*_PENALTIES, _TURNS):
+        dual *= before / rho
+        free = (base + rho * ((sparse - dual) @ vectors)) / (values + rho) @ vectors.T + dual
+        mask = pattern.keep(np.square(free))
+        sparse = np.where(mask, free, 0.0)
+        dual, before = free - sparse, rho
+    return mask
 
 
 def refit_on(W: Floats, H: Floats, mask: Mask, damping: float = 1e-3) -> NDArray[np.float64]:
