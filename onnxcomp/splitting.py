@@ -1,5 +1,6 @@
 """A layer replaced by several in a row, and what either costs by itself."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -7,8 +8,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.core import Context
-from onnxcomp.graph import Builder
-from onnxcomp.layers import Layer, layer_of
+from onnxcomp.graph import Builder, single_consumer
+from onnxcomp.layers import Layer, layer_of, layers
 from onnxcomp.model import opset
 from onnxcomp.numerics.lowrank import Factors, Stage
 from onnxcomp.runtime import Protocol, Session, compare
@@ -118,3 +119,57 @@ def slowdowns(
         session = Session(alone(layer, shape, opset(model), form), context.target)
         found.append(1 / compare([whole, session], feeds, _PROTOCOL)[1].speedup)
     return np.array(found)
+
+
+def merge_into_followers(model: ir.Model, names: Collection[str]) -> dict[str, str]:
+    """Multiply pointwise layers into the layers that alone read them, where nothing lies between, in place.
+
+    V (W x + b) + c = (V W) x + (V b + c): what the first one widened is then never computed.
+
+    Args:
+        model: to change.
+        names: of the layers that may go.
+
+    Returns:
+        The layers that took them up, by the names of those that went.
+    """
+    merged: dict[str, str] = {}
+    for layer in list(layers(model)):
+        reader = single_consumer(layer.node.outputs[0]) if layer.name in names else None
+        follower = None if reader is None else layer_of(reader)
+        if follower is None or follower.data is not layer.node.outputs[0] or not _merges(layer, follower):
+            continue
+        first, second = kernel_of(layer), kernel_of(follower)
+        weight = np.einsum("oc...,cr->or...", second, first.reshape(first.shape[:2]))
+        if layer.bias is not None:
+            shift = np.einsum("oct,c->o", second.reshape(*second.shape[:2], -1), layer.bias_vector())
+            follower.set_bias(follower.bias_vector() + shift)
+        graph = follower.node.graph
+        assert isinstance(graph, ir.Graph)
+        name = f"{follower.name}_merged_weight"
+        constant = _constant(Builder(graph), follower, Stage(weight), name)
+        follower.node.replace_input_with(follower.index, constant)
+        follower.node.replace_input_with(1 - follower.index, layer.data)
+        graph.remove(layer.node, safe=True)
+        merged[layer.name] = follower.name
+    return merged
+
+
+def _merges(layer: Layer, follower: Layer) -> bool:
+    """Whether one product of both weights does the same."""
+    first, second = layer.node, follower.node
+    same = first.op_type == second.op_type and layer.index == follower.index and first.graph is second.graph
+    if not same or layer.is_scaled or follower.is_scaled or layer.groups > 1 or follower.groups > 1:
+        return False
+    if len(follower.weight.uses()) > 1 or (first.op_type == "Gemm" and second.attributes.get_int("transA", 0) != 0):
+        return False
+    if layer.bias is not None and not (layer.adds_bias and follower.adds_bias):
+        return False
+    if first.op_type != "Conv":
+        return first.op_type in {"Gemm", "MatMul"}
+    strides, pads = (set(first.attributes.get_ints(name, [usual])) for name, usual in (("strides", 1), ("pads", 0)))
+    pointwise = set(layer.kernel) == {1} and strides == {1} and pads == {0}
+    # A convolution pads with zeros, not with the bias of what it reads.
+    padded = any(second.attributes.get_ints("pads", [0]))
+    padded = padded or second.attributes.get_string("auto_pad", "NOTSET") not in {"NOTSET", "VALID"}
+    return pointwise and not (padded and layer.bias is not None)

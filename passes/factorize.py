@@ -34,7 +34,7 @@ from onnxcomp.profiling import profiles
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.runtime import Protocol, Session, compare
 from onnxcomp.samples import Dataset
-from onnxcomp.splitting import alone, kernel_of, slowdowns, split
+from onnxcomp.splitting import alone, kernel_of, merge_into_followers, slowdowns, split
 from onnxcomp.synthetic import synthetic
 from onnxcomp.widths import Cost, totals
 
@@ -116,8 +116,12 @@ class Factorize(Pass):
         if not forms:
             return Outcome(model, (), tuple(skips))
         made = _split(original, forms)
+        merged = merge_into_followers(made, forms.keys())
         note = ", fitted on made-up inputs" if context.data is None else ""
-        changes = [Change(name, f"{_said(form)}{note}") for name, form in forms.items()]
+        changes = [
+            Change(name, f"{_said(form)}{f', the last part in {merged[name]!r}' if name in merged else ''}{note}")
+            for name, form in forms.items()
+        ]
         if self.reconstruct:
             skips += reconstruct(original, made, {}, data, context)
         remove_unused(made)

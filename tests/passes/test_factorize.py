@@ -148,3 +148,48 @@ def test_after_pruning() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="make no sense"):
         Factorize(**settings)  # type: ignore[arg-type]
+
+
+ROWS = {
+    "Conv": ("float[2,4,6,6]", "Conv(x, v, b)", "Conv(h, w, c)", "6,4,1,1", "5,6,3,3"),
+    "padded Conv": ("float[2,4,6,6]", "Conv(x, v)", "Conv <pads = [1,1,1,1]> (h, w, c)", "6,4,1,1", "5,6,3,3"),
+    "Gemm": ("float[3,4]", "Gemm <transB = 1> (x, v, b)", "Gemm <transB = 1> (h, w, c)", "6,4", "5,6"),
+    "MatMul": ("float[3,7,4]", "MatMul(x, v)", "MatMul(h, w)", "4,6", "6,5"),
+}
+APART = {
+    "bias before padding": ("float[2,4,6,6]", "Conv(x, v, b)", "Conv <pads = [1,1,1,1]> (h, w)", "6,4,1,1", "5,6,3,3"),
+    "strided": ("float[2,4,6,6]", "Conv <strides = [2,2]> (x, v)", "Conv(h, w)", "6,4,1,1", "5,6,3,3"),
+    "not pointwise": ("float[2,4,6,6]", "Conv(x, v)", "Conv(h, w)", "6,4,2,2", "5,6,3,3"),
+    "scaled": ("float[3,4]", "Gemm <alpha = 0.5> (x, v)", "Gemm(h, w)", "4,6", "6,5"),
+}
+
+
+def row(name: str) -> ir.Model:
+    """Two layers in a row."""
+    given, first, second, v, w = (ROWS | APART)[name]
+    random = np.random.default_rng(0)
+
+    def constant(name: str, shape: str) -> str:
+        size = int(np.prod([int(side) for side in shape.split(",")]))
+        return f"float[{shape}] {name} = {{{', '.join(f'{value:.3f}' for value in random.normal(size=size))}}}"
+
+    constants = ", ".join([constant("v", v), constant("b", "6"), constant("w", w), constant("c", "5")])
+    model = ir.from_onnx_text(f"""<ir_version: 8, opset_import: ["" : 17]>
+        agraph ({given} x) => (float y) <{constants}> {{ h = {first} y = {second} }}""")
+    model.graph.outputs[0].shape = None
+    for node in model.graph:
+        node.name = node.outputs[0].name
+    return models.load(model)
+
+
+@pytest.mark.parametrize("name", [*ROWS, *APART])
+def test_a_factor_goes_into_the_linear_layer_behind_it_where_that_is_exact(name: str) -> None:
+    model = row(name)
+    made = model.clone()
+    merged = splitting.merge_into_followers(made, {"h"})
+    assert merged == ({"h": "y"} if name in ROWS else {})
+    (spec,) = models.input_specs(model)
+    x = np.random.default_rng(1).normal(size=[int(str(side)) for side in spec.shape or ()])
+    want, got = (np.asarray(Session(each).run({"x": x.astype(np.float32)})["y"], np.float64) for each in (model, made))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+    assert len(list(made.graph)) == (1 if name in ROWS else 2)
