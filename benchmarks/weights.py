@@ -15,12 +15,15 @@ from benchmarks.common import cases, scratch, show, table
 from onnxcomp import model as models
 from onnxcomp.core import Context, Pass
 from onnxcomp.data import open_dataset
+from onnxcomp.package import pack
 from onnxcomp.passes.binarize import Binarize
 from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.factorize import Method as Form
+from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.share import Method, Share
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.passes.sparsify import Choose, Sparsify
+from onnxcomp.widths import Cost
 
 TECHNIQUES: dict[str, dict[str, Pass]] = {
     "share": {f"{bits} bits": Share(bits) for bits in (4, 3, 2)},
@@ -71,6 +74,19 @@ def main() -> None:
                 models.save(made, versions[name + kind])
                 structure = versions[name + kind].stat().st_size - stored(versions[name + kind])
                 notes.append(f"{name}{kind}: {time.perf_counter() - start:.0f} s, {structure} bytes are not constants")
+        if arguments.package:
+            start = time.perf_counter()
+            pruned = Prune(arguments.package, Cost.PARAMS)(clean, Context(data)).model
+            made = Share(2)(pruned, Context(data)).model
+            for name, version in {"pruned": pruned, "pruned, 2 bits": made}.items():
+                versions[name] = folder / f"{len(versions)}.onnx"
+                models.save(version, versions[name])
+            packed = pack(versions["pruned, 2 bits"], folder / "packed")
+            ratio = original.stat().st_size / packed.size
+            seconds = time.perf_counter() - start
+            notes.append(
+                f"pruned, 2 bits, packed: {packed.size} bytes, {ratio:.1f}x smaller than fp32, {seconds:.0f} s"
+            )
         show(case.name, table(case, versions))
     print("", *notes, sep="\n")
 
