@@ -2,7 +2,7 @@
 
 1. Each layer's forms are found from the covariance of its inputs, at about a dozen ranks of each kind; their errors
    follow without running the model.
-2. What an error does to the model's outputs is measured once for each layer.
+2. What an error does to the model's outputs is measured for a few forms of each layer.
 3. The forms are chosen that cost the outputs least for what is to remain (a multiple-choice knapsack).
 4. All stages are fitted again on what the decomposed model gives them, together with those of the layers beside them.
 
@@ -40,6 +40,8 @@ from onnxcomp.widths import Cost, totals
 
 _OPSET = 13
 _MADE_UP = 64
+_PROBES = 4
+"""Forms of each layer at which it is measured what its error does to the outputs."""
 _TIMED = 3
 """Times that a latency is measured and the forms chosen again."""
 _PROTOCOL = Protocol(block=5, rounds=9, warmup=2, seconds=5)
@@ -189,10 +191,22 @@ class _Plan:
         energy = layer_error(kernel.reshape(len(kernel), -1), H) or 1.0
         errors = np.array([form.error(kernel, H) / energy for form in forms])
         if forms and self._settings.energy is None:
-            middle = int(np.argsort(errors)[len(errors) // 2])
-            gain = answers.error(self._with(layer, forms[middle])) / max(errors[middle], 1e-12)
-            errors = errors * gain
+            errors = errors * self._gains(layer, forms, errors, answers)
         self._forms[name], self._errors[name] = forms, errors
+
+    def _gains(
+        self, layer: Layer, forms: list[Factors], errors: NDArray[np.float64], answers: Answers
+    ) -> NDArray[np.float64]:
+        """What the outputs lose for what the layer loses, measured at some forms and interpolated.
+
+        At some, as it depends on how much is lost: the last ranks may be those that tell the classes apart.
+        """
+        order = np.argsort(errors)
+        probes = sorted({int(order[(len(order) - 1) * place // _PROBES]) for place in range(1, _PROBES + 1)})
+        probes.sort(key=lambda number: errors[number])
+        measured = [answers.error(self._with(layer, forms[number])) for number in probes]
+        known = np.maximum(errors[probes], 1e-12)
+        return np.interp(errors, known, np.asarray(measured) / known)
 
     def _with(self, layer: Layer, form: Factors) -> ir.Model:
         """The model with one layer at a lower rank."""
