@@ -53,9 +53,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="holds the models and their data")
     parser.add_argument("--only", default="cifar_resnet20", help="name of one model")
-    parser.add_argument(
-        "--what", nargs="+", choices=TECHNIQUES, default=[name for name in TECHNIQUES if name != "minilm"]
-    )
+    usual = [name for name in TECHNIQUES if name != "minilm"]
+    parser.add_argument("--what", nargs="*", default=usual, help=f"of {', '.join(TECHNIQUES)}")
+    parser.add_argument("--package", type=float, help="also prune to this share of the parameters, share 2 bits, pack")
     arguments = parser.parse_args()
     (case,) = (case for case in cases(arguments.folder) if case.name == arguments.only)
     original = arguments.folder / f"{case.name}.onnx"
