@@ -1,6 +1,6 @@
-"""Weights of a pruned model fitted again, so that each layer gives what it gave in the original.
+"""Weights of a changed model fitted again, so that each layer gives what it gave in the original.
 
-Layer by layer, in topological order: on inputs as the already fitted part of the pruned model makes them, ridge
+Layer by layer, in topological order: on inputs as the already fitted part of the changed model makes them, ridge
 regression towards the original's outputs, centred on the weights there are. In front of a residual sum the target is
 what the sum is to be, less what the other branch now gives, so that the errors upstream cancel. Layers in a row are
 then fitted together (`together`). Normalisations get the statistics that bring each channel's mean and spread back.
@@ -40,18 +40,18 @@ _START = 3
 
 def reconstruct(
     original: ir.Model,
-    pruned: ir.Model,
+    changed: ir.Model,
     outputs: Mapping[str, NDArray[np.bool_]],
     data: Dataset,
     context: Context,
     damping: float = 1e-2,
     project: Project | None = None,
 ) -> list[Skip]:
-    """Fit the layers of the pruned model, in place.
+    """Fit the layers of the changed model, in place.
 
     Args:
         original: before channels went.
-        pruned: with nodes of the same names.
+        changed: with nodes of the same names.
         outputs: by node name (out,) which of its output channels are left, where some are gone.
         data: samples to fit on.
         context: target, seed, progress.
@@ -61,9 +61,9 @@ def reconstruct(
     Returns:
         What was not fitted, and why.
     """
-    twins = Twins(Prefix(original, data, context), Prefix(pruned, data, context))
-    pairs, skips = _pairs(original, pruned, outputs, context)
-    norms = _Norms(original, pruned, outputs, twins, context)
+    twins = Twins(Prefix(original, data, context), Prefix(changed, data, context))
+    pairs, skips = _pairs(original, changed, outputs, context)
+    norms = _Norms(original, changed, outputs, twins, context)
     by_name = {pair.after.name: pair for pair in pairs}
     done = 0
     factors = {pair.after.name for pair in pairs if pair.before is None}
@@ -78,7 +78,7 @@ def reconstruct(
                 runs = twins.runs(pair.before.data, pair, starts=start)
                 _fit(pair, runs, rows / data.samples, context.seed, damping, project)
                 start = None
-        if jointly and (reason := fit_together(block, pruned, twins, data.samples, context, damping)):
+        if jointly and (reason := fit_together(block, changed, twins, data.samples, context, damping)):
             skips += [Skip(pair.after.name, f"fitted by itself only: {reason}") for pair in block]
         done += len(block)
         context.progress(done, len(pairs), "fitting layers again")
@@ -87,18 +87,18 @@ def reconstruct(
 
 
 def _pairs(
-    original: ir.Model, pruned: ir.Model, outputs: Mapping[str, NDArray[np.bool_]], context: Context
+    original: ir.Model, changed: ir.Model, outputs: Mapping[str, NDArray[np.bool_]], context: Context
 ) -> tuple[list[Pair], list[Skip]]:
     """The main graph's layers in topological order, and those that stay as they are."""
     befores = {layer.name: layer for layer in layers(original)}
     pairs, skips = [], []
-    for after in layers(pruned):
+    for after in layers(changed):
         reason, before = None, befores.get(after.name)
         if context.excludes(after.node):
             reason = "excluded by the user"
         elif before is not None and len(before.weight.uses()) > 1:
             reason = "another node shares its weight"
-        elif after.node.graph is not pruned.graph:
+        elif after.node.graph is not changed.graph:
             reason = "a body of control flow holds it"
         elif not np.isfinite(after.matrix()).all():
             reason = "its weights are not finite"
@@ -119,7 +119,7 @@ class _Norms:
     def __init__(
         self,
         original: ir.Model,
-        pruned: ir.Model,
+        changed: ir.Model,
         outputs: Mapping[str, NDArray[np.bool_]],
         twins: Twins,
         context: Context,
@@ -128,7 +128,7 @@ class _Norms:
         self._outputs, self._twins = outputs, twins
         self._waiting = [
             node
-            for node in pruned.graph
+            for node in changed.graph
             if node.op_type == "BatchNormalization"
             and len(node.outputs) == 1
             and all(constant_of(value) is not None for value in node.inputs[1:])
@@ -153,8 +153,8 @@ class _Norms:
         assert data is not None
         assert given is not None
         old, new = None, None
-        for original, pruned in self._twins.values(data, given):
-            parts = [Spread.of(np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])) for array in (original, pruned)]
+        for original, changed in self._twins.values(data, given):
+            parts = [Spread.of(np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])) for array in (original, changed)]
             old, new = parts if old is None or new is None else (old.merge(parts[0]), new.merge(parts[1]))
         if old is None or new is None:
             return

@@ -27,7 +27,7 @@ _HELD_OUT = 0.2
 
 
 def fit_together(
-    block: list[Pair], pruned: ir.Model, twins: Twins, samples: int, context: Context, damping: float
+    block: list[Pair], changed: ir.Model, twins: Twins, samples: int, context: Context, damping: float
 ) -> str | None:
     """Fit layers in a row to what the last one is to give, where that helps on samples held out.
 
@@ -39,7 +39,7 @@ def fit_together(
     if isinstance(parts, str):
         return parts
     try:
-        links = _links(block, pruned, context)
+        links = _links(block, changed, context)
         fitted = joint.fit(links, parts[0], context.seed, damping)
     except OnnxcompError as error:
         return f"what lies between it and its neighbours does not run by itself: {error.fact}"

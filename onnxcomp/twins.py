@@ -1,4 +1,4 @@
-"""The original and the pruned model side by side, and what a layer of one has to do with its twin in the other."""
+"""The original and the changed model side by side, and what a layer of one has to do with its twin in the other."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from onnxcomp.samples import Batch
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """A layer in the original and in the pruned model.
+    """A layer in the original and in the changed model.
 
     Attributes:
         before: in the original; None where the layer is one of several that took the place of a later one in the row.
-        after: in the pruned model.
+        after: in the changed model.
         outputs: (out,) which of the original's output channels are left.
     """
 
@@ -35,8 +35,8 @@ class Run(NamedTuple):
     Attributes:
         batch: of the data.
         before: a value of the original.
-        data: what a layer, or the first of several in a row, reads in the pruned model.
-        skips: what is added to the last one's output, in the original and in the pruned model, where that is computed.
+        data: what a layer, or the first of several in a row, reads in the changed model.
+        skips: what is added to the last one's output, in the original and in the changed model, where that is computed.
     """
 
     batch: Batch
@@ -47,17 +47,17 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Twins:
-    """The original and the pruned model, run side by side."""
+    """The original and the changed model, run side by side."""
 
     original: Prefix
-    pruned: Prefix
+    changed: Prefix
 
     def values(self, before: ir.Value, after: ir.Value) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-        """A value of the original and one of the pruned model, batch by batch."""
-        for (_, original), (_, pruned) in zip(
-            self.original.runs([before], starts=False), self.pruned.runs([after], starts=False), strict=True
+        """A value of the original and one of the changed model, batch by batch."""
+        for (_, original), (_, changed) in zip(
+            self.original.runs([before], starts=False), self.changed.runs([after], starts=False), strict=True
         ):
-            yield original[0], pruned[0]
+            yield original[0], changed[0]
 
     def runs(
         self, before: ir.Value, last: Pair, first: Layer | None = None, *, starts: Layer | None = None
@@ -68,7 +68,7 @@ class Twins:
             before: what is wanted of the original.
             last: the layer that is to give what it gave, together with what is added to it.
             first: the layer of whose input it is a function, if not of its own.
-            starts: a layer of the pruned model; all that is asked for later may be run from its input and these values.
+            starts: a layer of the changed model; all that is asked for later may be run from its input and these values.
         """
         assert last.before is not None
         wanted = [[before], [(first or last.after).data]]
@@ -79,10 +79,10 @@ class Twins:
         if starts is not None and starts.data not in wanted[1]:
             wanted[1].append(starts.data)
         kept = starts is not None
-        for (batch, original), (_, pruned) in zip(
-            self.original.runs(wanted[0], starts=kept), self.pruned.runs(wanted[1], starts=kept), strict=True
+        for (batch, original), (_, changed) in zip(
+            self.original.runs(wanted[0], starts=kept), self.changed.runs(wanted[1], starts=kept), strict=True
         ):
-            yield Run(batch, original[0], pruned[0], (original[1], pruned[1]) if added else None)
+            yield Run(batch, original[0], changed[0], (original[1], changed[1]) if added else None)
 
 
 def as_outputs(run: Run, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any]] | None:

@@ -110,8 +110,10 @@ class Share(Pass):
                 for size in range(2, _INDEX // self.bits + 1)
                 if matrix.shape[1] % size == 0 and (size << self.bits * size) * weight.array.itemsize <= indices_bytes
             ),
-            default=1,  # where vectors would take more bytes than indices
+            default=1,
         )
+        if length == 1:  # vectors would take more bytes than indices
+            return self._codes(weight, matrix, H)
         vectors, indices = share_vectors(matrix, H, 1 << self.bits * length, length, seed)
         return Codes(indices.astype(np.uint8), _stored(vectors, weight.array.dtype)[None])
 
