@@ -68,7 +68,7 @@ class Twins:
             before: what is wanted of the original.
             last: the layer that is to give what it gave, together with what is added to it.
             first: the layer of whose input it is a function, if not of its own.
-            starts: a layer of the changed model; all that is asked for later may be run from its input and these values.
+            starts: a layer of the changed model; all that is asked for later may be run from its input and these.
         """
         assert last.before is not None
         wanted = [[before], [(first or last.after).data]]
