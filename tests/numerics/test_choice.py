@@ -33,10 +33,10 @@ def test_what_is_worse_in_everything_is_dropped() -> None:
     assert sorted(undominated(errors, costs).tolist()) in ([0, 2], [2, 3])
 
 
-def test_two_hundred_layers_with_fifty_options_take_no_more_than_what_is_left() -> None:
+def test_many_layers_take_no_more_than_what_is_left() -> None:
     random = np.random.default_rng(0)
-    costs = [np.sort(random.random(50))[:, None] for _ in range(200)]
-    errors = [np.sort(random.random(50))[::-1] for _ in range(200)]
-    found = choose(errors, costs, np.array([60.0]))
+    costs = [np.sort(random.random(20))[:, None] for _ in range(60)]
+    errors = [np.sort(random.random(20))[::-1] for _ in range(60)]
+    found = choose(errors, costs, np.array([18.0]))
     assert found is not None
-    assert sum(cost[number, 0] for cost, number in zip(costs, found, strict=True)) <= 60 * (1 + 1e-6)
+    assert sum(cost[number, 0] for cost, number in zip(costs, found, strict=True)) <= 18 * (1 + 1e-6)
