@@ -105,7 +105,7 @@ def sparse(matrix: NDArray[Any]) -> bool:
 
 
 def _obstacle(weight: Weight, context: Context) -> str | None:
-    if any(context.excludes(node) for node in weight.nodes):
+    if any(context.excludes(use.node) for use in weight.value.uses()):
         return "excluded by the user, or shares its weight with an excluded node"
     if weight.value.is_graph_output():
         return "its weight is an output of the graph"
@@ -172,7 +172,7 @@ def _as_they_are(
 def _emit(model: ir.Model, encodings: Mapping[Weight, Encoded]) -> None:
     """Put what is encoded in place of the weights, in a model whose nodes have the names of the original's."""
     nodes = {node.name: node for node in model.graph.all_nodes()}
-    uses = {weight: [(nodes[node.name], index) for node, index in weight.uses] for weight in encodings}
+    places = {weight: (nodes[node.name], index) for weight in encodings for node, index in weight.uses[:1]}
     unpacker = Unpacker(Builder(model.graph), model.graph[0])
     streams = {weight: encoded.streams(weight.view) for weight, encoded in encodings.items()}
     integers = iter(unpacker.unpacked([stream for each in streams.values() for stream in each]))
@@ -181,7 +181,10 @@ def _emit(model: ir.Model, encodings: Mapping[Weight, Encoded]) -> None:
         own = [next(integers) for _ in streams[weight]]
         result = encoded.emit(unpacker, own, weight.view, weight.value.dtype)
         result.shape, result.dtype = ir.Shape(weight.view.shape), weight.value.dtype
-        for node, index in uses[weight]:
+        reader, place = places[weight]
+        old = reader.inputs[place]
+        assert old is not None
+        for node, index in list(old.uses()):  # all of them: what reads it otherwise would keep it in the file
             _replace(node, index, result)
 
 

@@ -96,7 +96,8 @@ def weights_of(model: ir.Model, *, integers: bool = False) -> list[Weight]:
 def decode_weights(model: ir.Model) -> dict[ir.Value, ir.Value]:
     """Put constants in the place of weights that are computed from constants alone, in the main graph, in place.
 
-    What is quantized stays so. The nodes that computed the weights stay, too, should a weight go back.
+    What is quantized stays so, and what is another view of a weight (a tied embedding, transposed). The nodes that
+    computed the weights stay, too, should a weight go back.
 
     Returns:
         The values that were computed, by the constants.
@@ -109,11 +110,13 @@ def decode_weights(model: ir.Model) -> dict[ir.Value, ir.Value]:
         if given and all(value in constant or constant_of(value) is not None for value in given):
             constant |= set(node.outputs)
     inputs = _WEIGHT_INPUTS | _INTEGER_INPUTS
+    direct = {weight.value for weight in weights_of(model, integers=True)}
     wanted = {
         value: None
         for node in model.graph.all_nodes()
         for index in inputs.get(node.op_type, ())
         if index < len(node.inputs) and (value := node.inputs[index]) in constant and value
+        if not direct & _sources(value)
     }
     if not wanted:
         return {}
@@ -133,16 +136,21 @@ def decode_weights(model: ir.Model) -> dict[ir.Value, ir.Value]:
 
 def stored_bytes(value: ir.Value) -> int:
     """Bytes of all constants that a value is computed from."""
+    return sum(source.const_value.nbytes for source in _sources(value) if source.const_value is not None)
+
+
+def _sources(value: ir.Value) -> set[ir.Value]:
+    """The values without a producer that a value is computed from."""
     found: set[ir.Value] = set()
     open_ends = [value]
     while open_ends:
         end = open_ends.pop()
         node = end.producer()
-        if node is not None:
-            open_ends += [given for given in node.inputs if given is not None]
-        elif end.const_value is not None:
+        if node is None:
             found.add(end)
-    return sum(each.const_value.nbytes for each in found if each.const_value is not None)
+        else:
+            open_ends += [given for given in node.inputs if given is not None]
+    return found
 
 
 def _shape(value: ir.Value) -> tuple[int, ...]:

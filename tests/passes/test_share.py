@@ -80,6 +80,16 @@ def test_weights_of_every_kind(technique: Pass, name: str, tmp_path: Path) -> No
     assert "BitShift" not in optimized(outcome.model, tmp_path)
 
 
+def test_a_tied_embedding_is_stored_once() -> None:
+    """The output layer of the model reads the table transposed."""
+    model = models.load(zoo.build("gpt"))
+    shared = Share(4)(model, Context()).model
+    (lookup,) = [node for node in shared.graph if node.op_type == "Gather" and "ids" in str(node.inputs[1])]
+    table = lookup.inputs[0]
+    assert table is not None
+    assert any(use.node.op_type == "Transpose" for use in table.uses())
+
+
 def test_sparse_weights_stay_sparse() -> None:
     sparse = Sparsify(0.8, choose=Choose.MAGNITUDE)(network(), context()).model
     shared = Share(4)(sparse, context())
