@@ -37,9 +37,9 @@ def document(*arguments: object) -> dict[str, Any]:
 
 COMMANDS: dict[str, tuple[tuple[object, ...], str]] = {
     "share": (("share", "--bits", 3), "8 shared values, 3 bits"),
-    "share, product": (("share", "--bits", 2, "--method", "product"), "shared vectors"),
+    "share, product": (("share", "--bits", 2, "--method", "product", "--no-reconstruct"), "shared vectors"),
     "share, hash": (("share", "--bits", 8, "--method", "hash", "--no-reconstruct"), "by hash"),
-    "share by channels": (("share", "--channels", 8), "4 codebooks"),
+    "share by channels": (("share", "--channels", 8, "--no-reconstruct"), "4 codebooks"),
     "sparsify": (("sparsify",), "50% zero"),
     "sparsify, N:M": (("sparsify", "--sparsity", "2:4", "--choose", "wanda"), "2 of 4 zero"),
     "sparsify, blocks": (("sparsify", "--sparsity", "75%", "--block", "2x2", "--no-reconstruct"), "in blocks of 2x2"),

@@ -32,7 +32,7 @@ def test_what_remains_is_what_was_asked_for(method: Method) -> None:
 
 
 def test_fitting_again_lowers_the_error() -> None:
-    plain, fitted = (Factorize(0.6, reconstruct=again)(network(), context()).model for again in (False, True))
+    plain, fitted = (Factorize(0.5, reconstruct=again)(network(), context()).model for again in (False, True))
     assert error(network(), fitted) < 0.7 * error(network(), plain)
 
 
