@@ -148,9 +148,10 @@ class _Conversion:
         best_effort: bool,
     ) -> Result:
         """Apply the passes, measure, judge and write."""
-        current, steps = self.model, []
+        current, steps, remarks = self.model, [], []
         for technique in passes:
             outcome = technique(current, context)
+            remarks += [technique.remark] * (outcome.modified and bool(technique.remark))
             current = outcome.model
             steps.append(Step.of(technique, outcome))
         fingerprint = models.fingerprint(self._source)
@@ -185,7 +186,7 @@ class _Conversion:
             original=before,
             result=after,
             steps=tuple(steps),
-            notes=tuple(notes),
+            notes=(*notes, *remarks),
         )
         result = Result(made, report)
         if unmet and not best_effort:

@@ -169,6 +169,8 @@ class Pass(ABC):
     summary: ClassVar[str]
     exact: ClassVar[bool] = False
     """Whether outputs stay equal up to float rounding."""
+    remark: ClassVar[str] = ""
+    """What users of any result of it should know."""
 
     @abstractmethod
     def apply(self, model: ir.Model, context: Context) -> Outcome:

@@ -13,7 +13,7 @@ from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.smooth import Smooth
 from onnxcomp.profiling import profiles
-from onnxcomp.registry import passes
+from onnxcomp.registry import STORING, passes
 
 Recipe = tuple[str, tuple[Pass, ...]]
 
@@ -62,7 +62,7 @@ def drafts(
     tried = {draft.passes for draft in made}
     for name in named:
         technique = passes()[name]()
-        if name not in _PART_OF_DRAFTS and (*base.passes, technique) not in tried:
+        if name not in _PART_OF_DRAFTS | STORING and (*base.passes, technique) not in tried:
             made.append(_upon(bench, base, name, technique))
     return [draft for draft in made if bench.works(draft)]
 

@@ -190,4 +190,5 @@ class _Proof:
             notes.append("The result is slower than the original on this target.")
         elif after.size > before.size * _GROWTH and speedup < 1 + NOISE:
             notes.append("The result is larger than the original, and not faster.")
+        notes += [technique.remark for technique in best.passes if technique.remark]
         return notes

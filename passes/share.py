@@ -57,6 +57,10 @@ class Share(Pass):
 
     name: ClassVar[str] = "share"
     summary: ClassVar[str] = "weight sharing: codebooks or hashes, decoded when a session loads: smaller, not faster"
+    remark: ClassVar[str] = (
+        "Shared weights save bytes in the file on every provider and change neither latency nor memory: "
+        "sessions decode them as they load."
+    )
 
     bits: int = 4
     method: Method = Method.KMEANS

@@ -57,6 +57,7 @@ def test_what_was_asked_for_is_done_and_reported(name: str, model: Path, data: P
     before = model.read_bytes()
     plain = document(command, model, *others, "--calib", data, "--threads", 1)
     assert any(said in change["what"] for step in plain["steps"] for change in step["changes"])
+    assert command == "factorize" or any("save bytes in the file on every provider" in note for note in plain["notes"])
     written = model.with_name("net.opt.onnx")
     assert plain["result"]["size"] == written.stat().st_size < 0.95 * len(before)
     assert model.read_bytes() == before
@@ -117,3 +118,9 @@ def test_inspect_tells_what_weights_bear(model: Path, data: Path) -> None:
     plain = document("inspect", model, "--weights", "--calib", data)
     assert len(plain["weights"]) == 7
     assert "What weights bear" in run("inspect", model, "--weights").stdout
+
+
+def test_optimize_stores_weights_as_it_was_told_whatever_the_clock_says(model: Path, data: Path) -> None:
+    plain = document("optimize", model, "--calib", data, "--passes", "simplify,share", "--max-drop", "50%")
+    assert plain["result"]["size"] < 0.3 * plain["original"]["size"]
+    assert any("save bytes" in note for note in plain["notes"])
