@@ -496,6 +496,10 @@ def evaluate(models: tuple[Path, ...], evaluation: Path, terminal: "Terminal", *
 @options.model_
 @click.option("--groups", is_flag=True, help="Show which channels only go together, and which cannot go and why.")
 @click.option("--weights", is_flag=True, help="Show the ranks and bits that each layer bears; best with --calib.")
+@click.option(
+    "--options", metavar="A,B", type=options.Parsed("A,B", options.parse_names), default=(),
+    help="Show what these passes could do to each layer: the error, bytes and time of every setting.",
+)  # fmt: skip
 @options.calib
 @options.running
 @options.batch

@@ -5,7 +5,7 @@ encoded, so that it makes up for what encoding them lost. Other weights are enco
 their inputs where that can be had. The decoding goes to the front of the graph, where a session folds it away.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import calibrate
 from onnxcomp.constants import Weight, decode_weights, stored_bytes, weights_of
-from onnxcomp.core import Change, Context, Outcome, Skip, name_nodes
+from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Parts, Setting, Skip, name_nodes
 from onnxcomp.encodings import Encoded
 from onnxcomp.graph import Builder, prepared, remove_unused
 from onnxcomp.layers import Layer
 from onnxcomp.model import file_bytes
+from onnxcomp.numerics.feedback import grouped_error
 from onnxcomp.numerics.sparse import refit_on
 from onnxcomp.reconstruction import reconstruct as fit
 from onnxcomp.samples import Dataset
@@ -99,6 +100,50 @@ def compress(
     return Outcome(made, tuple(changes), tuple(skips))
 
 
+def by_part(encoder: Callable[[Setting], Encode], parts: Parts) -> Encode:
+    """Each weight by the setting of a node that reads it; what has none is left alone."""
+    settings = dict(parts)
+
+    def encode(weight: Weight, matrix: Matrix, H: Matrix) -> Encoded | str:
+        named = [settings[node.name] for node in weight.nodes if node.name in settings]
+        return encoder(named[0])(weight, matrix, H) if named else NOT_NAMED
+
+    return encode
+
+
+def options(
+    model: ir.Model,
+    context: Context,
+    settings: Iterable[Setting],
+    encoder: Callable[[Setting], Encode],
+    *,
+    integers: bool = False,
+) -> Iterator[Option]:
+    """What each weight would take and lose by each of several encodings, which one Gram matrix tells.
+
+    Args:
+        model: not touched.
+        context: data, exclusions. Without data inputs count as white noise.
+        settings: of the encodings.
+        encoder: from a setting, how it encodes.
+        integers: also weights that are quantized to 8 bits.
+    """
+    original = prepared(model.clone(), OPSET)
+    if isinstance(original, str):
+        return
+    decoded = decode_weights(original)
+    name_nodes(original)
+    chosen = [weight for weight in weights_of(original, integers=integers) if _obstacle(weight, context) is None]
+    encoders = [(setting, encoder(setting)) for setting in settings]
+    for weight, matrix, H in _moments(original, chosen, context):
+        energy = grouped_error(matrix, H) or 1.0
+        for setting, encode in encoders:
+            result = _smaller(weight, encode(weight, matrix, H), decoded)
+            if isinstance(result, Encoded):
+                error = grouped_error(matrix - result.decoded(), H) / energy
+                yield Option(weight.nodes[0].name or "", setting, error, result.bytes)
+
+
 def sparse(matrix: NDArray[Any]) -> bool:
     """Whether so many weights are zero that a bit for each, which says so, is worth it."""
     return bool(np.mean(matrix == 0) > _SPARSE)
@@ -158,15 +203,22 @@ def _in_turn(
 def _as_they_are(
     original: ir.Model, weights: Sequence[Weight], decoded: Decoded, context: Context, encode: Encode
 ) -> dict[Weight, Encoded | str]:
+    return {
+        weight: _smaller(weight, encode(weight, matrix, H), decoded)
+        for weight, matrix, H in _moments(original, weights, context)
+    }
+
+
+def _moments(
+    original: ir.Model, weights: Sequence[Weight], context: Context
+) -> Iterator[tuple[Weight, Matrix, Matrix]]:
+    """Each weight as a matrix, and the second moment of its inputs; the identity where that cannot be had."""
     layers = [layer for weight in weights if (layer := weight.layer) and layer.node.graph is original.graph]
     grams = calibrate(original, context.data, context, layers=layers).grams if context.data and layers else {}
-    result = {}
     for weight in weights:
         matrix = weight.view.matrix(weight.array).astype(np.float64)
         gram = grams.get(weight.layer.name) if weight.layer else None
-        H = np.eye(matrix.shape[1])[None] if gram is None else gram.second_moment
-        result[weight] = _smaller(weight, encode(weight, matrix, H), decoded)
-    return result
+        yield weight, matrix, np.eye(matrix.shape[1])[None] if gram is None else gram.second_moment
 
 
 def _emit(model: ir.Model, encodings: Mapping[Weight, Encoded]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
-from itertools import takewhile
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import click
@@ -34,6 +34,7 @@ from onnxcomp.report import (
     GroupRow,
     Inspection,
     Interval,
+    OptionRow,
     Report,
     Speed,
     Spread,
@@ -493,6 +494,8 @@ def _inspection(model: Inspection, verbose: bool) -> Iterator[RenderableType]:
         yield from _frozen(model.frozen, verbose)
     if model.weights:
         yield from _weights(model.weights)
+    if model.options:
+        yield from _options(model.options)
     yield from _notes(model.notes)
 
 
@@ -517,6 +520,23 @@ def _weights(rows: Sequence[WeightRow]) -> Iterator[RenderableType]:
     yield _line()
     yield _line("90%, 99% by: the rank that keeps so much of the output's energy. 1 bit, ...: what a codebook", "dim")
     yield _line("loses of it, by k-means alone. Bears: the fewest bits that lose no more than 1%.", "dim")
+
+
+def _options(rows: Sequence[OptionRow]) -> Iterator[RenderableType]:
+    for technique, own in groupby(rows, key=lambda row: row.technique):
+        yield from _heading(f"What {technique} could do")
+        table = []
+        for part, options in groupby(own, key=lambda row: row.part):
+            for number, option in enumerate(options):
+                setting = f"{option.setting:g}" if isinstance(option.setting, float) else str(option.setting)
+                time = f"{option.latency:.2f}x"
+                table.append(("" if number else part, setting, f"{option.error:.2%}", byte_count(option.bytes), time))
+        yield _table(["part", "setting", "error", "bytes", "time"], table)
+    yield _line()
+    yield _line(
+        "Error: squared, of what the part gives, relative to its energy, by one Gram matrix of its inputs.", "dim"
+    )
+    yield _line("Bytes: of its weights then. Time: of the part by itself, relative to what it takes now.", "dim")
 
 
 def _groups(groups: Sequence[GroupRow], verbose: bool) -> Iterator[RenderableType]:

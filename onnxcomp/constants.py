@@ -76,14 +76,17 @@ class Weight:
 def weights_of(model: ir.Model, *, integers: bool = False) -> list[Weight]:
     """The constant weights of the graph and its bodies, in order of their first use.
 
+    Not those of nodes that compute from constants alone: a session does away with them.
+
     Args:
         model: with constants as initializers.
         integers: also those that are quantized to 8 bits.
     """
     uses: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
     kinds = [(_WEIGHT_INPUTS, FLOATS), *([(_INTEGER_INPUTS, _INTEGERS)] if integers else [])]
+    computed = _computed(model)
     for node in model.graph.all_nodes():
-        for inputs, dtypes in kinds if node.domain == "" else ():
+        for inputs, dtypes in kinds if node.domain == "" and computed.isdisjoint(node.outputs) else ():
             for index in inputs.get(node.op_type, ()):
                 value = node.inputs[index] if index < len(node.inputs) else None
                 if value is None or not value.is_initializer() or value.is_graph_input() or value.dtype not in dtypes:
@@ -102,13 +105,7 @@ def decode_weights(model: ir.Model) -> dict[ir.Value, ir.Value]:
     Returns:
         The values that were computed, by the constants.
     """
-    constant: set[ir.Value] = set()
-    for node in model.graph:  # in topological order
-        given = [value for value in node.inputs if value is not None]
-        if node.op_type == "DequantizeLinear":
-            continue
-        if given and all(value in constant or constant_of(value) is not None for value in given):
-            constant |= set(node.outputs)
+    constant = _computed(model)
     inputs = _WEIGHT_INPUTS | _INTEGER_INPUTS
     direct = {weight.value for weight in weights_of(model, integers=True)}
     wanted = {
@@ -132,6 +129,18 @@ def decode_weights(model: ir.Model) -> dict[ir.Value, ir.Value]:
                 reader.replace_input_with(index, decoded)
         result[decoded] = value
     return result
+
+
+def _computed(model: ir.Model) -> set[ir.Value]:
+    """What the main graph computes from constants alone, but for what it only dequantizes."""
+    found: set[ir.Value] = set()
+    for node in model.graph:  # in topological order
+        given = [value for value in node.inputs if value is not None]
+        if node.op_type == "DequantizeLinear":
+            continue
+        if given and all(value in found or constant_of(value) is not None for value in given):
+            found |= set(node.outputs)
+    return found
 
 
 def stored_bytes(value: ir.Value) -> int:

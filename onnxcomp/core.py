@@ -6,11 +6,11 @@ the graph they are handed; calling the pass clones, applies, and checks what eve
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import onnx_ir as ir
 
@@ -40,6 +40,47 @@ class Skip:
 
     node: str
     reason: str
+
+
+Setting: TypeAlias = int | float | str
+"""How far a technique goes with one part of a model: bits, a share, channels left, a form by name."""
+
+Parts: TypeAlias = tuple[tuple[str, Setting], ...]
+"""Settings by the name of the part."""
+
+NOT_NAMED = "it is not among the parts that were named"
+"""Why a pass that was told which parts to treat left another alone."""
+
+
+def whole(setting: Setting) -> int:
+    """A setting that is a whole number.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if isinstance(setting, str) or int(setting) != setting:
+        raise OptionError(f"'{setting}' is not a whole number", remedy="mend the setting of that part")
+    return int(setting)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to treat one part of a model, a layer or a group of channels: what it costs and what it brings.
+
+    Attributes:
+        part: name of the layer's node, or of the group.
+        setting: what the pass takes for that part among its `parts`.
+        error: squared error of what the part gives, relative to its energy: tr(D H D^T) / tr(W H W^T) for a layer whose
+            weights W change by D and whose inputs have the Gram matrix H.
+        bytes: that the part's weights take then.
+        latency: the time that the part takes then, relative to what it takes now, both by itself.
+    """
+
+    part: str
+    setting: Setting
+    error: float
+    bytes: int
+    latency: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -175,6 +216,23 @@ class Pass(ABC):
     @abstractmethod
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Edit `model` in place (it is the pass's own clone) or return another; report every change and skip."""
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        """What the technique could do to each part of a model, and what that would cost, without doing it.
+
+        The options of a part stand together. None, where a pass only takes models as a whole. The model is not touched.
+        """
+        yield from ()
+
+    def taking(self, options: Iterable[Option]) -> Self:
+        """The pass that does this and nothing else.
+
+        Raises:
+            OptionError: it only takes models as a whole.
+        """
+        if "parts" not in getattr(self, "__dataclass_fields__", {}):
+            raise OptionError(f"pass '{self.name}' takes models as a whole", remedy="leave the choice of parts out")
+        return replace(self, parts=tuple((option.part, option.setting) for option in options))  # type: ignore[type-var]
 
     def __call__(self, model: ir.Model, context: Context = Context()) -> Outcome:
         """Apply to a clone and check the result; the given model is not touched.

@@ -1,14 +1,15 @@
 """The command `inspect`: a model, node by node."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxcomp import model as models
+from onnxcomp import registry
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
-from onnxcomp.core import Context, name_nodes
+from onnxcomp.core import Context, Pass, name_nodes
 from onnxcomp.cost import NodeCost, Totals, node_costs
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import OnnxcompError
@@ -16,7 +17,7 @@ from onnxcomp.measure import circumstances, file_size, inputs_for
 from onnxcomp.members import readers
 from onnxcomp.model import ModelSource
 from onnxcomp.profiling import profiles
-from onnxcomp.report import FrozenRow, GroupRow, Inspection, NodeRow, WeightRow, source_name
+from onnxcomp.report import FrozenRow, GroupRow, Inspection, NodeRow, OptionRow, WeightRow, source_name
 from onnxcomp.runtime import Feeds, Session, Target
 from onnxcomp.tolerance import weight_rows
 
@@ -31,6 +32,7 @@ def inspect(
     images: ImageOptions | None = None,
     groups: bool = False,
     weights: bool = False,
+    options: Sequence[str] = (),
 ) -> Inspection:
     """What each node stores, computes, and takes of the time.
 
@@ -45,6 +47,7 @@ def inspect(
         images: how image files become inputs.
         groups: also find the channels that only go together, and those that cannot go.
         weights: also what each layer's weights bear: ranks and bits, by the covariance of its inputs on `calib`.
+        options: names of passes; also what each could do to each part, and at what error, bytes and latency.
 
     Raises:
         InputError: the model, the data or an option cannot be used.
@@ -60,14 +63,18 @@ def inspect(
     protocol = ""
     coupled: ChannelGroups | None = None
     borne: tuple[WeightRow, ...] = ()
+    offered: tuple[OptionRow, ...] = ()
+    techniques = [registry.named(name)() for name in options]
     if all(models.spec_of(value) is not None for value in models.free_inputs(model)):
         data = inputs_for(model, calib, batch, seed, images)
         feeds = next(iter(data.batches(batch))).feeds
         sizes = _axes(model, feeds)
-        if weights:
+        if weights or techniques:
             learn = None if calib is None else open_dataset(calib, models.input_specs(model), images)
+            context = Context(learn, target, batch, seed)
             try:
-                borne = tuple(weight_rows(model, Context(learn, target, batch, seed)))
+                borne = tuple(weight_rows(model, context)) if weights else ()
+                offered = tuple(_offered(model, context, techniques, notes))
             except OnnxcompError as error:
                 notes.append(f"Weights not looked at. {error.fact}")
         if groups:
@@ -100,7 +107,17 @@ def inspect(
         groups=() if coupled is None else tuple(map(_group_row, coupled)),
         frozen=() if coupled is None else tuple(FrozenRow(frozen.name, frozen.reason) for frozen in coupled.frozen),
         weights=borne,
+        options=offered,
     )
+
+
+def _offered(model: ir.Model, context: Context, techniques: Sequence[Pass], notes: list[str]) -> Iterator[OptionRow]:
+    for technique in techniques:
+        options = list(technique.options(model, context))
+        if not options:
+            notes.append(f"{technique.name} has no choice to offer here for single layers.")
+        for option in options:
+            yield OptionRow(technique.name, option.part, option.setting, option.error, option.bytes, option.latency)
 
 
 def _traced(model: ir.Model, feeds: Feeds, notes: list[str]) -> ChannelGroups | None:

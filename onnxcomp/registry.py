@@ -30,6 +30,16 @@ def passes() -> Mapping[str, type[Pass]]:
     return dict(sorted(found.items()))
 
 
+def named(name: str) -> type[Pass]:
+    """A pass.
+
+    Raises:
+        OptionError: no such pass.
+    """
+    _known(name, [*passes()])
+    return passes()[name]
+
+
 def resolve(names: Sequence[str]) -> frozenset[str]:
     """Names of passes, groups spelt out.
 
@@ -38,12 +48,16 @@ def resolve(names: Sequence[str]) -> frozenset[str]:
     """
     chosen: set[str] = set()
     for name in names:
-        if name not in passes() and name not in GROUPS:
-            near = difflib.get_close_matches(name, [*passes(), *GROUPS], n=1)
-            raise OptionError(
-                f"there is no pass '{name}'",
-                f"did you mean '{near[0]}'?" if near else "",
-                f"one of {', '.join([*GROUPS, *passes()])}",
-            )
+        _known(name, [*GROUPS, *passes()])
         chosen.update(GROUPS.get(name, (name,)))
     return frozenset(chosen & set(passes()))
+
+
+def _known(name: str, names: Sequence[str]) -> None:
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise OptionError(
+            f"there is no pass '{name}'",
+            f"did you mean '{near[0]}'?" if near else "",
+            f"one of {', '.join(names)}",
+        )

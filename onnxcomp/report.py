@@ -369,6 +369,27 @@ class WeightRow:
 
 
 @dataclass(frozen=True)
+class OptionRow:
+    """One way to treat one part of a model, and what that would cost.
+
+    Attributes:
+        technique: name of the pass.
+        part: layer or group of channels.
+        setting: how far it goes: bits, a share, a form.
+        error: relative squared error of what the part gives.
+        bytes: of its weights then.
+        latency: of the part by itself, relative to what it takes now.
+    """
+
+    technique: str
+    part: str
+    setting: int | float | str
+    error: float
+    bytes: int
+    latency: float
+
+
+@dataclass(frozen=True)
 class Inspection(Document):
     """A model's nodes and their sums.
 
@@ -385,6 +406,7 @@ class Inspection(Document):
         groups: coupled channels; empty where not asked for.
         frozen: layers whose channels are in no group; empty where not asked for.
         weights: what each layer's weights bear; empty where not asked for.
+        options: what passes could do to each part; empty where not asked for.
     """
 
     kind: ClassVar[str] = "inspection"
@@ -404,3 +426,4 @@ class Inspection(Document):
     groups: tuple[GroupRow, ...] = ()
     frozen: tuple[FrozenRow, ...] = ()
     weights: tuple[WeightRow, ...] = ()
+    options: tuple[OptionRow, ...] = ()

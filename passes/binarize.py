@@ -7,20 +7,24 @@ sensitive: they share values by more bits. A session decodes the weights once, w
 model no faster.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.compression import Matrix, compress
+from onnxcomp.compression import Encode, Matrix, by_part, compress, options
 from onnxcomp.constants import Weight
-from onnxcomp.core import Context, Outcome, Pass
+from onnxcomp.core import Context, Option, Outcome, Parts, Pass, Setting, whole
 from onnxcomp.encodings import Codes, Encoded, Sum
 from onnxcomp.errors import OptionError
 from onnxcomp.layers import end_layers
-from onnxcomp.numerics.codebook import share
-from onnxcomp.numerics.scaled import TERNARY, fit_scaled, signs
+from onnxcomp.numerics.codebook import Indices, share
+from onnxcomp.numerics.scaled import TERNARY, fit_scaled, plain_scaled, signs
+
+_BASES = 4
+_TERNARY = "ternary"
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Binarize(Pass):
         bases: how many patterns of signs are added up, each with scales of its own; 1 where ternary.
         ends: bits by which the first and last layers share values; 0 treats them like the others.
         reconstruct: fit each layer on what those before it now give, before it is encoded.
+        parts: bases by the name of a node, or `ternary`; where any is named, no other is treated.
 
     Raises:
         OptionError: a setting out of range.
@@ -48,33 +53,56 @@ class Binarize(Pass):
     bases: int = 1
     ends: int = 8
     reconstruct: bool = True
+    parts: Parts = ()
 
     def __post_init__(self) -> None:
-        if not (1 <= self.bases <= 4 and 0 <= self.ends <= 8 and (self.bases == 1 or not self.ternary)):
+        if not (1 <= self.bases <= _BASES and 0 <= self.ends <= 8 and (self.bases == 1 or not self.ternary)):
             raise OptionError(
                 f"{self.bases} bases and {self.ends} bits at the ends make no sense here",
-                remedy="give 1 to 4 bases, 1 for ternary weights, and 0 to 8 bits",
+                remedy=f"give 1 to {_BASES} bases, 1 for ternary weights, and 0 to 8 bits",
             )
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Encode what becomes smaller."""
+        encode = self._encode(end_layers(model) if self.ends else set(), fit_scaled)
+        if self.parts:
+            encode = by_part(lambda signs: self._with(signs)._encode(set(), fit_scaled), self.parts)
+        return compress(model, context, encode, self._said, reconstruct=self.reconstruct)
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        """Ternary weights and every number of bases, by thresholds: an upper bound, for the pass feeds errors back."""
+        settings: list[Setting] = [1, _TERNARY, *range(2, _BASES + 1)]
+        return options(model, context, settings, lambda setting: self._with(setting)._encode(set(), _by_thresholds))
+
+    def _with(self, setting: Setting) -> "Binarize":
+        if setting == _TERNARY:
+            return replace(self, ternary=True, bases=1, parts=())
+        return replace(self, ternary=False, bases=whole(setting), parts=())
+
+    def _encode(self, ends: Collection[str], fit: Callable[[Matrix, Matrix, Matrix], tuple[Indices, Matrix]]) -> Encode:
         patterns = TERNARY if self.ternary else signs(self.bases)
-        ends = end_layers(model) if self.ends else set()
 
         def encode(weight: Weight, matrix: Matrix, H: Matrix) -> Encoded:
             if any(node.name in ends for node in weight.nodes):
                 book = share(matrix, H, 1 << self.ends)
                 return Codes(book.indices.astype(np.uint8), book.values[:, :, None].astype(np.float32))
-            indices, scales = fit_scaled(matrix, H, patterns)
+            indices, scales = fit(matrix, H, patterns)
             wide = scales.astype(np.float32)
             if self.ternary:
                 return Codes(indices.astype(np.uint8), TERNARY[None].astype(np.int8), wide[:, 0])
             values = np.array([[[-1], [1]]], np.int8)
             return Sum(tuple(Codes((indices >> j & 1).astype(np.uint8), values, wide[:, j]) for j in range(self.bases)))
 
-        return compress(model, context, encode, self._said, reconstruct=self.reconstruct)
+        return encode
 
     def _said(self, encoded: Encoded) -> str:
         if isinstance(encoded, Codes) and encoded.scale is None:
             return f"{encoded.values.shape[1]} shared values, {self.ends} bits"
-        return "ternary weights" if self.ternary else f"binary weights, {self.bases} bit" + "s" * (self.bases > 1)
+        if isinstance(encoded, Codes):
+            return "ternary weights"
+        assert isinstance(encoded, Sum)
+        return f"binary weights, {len(encoded.parts)} bit" + "s" * (len(encoded.parts) > 1)
+
+
+def _by_thresholds(W: Matrix, H: Matrix, patterns: Matrix) -> tuple[Indices, Matrix]:
+    return plain_scaled(W, patterns)

@@ -10,7 +10,7 @@ More nodes run slower than their FLOPs say. Unless bytes or parameters are the t
 layer by itself are not used.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram, calibrate
-from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
+from onnxcomp.core import NOT_NAMED, Change, Choice, Context, Option, Outcome, Parts, Pass, Setting, Skip, name_nodes
 from onnxcomp.cost import Totals
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
@@ -33,8 +33,8 @@ from onnxcomp.numerics.lowrank import Factors, LowRank
 from onnxcomp.profiling import profiles
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.runtime import Protocol, Session, compare
-from onnxcomp.samples import Dataset
-from onnxcomp.splitting import alone, kernel_of, merge_into_followers, slowdowns, split
+from onnxcomp.samples import Dataset, Feeds
+from onnxcomp.splitting import Clock, alone, kernel_of, merge_into_followers, split
 from onnxcomp.synthetic import synthetic
 from onnxcomp.widths import Cost, totals
 
@@ -74,6 +74,7 @@ class Factorize(Pass):
         energy: share of each layer's output energy to keep, in place of a target; None chooses by target.
         multiple: ranks are multiples of this.
         reconstruct: fit all stages again.
+        parts: forms by the name of a node, e.g. `svd 12` or `tucker 8 16`; where any is named, no other is treated.
 
     Raises:
         OptionError: a setting that makes no sense.
@@ -88,6 +89,7 @@ class Factorize(Pass):
     energy: float | None = None
     multiple: int = 1
     reconstruct: bool = True
+    parts: Parts = ()
 
     def __post_init__(self) -> None:
         if not (0 < self.remains <= 1 and self.multiple >= 1 and (self.energy is None or 0 < self.energy < 1)):
@@ -108,13 +110,20 @@ class Factorize(Pass):
         chosen, skips = _factorable(original, context, self.method)
         if not chosen:
             return Outcome(model, (), tuple(skips))
-        data = context.data or synthetic(input_specs(original), _MADE_UP, context.seed, vocabularies(original))
+        data = _data(original, context)
         try:
-            plan = _Plan(self, original, chosen, data, context)
+            if self.parts:
+                forms = self._named(original, chosen, data, context)
+                reasons = {layer.name: NOT_NAMED for layer in chosen if layer.name not in forms}
+            else:
+                plan = _Plan(self, original, chosen, data, context)
+                forms = plan.chosen()
+                reasons = plan.reasons(forms)
+        except OptionError:
+            raise
         except OnnxcompError as error:
             return Outcome(model, (), (*skips, Skip("model", f"its layers cannot be observed: {error.fact}")))
-        forms = plan.chosen()
-        skips += [Skip(name, reason) for name, reason in plan.reasons(forms).items()]
+        skips += [Skip(name, reason) for name, reason in reasons.items()]
         if not forms:
             return Outcome(model, (), tuple(skips))
         made = _split(original, forms)
@@ -128,6 +137,65 @@ class Factorize(Pass):
             skips += reconstruct(original, made, {}, data, context)
         remove_unused(made)
         return Outcome(made, tuple(changes), tuple(skips))
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        """Every form at about a dozen ranks, each timed beside the layer as it is."""
+        original = prepared(model.clone(), _OPSET)
+        if isinstance(original, str) or any(spec_of(value) is None for value in free_inputs(original)):
+            return
+        name_nodes(original)
+        chosen, _ = _factorable(original, context, self.method)
+        data = _data(original, context)
+        grams = calibrate(original, data, context, layers=chosen).grams
+        shapes = observe(original, _first(data, context)).shapes
+        clock = Clock(original, context)
+        for layer in chosen:
+            low = LowRank(kernel_of(layer), _moment(layer, grams[layer.name]))
+            forms = list(low.options(self.method.kinds, self.multiple))
+            energy = layer_error(low.weight.reshape(len(low.weight), -1), low.H) or 1.0
+            times = clock.slowdowns(layer, shapes[layer.data], forms)
+            width = layer.matrix().itemsize
+            for form, time in zip(forms, times.tolist(), strict=True):
+                error = form.error(low.weight, low.H) / energy
+                yield Option(layer.name, form.title, error, form.parameters * width, time)
+
+    def _named(self, model: ir.Model, found: list[Layer], data: Dataset, context: Context) -> dict[str, Factors]:
+        settings = dict(self.parts)
+        layers = [layer for layer in found if layer.name in settings]
+        grams = calibrate(model, data, context, layers=layers).grams
+        return {layer.name: _form(layer, grams[layer.name], settings[layer.name]) for layer in layers}
+
+
+def _form(layer: Layer, gram: Gram, setting: Setting) -> Factors:
+    """The form of a layer that a setting names.
+
+    Raises:
+        OptionError: it names none that the layer has.
+    """
+    kind, *ranks = str(setting).split()
+    low = LowRank(kernel_of(layer), _moment(layer, gram))
+    known = {found.kind: len(found.ranks) for found in low.options(tuple(Method)[1:])}
+    if known.get(kind) != len(ranks) or not all(rank.isdecimal() and int(rank) for rank in ranks):
+        raise OptionError(
+            f"layer '{layer.name}' has no form '{setting}'",
+            remedy=f"name {' or '.join(known)}, and one rank, or two for tucker: `svd 12`, `tucker 8 16`",
+        )
+    return low.form(kind, tuple(map(int, ranks)))
+
+
+def _moment(layer: Layer, gram: Gram) -> NDArray[np.float64]:
+    """H of the layer's inputs, centred where its bias takes up their mean."""
+    moments = gram.covariance if layer.adds_bias else gram.second_moment
+    return np.asarray(moments[0])
+
+
+def _data(model: ir.Model, context: Context) -> Dataset:
+    return context.data or synthetic(input_specs(model), _MADE_UP, context.seed, vocabularies(model))
+
+
+def _first(data: Dataset, context: Context) -> Feeds:
+    """A run of as many samples as latency counts at."""
+    return next(iter(data.at_most(context.batch, context.seed).batches(context.batch))).feeds
 
 
 def _said(form: Factors) -> str:
@@ -184,8 +252,7 @@ class _Plan:
         self._price()
 
     def _add(self, name: str, layer: Layer, gram: Gram, answers: Answers) -> None:
-        H = (gram.covariance if layer.adds_bias else gram.second_moment)[0]
-        kernel = kernel_of(layer)
+        H, kernel = _moment(layer, gram), kernel_of(layer)
         low = LowRank(kernel, H)
         forms = list(low.options(self._settings.method.kinds, self._settings.multiple))
         energy = layer_error(kernel.reshape(len(kernel), -1), H) or 1.0
@@ -225,16 +292,13 @@ class _Plan:
         if timed:
             observed = observe(self._model, self._run).shapes
             times = profiles([self._model], self._context.target, self._run)[0].times
-        known: dict[Hashable, NDArray[np.float64]] = {}
+        clock = Clock(self._model, self._context)
         for name, layer in self._layers.items():
             shape = shapes[layer.data]
             forms: list[Factors | None] = [None, *self._forms[name]]
             costs = np.array([self._static(totals(alone(layer, shape, version, form))) for form in forms])
             if timed:
-                key = (layer.node.op_type, layer.weight_shape, observed[layer.data], str(layer.node.attributes))
-                if key not in known:
-                    known[key] = slowdowns(layer, observed[layer.data], self._forms[name], self._model, self._context)
-                slower = known[key]
+                slower = clock.slowdowns(layer, observed[layer.data], self._forms[name])
                 if settings.cost is Cost.LATENCY:
                     costs = np.append(1.0, slower) * times.get(name, 0.0)
                 kept = np.flatnonzero(slower < 1)  # nothing that runs longer than the layer

@@ -11,19 +11,20 @@ Sharing makes the file smaller, not the model faster: a session decodes the weig
 """
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.compression import Matrix, compress, sparse
+from onnxcomp.compression import Encode, Matrix, by_part, compress, options, sparse
 from onnxcomp.constants import Weight
-from onnxcomp.core import Choice, Context, Outcome, Pass
+from onnxcomp.core import Choice, Context, Option, Outcome, Parts, Pass, Setting, whole
 from onnxcomp.encodings import Codes, Encoded, Hashed, Masked, Values, places
 from onnxcomp.errors import OptionError
-from onnxcomp.numerics.codebook import fitted, share
-from onnxcomp.numerics.product import share_vectors
+from onnxcomp.numerics.codebook import Codebook, fitted, kmeans, share
+from onnxcomp.numerics.product import plain_vectors, share_vectors
 from onnxcomp.unpacking import PRIME
 
 _INDEX = 8
@@ -50,6 +51,7 @@ class Share(Pass):
         method: what is shared.
         channels: output channels that have a codebook of their own; None for one codebook per tensor.
         reconstruct: fit each layer on what those before it now give, before it is encoded.
+        parts: bits by the name of a node; where any is named, no other is treated.
 
     Raises:
         OptionError: a setting out of range.
@@ -66,6 +68,7 @@ class Share(Pass):
     method: Method = Method.KMEANS
     channels: int | None = None
     reconstruct: bool = True
+    parts: Parts = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= _INDEX:
@@ -77,23 +80,45 @@ class Share(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Encode what becomes smaller."""
+        encode = self._encode(context.seed, careful=True)
+        if self.parts:
+            encode = by_part(self._encoder(context.seed, careful=True), self.parts)
+        return compress(model, context, encode, self._said, reconstruct=self.reconstruct, integers=self._takes_integers)
 
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        """Every number of bits, by k-means alone: an upper bound, for the pass assigns with the errors fed back."""
+        bits = range(1, _INDEX + 1)
+        return options(model, context, bits, self._encoder(context.seed, careful=False), integers=self._takes_integers)
+
+    @property
+    def _takes_integers(self) -> bool:
+        return self.method is not Method.HASH
+
+    def _encoder(self, seed: int, *, careful: bool) -> Callable[[Setting], Encode]:
+        return lambda bits: replace(self, bits=whole(bits), parts=())._encode(seed, careful=careful)
+
+    def _encode(self, seed: int, *, careful: bool) -> Encode:
         def encode(weight: Weight, matrix: Matrix, H: Matrix) -> Encoded | str:
             match self.method:
                 case Method.HASH:
-                    return self._hashed(weight, matrix, H, context.seed)
+                    return self._hashed(weight, matrix, H, seed)
                 case Method.PRODUCT:
-                    return self._product(weight, matrix, H, context.seed)
+                    return self._product(weight, matrix, H, seed, careful=careful)
                 case Method.KMEANS:
-                    return self._codes(weight, matrix, H)
+                    return self._codes(weight, matrix, H, careful=careful)
 
-        integers = self.method is not Method.HASH
-        return compress(model, context, encode, self._said, reconstruct=self.reconstruct, integers=integers)
+        return encode
 
-    def _codes(self, weight: Weight, matrix: Matrix, H: Matrix) -> Encoded:
+    def _codes(self, weight: Weight, matrix: Matrix, H: Matrix, *, careful: bool) -> Encoded:
         dtype, count = weight.array.dtype, 1 << self.bits
+
+        def found(count: int, books: int = 1, *, zero: bool = False) -> Codebook:
+            if careful:
+                return share(matrix, H, count, books, zero=zero)
+            return kmeans(matrix, np.diagonal(H, axis1=1, axis2=2), count, books, zero=zero)
+
         if sparse(matrix):
-            book = share(matrix, H, count + 1, zero=True)
+            book = found(count + 1, zero=True)
             (values,) = _stored(book.values, dtype)
             mask = matrix != 0
             others = np.delete(values, np.searchsorted(book.values[0], 0.0))
@@ -103,10 +128,10 @@ class Share(Pass):
         books = 1
         if self.channels is not None and len(matrix) % self.channels == 0:
             books = len(matrix) // self.channels
-        book = share(matrix, H, count, books)
+        book = found(count, books)
         return Codes(book.indices.astype(np.uint8), _stored(book.values, dtype)[:, :, None])
 
-    def _product(self, weight: Weight, matrix: Matrix, H: Matrix, seed: int) -> Encoded:
+    def _product(self, weight: Weight, matrix: Matrix, H: Matrix, seed: int, *, careful: bool) -> Encoded:
         indices_bytes = matrix.size * self.bits // 8
         length = max(
             (
@@ -117,8 +142,12 @@ class Share(Pass):
             default=1,
         )
         if length == 1:  # vectors would take more bytes than indices
-            return self._codes(weight, matrix, H)
-        vectors, indices = share_vectors(matrix, H, 1 << self.bits * length, length, seed)
+            return self._codes(weight, matrix, H, careful=careful)
+        count = 1 << self.bits * length
+        if careful:
+            vectors, indices = share_vectors(matrix, H, count, length, seed)
+        else:
+            vectors, indices = plain_vectors(matrix, count, length, seed)
         return Codes(indices.astype(np.uint8), _stored(vectors, weight.array.dtype)[None])
 
     def _hashed(self, weight: Weight, matrix: Matrix, H: Matrix, seed: int) -> Encoded:
@@ -137,7 +166,8 @@ class Share(Pass):
         assert isinstance(encoded, Codes)
         books, count, length = encoded.values.shape
         what = "values" if length == 1 else f"vectors of {length}"
-        return f"{count} shared {what}, {self.bits} bits" + (f", {books} codebooks" if books > 1 else "")
+        bits = (count - 1).bit_length() // length
+        return f"{count} shared {what}, {bits} bits" + (f", {books} codebooks" if books > 1 else "")
 
 
 def _stored(values: Matrix, dtype: np.dtype[Any]) -> Values:

@@ -5,18 +5,21 @@ zeros as by other numbers, so sparse weights make the file smaller and nothing f
 uses the sparse units of recent NVIDIA GPUs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.compression import Matrix, compress
+from onnxcomp.compression import Encode, Matrix, by_part, compress, options
 from onnxcomp.constants import Weight
-from onnxcomp.core import Choice, Context, Outcome, Pass
+from onnxcomp.core import Choice, Context, Option, Outcome, Parts, Pass, Setting
 from onnxcomp.encodings import Encoded, Masked
 from onnxcomp.errors import OptionError
 from onnxcomp.numerics.sparse import Mask, Pattern, admm_mask, magnitude_mask, obs_mask, refit_on, wanda_mask
+
+_SHARES = tuple(tenths / 10 for tenths in range(1, 10))
 
 
 class Choose(Choice):
@@ -42,6 +45,7 @@ class Sparsify(Pass):
         block: (outputs, inputs) that become zero together.
         choose: what makes a weight worth keeping.
         reconstruct: least squares on those that are left, on what the layers before now give.
+        parts: sparsity by the name of a node; where any is named, no other is treated.
 
     Raises:
         OptionError: a setting out of range.
@@ -59,6 +63,7 @@ class Sparsify(Pass):
     block: tuple[int, int] = (1, 1)
     choose: Choose = Choose.ADMM
     reconstruct: bool = True
+    parts: Parts = ()
 
     def __post_init__(self) -> None:
         whole = self.of == 0 or (self.of > 1 and (self.sparsity * self.of).is_integer())
@@ -72,6 +77,21 @@ class Sparsify(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Encode what becomes smaller."""
+        encode = by_part(lambda share: self._with(share)._encode(), self.parts) if self.parts else self._encode()
+        return compress(model, context, encode, self._said, reconstruct=self.reconstruct)
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        """Every sparsity, with masks by |w| ||x||: an upper bound where the pass chooses more carefully."""
+        shares = [zeros / self.of for zeros in range(1, self.of)] if self.of else _SHARES
+        quick = Choose.WANDA if self.choose in {Choose.ADMM, Choose.SPARSEGPT} else self.choose
+        return options(model, context, shares, lambda share: replace(self._with(share), choose=quick)._encode())
+
+    def _with(self, share: Setting) -> "Sparsify":
+        if isinstance(share, str):
+            raise OptionError(f"'{share}' is not a share", remedy="mend the sparsity of that part")
+        return replace(self, sparsity=float(share), parts=())
+
+    def _encode(self) -> Encode:
         pattern = Pattern(self.sparsity, self.of, self.block)
 
         def encode(weight: Weight, matrix: Matrix, H: Matrix) -> Encoded:
@@ -84,7 +104,7 @@ class Sparsify(Pass):
             mask = sparse != 0
             return Masked(mask, sparse[mask].astype(weight.array.dtype))
 
-        return compress(model, context, encode, self._said, reconstruct=self.reconstruct)
+        return encode
 
     def _sparse(self, W: Matrix, H: Matrix, pattern: Pattern) -> Matrix:
         mask: Mask
@@ -101,9 +121,8 @@ class Sparsify(Pass):
 
     def _said(self, encoded: Encoded) -> str:
         assert isinstance(encoded, Masked)
-        how = (
-            f"{round(self.sparsity * self.of)} of {self.of} zero" if self.of else f"{1 - encoded.mask.mean():.0%} zero"
-        )
+        zeros = float(1 - encoded.mask.mean())
+        how = f"{round(zeros * self.of)} of {self.of} zero" if self.of else f"{zeros:.0%} zero"
         return how + (f", in blocks of {self.block[0]}x{self.block[1]}" if self.block != (1, 1) else "")
 
 

@@ -60,6 +60,11 @@ class Factors:
     stages: tuple[Stage, ...]
 
     @property
+    def title(self) -> str:
+        """Kind and ranks."""
+        return " ".join(map(str, (self.kind, *self.ranks)))
+
+    @property
     def parameters(self) -> int:
         """Weights of all stages."""
         return sum(stage.kernel.size for stage in self.stages)
@@ -94,11 +99,14 @@ class LowRank:
     Args:
         weight: (out, in, *kernel).
         H: (in * kernel, in * kernel) covariance of its inputs.
+
+    Attributes:
+        weight, H: the same; H slightly damped.
     """
 
     def __init__(self, weight: Floats, H: Floats) -> None:
         self.weight = np.array(weight, np.float64)
-        self._H = _damped(H)
+        self.H = _damped(H)
         self._known: dict[str, tuple[NDArray[np.float64], ...]] = {}
 
     @property
@@ -109,9 +117,9 @@ class LowRank:
     def options(self, kinds: Sequence[str], step: int = 1) -> Iterator[Factors]:
         """Forms with fewer weights than the layer, at about a dozen ranks of each kind, multiples of a step."""
         for kind in kinds:
-            for share in np.linspace(1, 0, 16, endpoint=False):
-                ranks = self._ranks(kind, float(share), step)
-                found = None if ranks is None else self.form(kind, ranks)
+            ranks = [self._ranks(kind, float(share), step) for share in np.linspace(1, 0, 16, endpoint=False)]
+            for each in dict.fromkeys(ranks):
+                found = None if each is None else self.form(kind, each)
                 if found is not None and found.parameters < self.weight.size:
                     yield found
 
@@ -159,7 +167,7 @@ class LowRank:
 
     def _whole(self) -> tuple[NDArray[np.float64], ...]:
         if "root" not in self._known:
-            self._known["root"] = _root(self._H)
+            self._known["root"] = _root(self.H)
         return self._known["root"]
 
     def _by_svd(self, rank: int) -> Factors:
@@ -174,7 +182,7 @@ class LowRank:
     def _by_axes(self, rank: int) -> Factors:
         out, inputs, height, width = self.weight.shape
         if "spatial" not in self._known:
-            moment = self._H.reshape(inputs, height, width, inputs, height, width)
+            moment = self.H.reshape(inputs, height, width, inputs, height, width)
             down = _einsum("ijkabk->ijab", moment).reshape(inputs * height, -1)
             across = _einsum("ijkijb->kb", moment)
             (S, inverse), (T, back) = _root(down / np.trace(across)), _root(across)
@@ -193,7 +201,7 @@ class LowRank:
         ones = [1] * len(kernel)
         if "tucker" not in self._known:
             taps = int(np.prod(kernel))
-            channels = _einsum("itjt->ij", self._H.reshape(inputs, taps, inputs, taps))
+            channels = _einsum("itjt->ij", self.H.reshape(inputs, taps, inputs, taps))
             S, inverse = _root(channels)
             whole, _ = self._whole()
             outputs = np.linalg.svd(self.weight.reshape(out, -1) @ whole, full_matrices=False)[0]
@@ -217,7 +225,7 @@ class LowRank:
         """
         out, inputs, height, width = self.weight.shape
         taps = height * width
-        S, inverse = _root(_einsum("itjt->ij", self._H.reshape(inputs, taps, inputs, taps)) / taps)
+        S, inverse = _root(_einsum("itjt->ij", self.H.reshape(inputs, taps, inputs, taps)) / taps)
         tensor = _einsum("oihw,is->oshw", self.weight, S)
         random = np.random.default_rng(0)
         factors = [random.normal(size=(size, rank)) / np.sqrt(size) for size in tensor.shape]

@@ -33,10 +33,7 @@ def share_vectors(W: Floats, H: Floats, count: int, length: int, seed: int = 0) 
         (count, length) vectors and (out, in / length) indices.
     """
     target = np.array(W, np.float64)
-    parts = target.reshape(-1, length)
-    start = parts if len(parts) <= count else kmeans2(parts, count, minit="points", seed=seed)[0]
-    vectors = np.zeros((count, length))
-    vectors[: len(start)] = start
+    vectors, _ = plain_vectors(target, count, length, seed)
     best: tuple[NDArray[np.float64], Indices] | None = None
     least = np.inf
     for _ in range(_ROUNDS):
@@ -51,6 +48,18 @@ def share_vectors(W: Floats, H: Floats, count: int, length: int, seed: int = 0) 
             break
     assert best is not None
     return best
+
+
+def plain_vectors(W: Floats, count: int, length: int, seed: int = 0) -> tuple[NDArray[np.float64], Indices]:
+    """The same by the weights alone: k-means on the vectors."""
+    parts = np.asarray(W, np.float64).reshape(-1, length)
+    vectors, indices = np.zeros((count, length)), np.arange(len(parts))
+    if len(parts) <= count:
+        vectors[: len(parts)] = parts
+    else:
+        vectors[:], labels = kmeans2(parts, count, minit="points", seed=seed)
+        indices = labels.astype(np.int64)
+    return vectors, indices.reshape(len(W), -1)
 
 
 def _assigned(W: NDArray[np.float64], H: Floats, vectors: NDArray[np.float64]) -> Indices:

@@ -14,7 +14,6 @@ from onnxcomp.core import Context, node_pattern
 from onnxcomp.errors import OptionError
 from onnxcomp.layers import layers
 from onnxcomp.numerics.lowrank import LowRank
-from onnxcomp.passes import factorize
 from onnxcomp.passes.factorize import Factorize, Method
 from onnxcomp.passes.prune import Prune
 from onnxcomp.runtime import Session
@@ -53,7 +52,7 @@ def test_energy_in_place_of_a_target() -> None:
 @pytest.mark.parametrize("cost", [Cost.FLOPS, Cost.LATENCY, Cost.SIZE])
 def test_what_is_slower_is_used_for_bytes_alone(cost: Cost, slower: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever this machine measures: the times are given."""
-    monkeypatch.setattr(factorize, "slowdowns", lambda *given: np.full(len(given[2]), slower))
+    monkeypatch.setattr(splitting.Clock, "slowdowns", lambda *given: np.full(len(given[3]), slower))
     made = Factorize(0.7, cost, reconstruct=False)(network(), context(8))
     assert made.modified == (slower < 1 or cost is Cost.SIZE)
     if not made.modified:

@@ -132,3 +132,10 @@ def test_what_gains_nothing_is_left() -> None:
 def test_settings_that_make_no_sense_are_refused(build: Any) -> None:
     with pytest.raises(OptionError):
         build()
+
+
+def test_codebooks_of_several_runs_of_rows_are_not_taken_for_weights() -> None:
+    """They are tables that a Gather reads, as embeddings are."""
+    once = Share(4, channels=8)(network(), Context()).model
+    again = Share(2, channels=8)(once, Context())
+    assert {change.node for change in again.changes} == {layer.name for layer in layers(network())}
