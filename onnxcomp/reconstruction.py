@@ -27,7 +27,7 @@ from onnxcomp.numerics.obs import refit
 from onnxcomp.prefix import Prefix
 from onnxcomp.samples import Dataset
 from onnxcomp.together import fit_together
-from onnxcomp.twins import Pair, Run, Twins, as_outputs
+from onnxcomp.twins import Pair, Run, Twins
 
 _ROWS_PER_INPUT = 96
 _LEAST_ROWS = 32768
@@ -61,8 +61,13 @@ def reconstruct(
     Returns:
         What was not fitted, and why.
     """
-    twins = Twins(Prefix(original, data, context), Prefix(changed, data, context))
+    nodes = {node.name or "": node for node in original.graph}
+    left = {node.name or "" for node in changed.graph}
+    twins = Twins(Prefix(original, data, context), Prefix(changed, data, context), nodes, left)
     pairs, skips = _pairs(original, changed, outputs, context)
+    if project is None:
+        alike = _untouched(original, changed)
+        pairs = [pair for pair in pairs if pair.after.name not in alike]
     norms = _Norms(original, changed, outputs, twins, context)
     by_name = {pair.after.name: pair for pair in pairs}
     done = 0
@@ -75,7 +80,7 @@ def reconstruct(
             norms.adjust(pair.after.node)
             if pair.before is not None:
                 rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if jointly else 1)
-                runs = twins.runs(pair.before.data, pair, starts=start)
+                runs = twins.runs(pair, starts=start)
                 _fit(pair, runs, rows / data.samples, context.seed, damping, project)
                 start = None
         if jointly and (reason := fit_together(block, changed, twins, data.samples, context, damping)):
@@ -111,6 +116,42 @@ def _pairs(
         else:
             pairs.append(Pair(before, after, outputs.get(after.name, np.ones((before or after).outputs, bool))))
     return pairs, skips
+
+
+def _untouched(original: ir.Model, changed: ir.Model) -> set[str]:
+    """Names of nodes whose inputs and readers are what they were, and so are those of the sums that they are in."""
+    twins = {node.name: node for node in original.graph}
+    alike: set[ir.Value] = {value for value in changed.graph.inputs if not value.is_initializer()}
+    for node in changed.graph:
+        twin = twins.get(node.name)
+        if twin is not None and node.op_type == twin.op_type and str(node.attributes) == str(twin.attributes):
+            pairs = zip(node.inputs, twin.inputs, strict=False)
+            if len(node.inputs) == len(twin.inputs) and all(_same(new, old, alike) for new, old in pairs):
+                alike |= set(node.outputs)
+
+    def settled(value: ir.Value) -> bool:
+        return value in alike and all(
+            (twin := twins.get(use.node.name)) is not None
+            and use.idx < len(twin.inputs)
+            and (read := twin.inputs[use.idx]) is not None
+            and read.name == value.name
+            for use in value.uses()
+        )
+
+    found = set()
+    for node in changed.graph:
+        sums = [use.node.outputs[0] for value in node.outputs for use in value.uses() if use.node.op_type == "Add"]
+        if all(settled(value) for value in (*node.outputs, *sums)):
+            found.add(node.name or "")
+    return found
+
+
+def _same(value: ir.Value | None, twin: ir.Value | None, alike: set[ir.Value]) -> bool:
+    if value is None or twin is None:
+        return value is twin
+    if value in alike:
+        return value.name == twin.name
+    return value.const_value is not None and value.const_value is twin.const_value
 
 
 class _Norms:
@@ -190,20 +231,19 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
 
 def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: float, project: Project | None) -> None:
     """Ridge regression of one layer, on so many rows of each sample."""
-    before, after = pair.before, pair.after
-    assert before is not None
+    after = pair.after
     groups, width = after.groups, after.input_width
-    kept = np.flatnonzero(pair.outputs)
     H = np.zeros((groups, width + 1, width + 1))
-    G = np.zeros((groups, len(kept) // groups, width + 1))
+    G = np.zeros((groups, int(pair.outputs.sum()) // groups, width + 1))
     for number, run in enumerate(runs):
-        rows, state = int(np.ceil(share * run.batch.valid)), [seed, number]  # the same positions in both models
-        x = after.rows(run.data, rows, np.random.default_rng(state))
+        rows = int(np.ceil(share * run.batch.valid))
+
+        def same(number: int = number) -> np.random.Generator:
+            return np.random.default_rng([seed, number])  # the same positions everywhere
+
+        x = after.rows(run.data, rows, same())
         with np.errstate(invalid="ignore", over="ignore"):  # refused below, by name
-            target = _outputs(before, before.rows(run.before, rows, np.random.default_rng(state)), kept)
-        if skips := as_outputs(run, before.output_shape(run.before.shape), after.output_shape(run.data.shape)):
-            target += before.output_rows(skips[0], rows, np.random.default_rng(state))[:, kept]
-            target -= after.output_rows(skips[1], rows, np.random.default_rng(state))
+            target = run.target(pair, rows, same)
         x = np.concatenate([x, np.ones((*x.shape[:2], 1), x.dtype)], axis=2)
         if not (np.isfinite(x).all() and np.isfinite(target).all()):
             raise DataError(
@@ -227,13 +267,3 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: floa
     after.set_matrix(matrices.reshape(-1, width))
     if biased:
         after.set_bias((outputs - np.matmul(matrices, means[:, :, None])[:, :, 0]).ravel())
-
-
-def _outputs(layer: Layer, x: NDArray[np.floating], kept: NDArray[np.int64]) -> NDArray[np.floating]:
-    """(rows, kept) what the layer gives for (groups, rows, in)."""
-    matrix, per_group = layer.matrix(), layer.outputs // layer.groups
-    result = np.empty((x.shape[1], len(kept)), x.dtype)
-    for group in np.unique(kept // per_group):
-        chosen = kept // per_group == group
-        result[:, chosen] = x[group] @ matrix[kept[chosen]].T
-    return result + layer.bias_vector()[kept].astype(x.dtype)

@@ -17,7 +17,7 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.numerics import joint
 from onnxcomp.prefix import part_between
 from onnxcomp.runtime import Session
-from onnxcomp.twins import Pair, Twins, as_outputs
+from onnxcomp.twins import Pair, Twins
 
 _ROWS = 65536
 _SAMPLES = 32
@@ -60,22 +60,18 @@ def _parts(
     """What the block reads and is to give, on samples to fit and on others; or why that cannot be had."""
     first, last, before = block[0].after, block[-1], block[-1].before
     assert before is not None
-    kept = np.flatnonzero(last.outputs)
     everything = np.iinfo(np.int64).max
     random = np.random.default_rng(context.seed)
     uses: NDArray[np.int64] | None = None  # by sample: 0 to fit, 1 held out, 2 not at all
     parts: tuple[list[joint.Part], list[joint.Part]] = [], []
     seen = 0
-    for run in twins.runs(before.node.outputs[0], last, first):
-        narrow = list(run.before.shape)
-        narrow[last.after.output_axis] = len(kept)
-        skips = as_outputs(run, run.before.shape, tuple(narrow)) or ()
-        arrays = [run.data, run.before, *skips]
+    for run in twins.runs(last, first):
+        arrays = [run.data, run.wanted, *([] if run.added is None else [run.added])]
         valid = run.batch.valid
         if any(array.dtype != np.float32 or array.shape[:1] != (valid,) for array in arrays):
             return "its activations are not float32 with one row for each sample"
         if uses is None:
-            rows = run.before.size // before.outputs / valid
+            rows = run.wanted.size // before.outputs / valid
             room = context.memory / 8 / (4 * rows * sum(pair.after.input_width * pair.after.groups for pair in block))
             count = int(min(max(_ROWS / rows, _SAMPLES), room, samples * (1 - _HELD_OUT)))
             if count < min(_SAMPLES, samples * (1 - _HELD_OUT) - 1):
@@ -86,11 +82,8 @@ def _parts(
         for use, found in enumerate(parts):
             chosen = np.flatnonzero(uses[seen : seen + valid] == use)
             if len(chosen):
-                target = before.output_rows(run.before[chosen], everything, random)[:, kept]
-                if skips:
-                    target = target + before.output_rows(skips[0][chosen], everything, random)[:, kept]
-                    target -= last.after.output_rows(skips[1][chosen], everything, random)
-                found.append(joint.Part(run.data[chosen], target))
+                part = run._replace(wanted=run.wanted[chosen], added=None if run.added is None else run.added[chosen])
+                found.append(joint.Part(run.data[chosen], part.target(last, everything, lambda: random)))
         seen += valid
     return parts if all(parts) else "there are too few samples"
 

@@ -1,6 +1,6 @@
 """The original and the changed model side by side, and what a layer of one has to do with its twin in the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,23 +34,37 @@ class Run(NamedTuple):
 
     Attributes:
         batch: of the data.
-        before: a value of the original.
-        data: what a layer, or the first of several in a row, reads in the changed model.
-        skips: what is added to the last one's output, in the original and in the changed model, where that is computed.
+        wanted: what a layer is to give, together with what is added to it.
+        data: what that layer, or the first of several in a row, reads in the changed model.
+        added: what is added to the layer's output in the changed model; None where nothing is.
     """
 
     batch: Batch
-    before: NDArray[Any]
+    wanted: NDArray[Any]
     data: NDArray[Any]
-    skips: tuple[NDArray[Any], NDArray[Any]] | None
+    added: NDArray[Any] | None
+
+    def target(self, pair: Pair, rows: int, generator: Callable[[], np.random.Generator]) -> NDArray[np.floating]:
+        """(rows, left) what the layer alone is to give, in its output channels that are left."""
+        assert pair.before is not None
+        target = pair.before.output_rows(self.wanted, rows, generator())[:, np.flatnonzero(pair.outputs)]
+        return target if self.added is None else target - pair.after.output_rows(self.added, rows, generator())
 
 
 @dataclass(frozen=True)
 class Twins:
-    """The original and the changed model, run side by side."""
+    """The original and the changed model, run side by side.
+
+    Attributes:
+        original, changed: the two.
+        nodes: the original's, by name.
+        left: names of those of the changed model.
+    """
 
     original: Prefix
     changed: Prefix
+    nodes: Mapping[str, ir.Node]
+    left: Set[str]
 
     def values(self, before: ir.Value, after: ir.Value) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """A value of the original and one of the changed model, batch by batch."""
@@ -59,44 +73,65 @@ class Twins:
         ):
             yield original[0], changed[0]
 
-    def runs(
-        self, before: ir.Value, last: Pair, first: Layer | None = None, *, starts: Layer | None = None
-    ) -> Iterator[Run]:
+    def runs(self, last: Pair, first: Layer | None = None, *, starts: Layer | None = None) -> Iterator[Run]:
         """Each batch.
 
+        A layer is to give what it gave. If it is a term of a sum, it is to give what its sum is to be less the other
+        term, so that it makes up for that; and where later sums are gone, the sum is to be what the last of them was.
+
         Args:
-            before: what is wanted of the original.
-            last: the layer that is to give what it gave, together with what is added to it.
+            last: the layer that is to give it.
             first: the layer of whose input it is a function, if not of its own.
             starts: a layer of the changed model; all that is asked for later may be run from its input and these.
         """
         assert last.before is not None
-        wanted = [[before], [(first or last.after).data]]
-        skips = _other_branch(last.before), _other_branch(last.after)
-        if skips[0] is not None and skips[1] is not None:
-            wanted = [[*wanted[0], skips[0]], [*wanted[1], skips[1]]]
-        added = len(wanted[0]) > 1
-        if starts is not None and starts.data not in wanted[1]:
-            wanted[1].append(starts.data)
+        own, changed_values = last.before.node.outputs[0], [(first or last.after).data]
+        wanted = [self._last_sum(last.after.node.outputs[0]) or own]
+        term = _term(last.after)
+        if term is not None:
+            join, other = term
+            same = self.nodes.get(join.name or "")
+            wanted = [self._last_sum(join.outputs[0]) or (own if same is None else same.outputs[0]), own]
+            changed_values.append(other)
+        if starts is not None and starts.data not in changed_values:
+            changed_values.append(starts.data)
         kept = starts is not None
         for (batch, original), (_, changed) in zip(
-            self.original.runs(wanted[0], starts=kept), self.changed.runs(wanted[1], starts=kept), strict=True
+            self.original.runs(wanted, starts=kept), self.changed.runs(changed_values, starts=kept), strict=True
         ):
-            yield Run(batch, original[0], changed[0], (original[1], changed[1]) if added else None)
+            added = None
+            if term is not None:
+                added = _as_output(changed[1], last, original)
+            yield Run(batch, original[0] if added is not None or term is None else original[1], changed[0], added)
+
+    def _last_sum(self, value: ir.Value) -> ir.Value | None:
+        """The sum that the readers of a value of the changed model read in the original, where it is gone."""
+        for use in value.uses():
+            twin = self.nodes.get(use.node.name or "")
+            read = twin.inputs[use.idx] if twin is not None and use.idx < len(twin.inputs) else None
+            maker = None if read is None else read.producer()
+            if maker is not None and maker.op_type == "Add" and maker.name not in self.left:
+                return read
+        return None
 
 
-def as_outputs(run: Run, before: tuple[int, ...], after: tuple[int, ...]) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """What is added, in the shapes of the two outputs; None where there is nothing, or the sum is larger than they."""
+def _as_output(added: NDArray[Any], last: Pair, original: list[NDArray[Any]]) -> NDArray[Any] | None:
+    """What is added, in the shape of the layer's output; None where the sum is larger than that."""
+    whole, own = original
+    if whole.shape != own.shape:
+        return None
+    shape = list(own.shape)
+    shape[last.after.output_axis] = int(last.outputs.sum())
     try:
-        return run.skips and (np.broadcast_to(run.skips[0], before), np.broadcast_to(run.skips[1], after))
+        return np.broadcast_to(added, shape)
     except ValueError:
         return None
 
 
-def _other_branch(layer: Layer) -> ir.Value | None:
-    """What is added to the layer's output, where that is computed."""
+def _term(layer: Layer) -> tuple[ir.Node, ir.Value] | None:
+    """The sum that alone reads the layer's output, and what else goes into it, where that is computed."""
     reader = single_consumer(layer.node.outputs[0])
     if reader is None or reader.op_type != "Add":
         return None
     other = next((value for value in reader.inputs if value is not None and value is not layer.node.outputs[0]), None)
-    return None if other is None or constant_of(other) is not None or other.producer() is None else other
+    return None if other is None or constant_of(other) is not None or other.producer() is None else (reader, other)

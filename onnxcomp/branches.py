@@ -1,0 +1,90 @@
+"""Branches that a model can do without: x + f(x) becomes x, and all that f alone needed goes.
+
+Residual networks keep working without some of their blocks (Veit et al. 2016, "Residual Networks Behave Like Ensembles
+of Relatively Shallow Networks"). Unlike narrower layers, a missing one saves its time whatever the kernels.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcomp.graph import constant_of, remove_unused
+from onnxcomp.layers import layer_of
+from onnxcomp.relations import Shapes
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One operand of a sum that can go.
+
+    Attributes:
+        join: name of the Add.
+        operand: which of its operands goes, 0 or 1.
+        nodes: names of the nodes that only this operand needs, and of the Add.
+    """
+
+    join: str
+    operand: int
+    nodes: frozenset[str]
+
+
+def branches(model: ir.Model, shapes: Shapes) -> list[Branch]:
+    """The operands of sums in the main graph that hold layers and whose loss leaves the shape of the sum as it is.
+
+    Args:
+        model: with names on its nodes.
+        shapes: of its tensors in one run.
+    """
+    order = {node: number for number, node in enumerate(model.graph)}
+    found = []
+    for join in model.graph:
+        if join.op_type != "Add" or join.domain or join.outputs[0].is_graph_output():
+            continue
+        for operand in (0, 1):
+            other = join.inputs[1 - operand]
+            if other is None or constant_of(other) is not None or shapes.get(other) != shapes.get(join.outputs[0]):
+                continue
+            nodes = _only_for(join, operand, order)
+            if any(layer_of(node) for node in nodes):
+                names = frozenset(node.name or "" for node in (*nodes, join))
+                found.append(Branch(join.name or "", operand, names))
+    return found
+
+
+def _only_for(join: ir.Node, operand: int, order: Mapping[ir.Node, int]) -> set[ir.Node]:
+    """The nodes of the main graph that nothing but one operand of a node needs."""
+    value = join.inputs[operand]
+    if value is None or join.inputs[0] is join.inputs[1]:
+        return set()
+    found: set[ir.Node] = set()
+    waiting = {maker for maker in [value.producer()] if maker is not None and maker in order}
+    while waiting:
+        node = max(waiting, key=lambda node: order[node])
+        waiting.discard(node)
+        uses = [use for output in node.outputs for use in output.uses()]
+        if any(output.is_graph_output() for output in node.outputs):
+            continue
+        if all(use.node in found or (use.node is join and use.idx == operand) for use in uses):
+            found.add(node)
+            makers = (given.producer() for given in node.inputs if given is not None)
+            waiting |= {maker for maker in makers if maker is not None and maker in order}
+    return found
+
+
+def without_branches(model: ir.Model, gone: Iterable[tuple[str, int]]) -> ir.Model:
+    """A clone in which sums have lost an operand, by name and which."""
+    made = model.clone()
+    nodes = {node.name: node for node in made.graph}
+    for join, operand in gone:
+        node = nodes[join]
+        other = node.inputs[1 - operand]
+        assert other is not None
+        ir.convenience.replace_all_uses_with(node.outputs[0], other)
+        for use in list(other.uses()):  # Relu(Relu(x)) = Relu(x)
+            maker = other.producer()
+            if maker is not None and maker.op_type == use.node.op_type == "Relu":
+                use.node.replace_input_with(0, maker.inputs[0])
+        made.graph.remove(node, safe=True)
+    remove_unused(made)
+    return made

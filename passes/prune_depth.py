@@ -1,0 +1,175 @@
+"""Depth pruning: branches of residual blocks go whole, and what is left makes up for them.
+
+    x + f(x)  ->  x
+
+1. Every sum with an operand that holds layers and can go is found (`branches`).
+2. What the model's outputs lose without it is measured, one branch at a time.
+3. The branch goes whose loss is least for the cost that it saves; then the best of the others are measured again, as
+   each counts for more once others are gone; until no more than the target remains.
+4. Every layer from there on is fitted again, those before a missing sum to what that sum was.
+
+Narrow layers often take as long as wide ones (kernels work in blocks of channels); a layer that is gone takes nothing.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxcomp.branches import Branch, branches, without_branches
+from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Parts, Pass, Skip, name_nodes, whole
+from onnxcomp.cost import node_costs
+from onnxcomp.effects import Answers
+from onnxcomp.errors import OnnxcompError, OptionError
+from onnxcomp.facts import observe
+from onnxcomp.model import free_inputs, input_specs, spec_of, vocabularies
+from onnxcomp.profiling import profiles
+from onnxcomp.reconstruction import reconstruct
+from onnxcomp.samples import Dataset
+from onnxcomp.synthetic import synthetic
+from onnxcomp.widths import Cost
+
+_MADE_UP = 64
+_SHORTLIST = 6
+"""Branches that are measured again when others are gone."""
+
+
+@dataclass(frozen=True)
+class PruneDepth(Pass):
+    """Depth pruning to a share of a cost.
+
+    Attributes:
+        remains: share of the cost that is to remain.
+        cost: which cost.
+        reconstruct: fit every layer again that comes after.
+        parts: by the name of a sum, which of its operands goes, 0 or 1; where any is named, no other goes.
+
+    Raises:
+        OptionError: a setting that makes no sense.
+    """
+
+    name: ClassVar[str] = "prune-depth"
+    summary: ClassVar[str] = "depth pruning: branches of residual blocks go whole, the others are fitted again"
+
+    remains: float = 0.9
+    cost: Cost = Cost.FLOPS
+    reconstruct: bool = True
+    parts: Parts = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.remains <= 1:
+            raise OptionError(f"a target of {self.remains:.4g} makes no sense", remedy="give a share between 0 and 1")
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        """Find, choose, remove; then fit."""
+        found = _Found.of(model, context)
+        if isinstance(found, str):
+            return Outcome(model, (), (Skip("model", found),))
+        if self.parts:
+            gone = [found.named(join, whole(operand)) for join, operand in self.parts]
+            reason = NOT_NAMED
+        else:
+            gone = found.chosen(self.remains, found.costs(self.cost))
+            reason = "the target is met at less loss elsewhere"
+        left = [branch for branch in found.branches if branch not in gone]
+        skips = [Skip(branch.join, reason) for branch in left]
+        if not gone:
+            return Outcome(model, (), tuple(skips))
+        made = without_branches(found.model, [(branch.join, branch.operand) for branch in gone])
+        note = ", fitted on made-up inputs" if context.data is None and self.reconstruct else ""
+        changes = [Change(branch.join, f"without a branch of {len(branch.nodes) - 1} nodes{note}") for branch in gone]
+        if self.reconstruct:
+            skips += reconstruct(found.model, made, {}, found.data, context)
+        return Outcome(made, tuple(changes), tuple(skips))
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        """Each branch that can go; the error is that of the model's outputs, as measured."""
+        copy = model.clone()
+        name_nodes(copy)
+        found = _Found.of(copy, context)
+        if isinstance(found, str):
+            return
+        for branch in found.branches:
+            yield Option(branch.join, branch.operand, found.error([branch]), 0, 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """The branches of a model."""
+
+    model: ir.Model
+    branches: tuple[Branch, ...]
+    data: Dataset
+    context: Context
+    answers: Answers
+
+    @classmethod
+    def of(cls, model: ir.Model, context: Context) -> "_Found | str":
+        """Find them, or say why not."""
+        if any(spec_of(value) is None for value in free_inputs(model)):
+            return "an input is no tensor, so that shapes cannot be observed"
+        data = context.data or synthetic(input_specs(model), _MADE_UP, context.seed, vocabularies(model))
+        try:
+            shapes = observe(model, next(iter(data.batches(1))).feeds).shapes
+            nodes = {node.name or "": node for node in model.graph}
+            found = [
+                branch
+                for branch in branches(model, shapes)
+                if not any(context.excludes(nodes[name]) for name in branch.nodes)
+            ]
+            return cls(model, tuple(found), data, context, Answers(model, data, context))
+        except OnnxcompError as error:
+            return f"it cannot be observed: {error.fact}"
+
+    def named(self, join: str, operand: int) -> Branch:
+        """A branch.
+
+        Raises:
+            OptionError: there is none.
+        """
+        for branch in self.branches:
+            if (branch.join, branch.operand) == (join, operand):
+                return branch
+        known = ", ".join(sorted({branch.join for branch in self.branches})) or "none"
+        raise OptionError(f"'{join}' has no operand {operand} that can go", remedy=f"sums that can lose one: {known}")
+
+    def error(self, gone: list[Branch]) -> float:
+        """Relative squared error of the outputs without some branches."""
+        return self.answers.error(without_branches(self.model, [(branch.join, branch.operand) for branch in gone]))
+
+    def costs(self, which: Cost) -> Mapping[str, float]:
+        """Of each node."""
+        if which is Cost.LATENCY:
+            rows = self.data.select(row % len(self.data) for row in range(self.context.batch))
+            feeds = next(iter(rows.batches(self.context.batch))).feeds
+            return profiles([self.model], self.context.target, feeds)[0].times
+        values = {"flops": "flops", "params": "parameters", "size": "bytes"}[which]
+        return {cost.name: float(getattr(cost, values) or 0) for cost in node_costs(self._sized())}
+
+    def _sized(self) -> ir.Model:
+        """The model with the shapes of one run."""
+        shapes = observe(self.model, next(iter(self.data.batches(1))).feeds).shapes
+        named = {value.name: shape for value, shape in shapes.items()}
+        copy = self.model.clone()
+        for value in (value for node in copy.graph for value in node.outputs if value.name in named):
+            value.shape = ir.Shape(named[value.name])
+        return copy
+
+    def chosen(self, remains: float, costs: Mapping[str, float]) -> list[Branch]:
+        """The branches that go so that a share of the cost remains, or all that save anything."""
+        total = sum(costs.values())
+        saved = {branch: sum(costs.get(name, 0.0) for name in branch.nodes) for branch in self.branches}
+        prices = {branch: self.error([branch]) / saved[branch] for branch in self.branches if saved[branch]}
+        gone: list[Branch] = []
+        left = total
+        while prices and left > remains * total:
+            if gone:
+                base = self.error(gone)
+                for branch in sorted(prices, key=lambda branch: prices[branch])[:_SHORTLIST]:
+                    prices[branch] = (self.error([*gone, branch]) - base) / saved[branch]
+            best = min(prices, key=lambda branch: prices[branch])
+            gone.append(best)
+            left -= saved[best]
+            prices = {branch: price for branch, price in prices.items() if not branch.nodes & best.nodes}
+        return gone
