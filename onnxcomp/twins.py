@@ -82,7 +82,8 @@ class Twins:
         Args:
             last: the layer that is to give it.
             first: the layer of whose input it is a function, if not of its own.
-            starts: a layer of the changed model; all that is asked for later may be run from its input and these.
+            starts: the layer in the changed model, if all that is asked for later may be run from its and its twin's input
+                and these.
         """
         assert last.before is not None
         own, changed_values = last.before.node.outputs[0], [(first or last.after).data]
@@ -93,9 +94,10 @@ class Twins:
             same = self.nodes.get(join.name or "")
             wanted = [self._last_sum(join.outputs[0]) or (own if same is None else same.outputs[0]), own]
             changed_values.append(other)
-        if starts is not None and starts.data not in changed_values:
-            changed_values.append(starts.data)
         kept = starts is not None
+        if starts is not None:
+            changed_values += [starts.data] if starts.data not in changed_values else []
+            wanted += [last.before.data] if last.before.data not in wanted else []
         for (batch, original), (_, changed) in zip(
             self.original.runs(wanted, starts=kept), self.changed.runs(changed_values, starts=kept), strict=True
         ):
@@ -117,7 +119,7 @@ class Twins:
 
 def _as_output(added: NDArray[Any], last: Pair, original: list[NDArray[Any]]) -> NDArray[Any] | None:
     """What is added, in the shape of the layer's output; None where the sum is larger than that."""
-    whole, own = original
+    whole, own, *_ = original
     if whole.shape != own.shape:
         return None
     shape = list(own.shape)
