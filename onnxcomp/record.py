@@ -35,7 +35,7 @@ _PREFIX = "onnxcomp."
 _MOST = 2**24
 """Bytes of a record, unpacked; those of recipes that are files."""
 
-_LITTLE = 0.005
+_LITTLE = 0.003
 """Share of a file that the record may add to it, although that then is larger than the input."""
 
 

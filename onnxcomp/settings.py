@@ -5,6 +5,7 @@ frozen dataclasses as mappings, and `tuple[tuple[str, T], ...]` as a mapping fro
 form that is wanted, not by YAML's guess: a node may be called `on`, `12` or `1e3`, and `1e-3` is a number.
 """
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -16,6 +17,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 import yaml
@@ -186,12 +188,15 @@ class _Scalar(Form):
 
     words: str
     pattern: str
-    build: Callable[[str], Any]
-    kind: Callable[[Any], Any]
     json: str
+    kind: type
+    python: Callable[[Any], Any]
+    build: Callable[[str], Any]
 
     def plain(self, value: Any) -> Any:
-        return self.kind(value)
+        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.json != "boolean"):
+            raise TypeError(f"expected {self.words}, found {value!r}")
+        return self.python(value)
 
     def read(self, node: yaml.Node) -> Any:
         if isinstance(node, yaml.ScalarNode) and (node.value if node.style is None else self.json == "string"):
@@ -205,17 +210,13 @@ class _Scalar(Form):
         return {"type": self.json}
 
 
+_NUMBER = r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.inf)"
+
 _SCALARS: Mapping[Any, Form] = {
-    bool: _Scalar("true or false", "true|false", lambda text: text == "true", bool, "boolean"),
-    int: _Scalar("a whole number", r"[-+]?\d{1,18}", int, int, "integer"),
-    float: _Scalar(
-        "a number",
-        r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.inf)",
-        lambda text: float(text.replace(".inf", "inf")),
-        float,
-        "number",
-    ),
-    str: _Scalar("a text", ".*", str, str, "string"),
+    bool: _Scalar("true or false", "true|false", "boolean", bool, bool, lambda text: text == "true"),
+    int: _Scalar("a whole number", r"[-+]?\d{1,18}", "integer", Integral, int, int),
+    float: _Scalar("a number", _NUMBER, "number", Real, float, lambda text: float(text.replace(".inf", "inf"))),
+    str: _Scalar("a text", ".*", "string", str, str, str),
 }
 
 
@@ -224,7 +225,8 @@ class _Nothing(Form):
     words = "null"
 
     def plain(self, value: Any) -> Any:
-        return None
+        if value is not None:
+            raise TypeError(f"expected None, found {value!r}")
 
     def read(self, node: yaml.Node) -> Any:
         if not _is_null(node):
@@ -260,22 +262,15 @@ class _Either(Form):
     arms: tuple[Form, ...]
 
     def plain(self, value: Any) -> Any:
-        if value is None:
-            return None
         for arm in self.arms[:-1]:
-            try:
-                if not isinstance(arm, _Nothing):
-                    return arm.plain(value)
-            except (TypeError, ValueError):
-                continue
+            with contextlib.suppress(TypeError, ValueError):
+                return arm.plain(value)
         return self.arms[-1].plain(value)
 
     def read(self, node: yaml.Node) -> Any:
         for arm in self.arms[:-1]:
-            try:
+            with contextlib.suppress(OptionError):
                 return arm.read(node)
-            except OptionError:
-                continue
         return self.arms[-1].read(node)
 
     def schema(self) -> Schema:
@@ -287,6 +282,8 @@ class _List(Form):
     item: Form
 
     def plain(self, value: Any) -> Any:
+        if not isinstance(value, tuple):
+            raise TypeError(f"expected a tuple, found {value!r}")
         return [self.item.plain(item) for item in value]
 
     def read(self, node: yaml.Node) -> Any:
@@ -341,7 +338,9 @@ class Settings(Form):
 
     def plain(self, value: Any) -> dict[str, Any]:
         """All fields, also those at their defaults, which may change."""
-        plain = {}
+        plain: dict[str, Any] = {}
+        if not isinstance(value, self.kind):
+            raise TypeError(f"expected a {self.kind.__name__}, found {value!r}")
         for name, shape in self._forms().items():
             try:
                 plain[name] = shape.plain(getattr(value, name))

@@ -1,5 +1,6 @@
 """The commands that look at models and change none: `bench`, `eval`, `inspect`, `explain`, `verify`, `passes`."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,11 +130,16 @@ def verify(
 
 
 @click.command("passes", cls=Command)
-def passes_() -> None:
+@click.option("--schema", is_flag=True, help="Print the JSON schema of recipes with these passes instead.")
+def passes_(schema: bool) -> None:
     """List what there is, with one line each; also what other distributions offer."""
+    from onnxcomp import recipe
     from onnxcomp.console import Terminal, pass_list, printable
     from onnxcomp.registry import GROUPS, passes, unusable
 
-    Terminal().print(*pass_list({name: kind.summary for name, kind in passes().items()}, GROUPS))
+    if schema:
+        click.echo(json.dumps(recipe.schema(passes()), indent=2))
+    else:
+        Terminal().print(*pass_list({name: kind.summary for name, kind in passes().items()}, GROUPS))
     for problem in unusable():
         click.echo(printable(f"Warning: {problem}"), err=True)
