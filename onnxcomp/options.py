@@ -125,9 +125,8 @@ def _limits(
 def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
     from onnxcomp.console import Terminal
 
-    path = Path(json) if json not in {None, "-"} else None
-    if path is not None and (path.is_file() or not path.exists()):
-        check_report(path, b'{\n  "schema"')
+    if json not in {None, "-"}:
+        check_report(Path(str(json)), b'{\n  "schema"')
     return Terminal(json, quiet, verbose)
 
 
@@ -144,6 +143,8 @@ def check_report(path: Path, beginning: bytes, inputs: Sequence[object] = ()) ->
     """
     from onnxcomp.model import check_target
 
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe or a device
     with path.open("rb") if path.is_file() else io.BytesIO() as stream:
         start = stream.read(64)
     check_target(path, overwrite=not start or start.lstrip().startswith(beginning), inputs=inputs)

@@ -282,7 +282,7 @@ class _List(Form):
     item: Form
 
     def plain(self, value: Any) -> Any:
-        if not isinstance(value, tuple):
+        if not isinstance(value, tuple | list):
             raise TypeError(f"expected a tuple, found {value!r}")
         return [self.item.plain(item) for item in value]
 

@@ -21,6 +21,9 @@ from onnxcomp.model import ModelSource, TensorSpec
 from onnxcomp.report import Document, Figures, source_name
 from onnxcomp.runtime import Protocol, Session, Target
 
+JUNIT = '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites'
+"""How `junit` begins."""
+
 _PROTOCOL = Protocol(rounds=15)
 
 
@@ -231,7 +234,7 @@ def junit(verification: Verification) -> str:
         else:
             ElementTree.SubElement(case, "failure", {"message": words, "type": check.limit}).text = words
     ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+    return JUNIT.removesuffix("<testsuites") + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
 def _xml(text: str) -> str:

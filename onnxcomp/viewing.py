@@ -111,12 +111,12 @@ def verify(
     Exit codes: 0 all hold, 3 one does not, 2 usage or bad input, 1 failed.
     """
     from onnxcomp.model import write_text
-    from onnxcomp.verification import in_words
+    from onnxcomp.verification import JUNIT, in_words
     from onnxcomp.verification import junit as as_junit
     from onnxcomp.verification import verify as work
 
     if junit is not None:
-        options.check_report(junit, b"<?xml", inputs=(model, against, evaluation))
+        options.check_report(junit, JUNIT.encode(), inputs=(model, against, evaluation))
         if terminal.json is not None and Path(terminal.json).resolve() == junit.resolve():
             raise OptionError(f"both reports are to be '{junit}'", remedy="give another name to --json")
     with terminal.progress() as progress:
