@@ -614,7 +614,7 @@ def _explanation(explanation: Explanation, verbose: bool) -> Iterator[Renderable
 
 
 def _said(layer: LayerRow) -> tuple[str, ...]:
-    return (*layer.done, *(f"left by {text}" for text in layer.left))
+    return (*layer.done, *(f"left by {text}" for text in layer.left)) or ("as it was: no pass of the recipe treats it",)
 
 
 def _alike(layers: Sequence[LayerRow]) -> Iterator[tuple[list[str], list[str]]]:

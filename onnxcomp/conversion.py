@@ -145,17 +145,16 @@ def convert(
     context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress)
     if origin is not None:
         _refuse_idle(recipe, work.model)
-    return work.run(
-        recipe, origin.record if origin and origin.record else Record(), context, proof, wanted, max_drop, best_effort
-    )
+    before = (origin.record if origin else None) or Record()
+    return work.run(recipe, before, context, proof, wanted, max_drop, best_effort)
 
 
 def _node_names(model: ir.Model) -> set[str]:
-    """Names of the nodes as passes see them, who first convert what is old."""
+    """Names of the nodes as passes see them, which convert a model of an old operator set first."""
     clone = model.clone()
     name_nodes(clone)
     names = {node.name or "" for node in models.all_nodes(clone)}
-    converted = prepared(clone, _OPSET)
+    converted = prepared(clone, _OPSET) if models.opset(clone) < _OPSET else clone
     if isinstance(converted, ir.Model):
         name_nodes(converted)
         names |= {node.name or "" for node in models.all_nodes(converted)}

@@ -20,7 +20,7 @@ class LayerRow:
     Attributes:
         name: of the node.
         done: what passes did to it: `pass: what`.
-        left: why passes left it: `pass: reason`.
+        left: why passes left it: `pass: reason`. Neither is there for a layer that no pass of the recipe treats.
     """
 
     name: str
@@ -71,10 +71,11 @@ def explain(source: ModelSource) -> Explanation:
         )
     nodes = [(node.name or "", node.op_type) for node in models.all_nodes(models.load(source))]
     said = _said(found.record.steps)
-    weighted = [name for name, operator in nodes if operator in _WEIGHTED and name not in said]
+    made = tuple(f"{name}_" for name in said)  # what passes make of a node bears its name
+    others = (name for name, kind in nodes if kind in _WEIGHTED and name not in said and not name.startswith(made))
     places = {name: place for place, (name, _) in enumerate(nodes)}
     rows = [LayerRow(name, tuple(done), tuple(left)) for name, (done, left) in said.items()]
-    rows += [LayerRow(name, (), ("no pass of the recipe treats it",)) for name in dict.fromkeys(weighted)]
+    rows += [LayerRow(name, (), ()) for name in dict.fromkeys(others)]
     rows.sort(key=lambda row: places.get(row.name, len(places)))
     trials, metric = found.record.trials, found.record.metric
     recipe = found.recipe.to_yaml()

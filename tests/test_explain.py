@@ -18,6 +18,7 @@ from onnxcomp import model as models
 from onnxcomp.core import Change, Skip
 from onnxcomp.errors import ModelError
 from onnxcomp.explanation import Explanation, LayerRow, explain
+from onnxcomp.passes.factorize import Factorize
 from onnxcomp.passes.share import Share
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.recipe import Recipe
@@ -107,13 +108,19 @@ def test_many_layers_stay_readable() -> None:
     assert "tried" not in text
 
 
-def test_layers_that_no_pass_treats_are_shown() -> None:
-    result = onnxcomp.convert(small_network(), [Share()], exclude="nothing", dry_run=True)
-    cleaned = onnxcomp.convert(small_network(), [Simplify()], dry_run=True)
-    for model in (result.model, cleaned.model):
-        names = {row.name for row in explain(model).layers}
-        assert names >= {node.name for node in small_network().graph if node.op_type in {"Conv", "Gemm"}}
-    assert {row.left for row in explain(cleaned.model).layers} == {("no pass of the recipe treats it",)}
+def test_layers_that_no_pass_treats_are_shown_and_those_that_one_made_are_not() -> None:
+    cleaned, split = (
+        onnxcomp.convert(small_network(), [technique], dry_run=True).model
+        for technique in (Simplify(), Factorize(reconstruct=False))
+    )
+    layers = {node.name for node in small_network().graph if node.op_type in {"Conv", "Gemm"}}
+    rows = explain(cleaned).layers
+    assert {row.name for row in rows} == layers
+    assert {(row.done, row.left) for row in rows} == {((), ())}
+    assert f"{len(layers)} x " in shown(explain(cleaned))
+    assert "as it was: no pass of the recipe treats it" in shown(explain(cleaned))
+    assert split.graph.num_nodes() > small_network().graph.num_nodes()
+    assert {row.name for row in explain(split).layers} == layers
 
 
 # --- size -----------------------------------------------------------------------------------------------------------
