@@ -9,7 +9,6 @@
 """
 
 import base64
-import binascii
 import json
 import zlib
 from collections import defaultdict
@@ -28,12 +27,13 @@ from onnxcomp.errors import ModelError, OptionError
 from onnxcomp.model import ModelSource
 from onnxcomp.recipe import Recipe
 from onnxcomp.report import Figures, Step, Trial
+from onnxcomp.settings import LONGEST
 
 T = TypeVar("T", Change, Skip)
 
 _PREFIX = "onnxcomp."
 _MOST = 2**24
-"""Bytes of a record, unpacked; those of recipes that are files."""
+"""Bytes of a record, unpacked."""
 
 _LITTLE = 0.003
 """Share of a file that the record may add to it, although that then is larger than the input."""
@@ -96,7 +96,7 @@ class Record:
                 for of, size, drop, verdict in content["trials"]
             )
             return cls(steps, trials, _text(content["metric"]))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error, binascii.Error) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, zlib.error) as error:
             raise ModelError(
                 f"the record in {name} cannot be read: {error}",
                 "the metadata were changed or cut off, or another program wrote them",
@@ -128,7 +128,7 @@ def _text(value: Any) -> str:
 
 
 def _count(value: Any) -> int:
-    if not isinstance(value, int) or value < 0:
+    if not isinstance(value, int) or not 0 <= value < 2**63:
         raise TypeError("no size")
     return value
 
@@ -247,6 +247,6 @@ def _is_model(path: Path) -> bool:
         raise OptionError(f"cannot read '{path}': {error.strerror}") from error
     if start == b"\x08":
         return True
-    if size > _MOST:
+    if size > 4 * LONGEST:  # bytes of a character
         raise OptionError(f"'{path}' is far too large for a recipe: {size:,} bytes", remedy="give a YAML file")
     return False

@@ -7,6 +7,7 @@ left out with its reason, and takes nothing from the others.
 import dataclasses
 import functools
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
@@ -16,6 +17,7 @@ from typing import Any
 import onnxcomp.passes
 from onnxcomp.core import Pass
 from onnxcomp.errors import OptionError, did_you_mean
+from onnxcomp.settings import Settings
 
 GROUPS = {
     "quantize": ("equalize", "smooth", "quantize-static", "quantize-dynamic", "quantize-weights", "convert-float")
@@ -83,7 +85,7 @@ def _in_module(module: ModuleType) -> Iterator[type[Pass]]:
 
 
 def _is_pass(item: Any) -> bool:
-    return isinstance(item, type) and issubclass(item, Pass) and item is not Pass
+    return isinstance(item, type) and issubclass(item, Pass) and not inspect.isabstract(item)
 
 
 def _problem(kind: type[Pass], found: Mapping[str, type[Pass]]) -> str:
@@ -93,11 +95,15 @@ def _problem(kind: type[Pass], found: Mapping[str, type[Pass]]) -> str:
         return f"'{kind.__name__}' has no name or no summary"
     if name in found or name in GROUPS:
         return f"the name '{name}' is already taken"
+    if not dataclasses.is_dataclass(kind):
+        return f"'{name}' is no dataclass"
     try:
-        kind()
+        Settings(kind).plain(kind())
+    except OptionError as error:
+        return error.fact
     except Exception as error:  # noqa: BLE001  (code of others)
         return f"'{name}' cannot be made with its defaults: {type(error).__name__}: {error}"
-    return "" if dataclasses.is_dataclass(kind) else f"'{name}' is no dataclass"
+    return ""
 
 
 def named(name: str) -> type[Pass]:

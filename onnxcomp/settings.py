@@ -29,6 +29,12 @@ Schema = dict[str, Any]
 _DEPTH = 20
 """Levels of nesting, far more than any setting has."""
 
+_SHOWN = 60
+"""Characters of a value that messages show."""
+
+LONGEST = 2**22
+"""Characters of a recipe, far more than any has: reading more would take minutes."""
+
 _KINDS = ("bool", "float", "int", "map", "merge", "null", "seq", "str", "timestamp", "value")
 _IMPLICIT = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
 
@@ -132,6 +138,8 @@ def compose(text: str, name: str) -> yaml.Node | None:
         OptionError: not YAML, or more than plain data.
     """
     remedy = "see docs/recipes.md for an example"
+    if len(text) > LONGEST:
+        raise OptionError(f"{name}, line 1, column 1: far too long for a recipe: {len(text):,} characters")
     try:
         loader = _Loader(text)
         loader.name = name
@@ -171,7 +179,8 @@ def entries(node: yaml.Node, what: str) -> Iterator[tuple[str, yaml.Node, yaml.N
 
 def _found(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode):
-        return f"{'the text ' if node.style else ''}'{node.value}'" if node.value or node.style else "nothing"
+        text = node.value if len(node.value) < _SHOWN else f"{node.value[:_SHOWN]}..."
+        return f"{'the text ' if node.style else ''}'{text}'" if text or node.style else "nothing"
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 

@@ -259,6 +259,14 @@ class Rename(Pass):
 class Share(Rename):
     name: ClassVar[str] = "share"
 
+class Base(Pass):
+    pass
+
+@dataclass(frozen=True)
+class Odd(Rename):
+    name: ClassVar[str] = "odd"
+    table: dict = None
+
 @dataclass(frozen=True)
 class Needy(Rename):
     name: ClassVar[str] = "needy"
@@ -272,6 +280,8 @@ POINTS = """
 good = theirs:Rename
 taken = theirs:Share
 needy = theirs:Needy
+odd = theirs:Odd
+base = theirs:Base
 missing = not_there
 broken = theirs_broken
 leaves = theirs_leaves
@@ -304,6 +314,8 @@ def test_passes_of_others_are_listed_and_broken_ones_named(theirs: dict[str, str
     expected = {
         "'taken = theirs:Share'": "the name 'share' is already taken",
         "'needy = theirs:Needy'": "'needy' cannot be made with its defaults: RuntimeError: no settings",
+        "'odd = theirs:Odd'": "odd: a recipe cannot hold a dict",
+        "'base = theirs:Base'": "neither a pass nor a module of passes",
         "'missing = not_there'": "No module named 'not_there'",
         "'broken = theirs_broken'": "cannot be imported: ZeroDivisionError",
         "'leaves = theirs_leaves'": "cannot be imported: SystemExit: bye",

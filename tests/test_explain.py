@@ -184,6 +184,8 @@ HOSTILE = {
     "a step is a number": packed({"steps": [1, 2], "metric": "", "trials": []}),
     "metric is none": packed({"steps": STEPS, "metric": None, "trials": []}),
     "size is a text": packed({"steps": STEPS, "metric": "", "trials": [["a", "b", None, "c"]]}),
+    "size is huge": packed({"steps": STEPS, "metric": "", "trials": [["a", 10**400, None, "c"]]}),
+    "drop is huge": packed({"steps": STEPS, "metric": "", "trials": [["a", 1, 10**400, "c"]]}),
     "drop is a list": packed({"steps": STEPS, "metric": "", "trials": [["a", 1, [], "c"]]}),
     "trials are a number": packed({"steps": STEPS, "metric": "", "trials": 5}),
 }

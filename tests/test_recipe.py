@@ -229,6 +229,7 @@ PLACED = {
     "onnxcomp: 1\npasses: [!!binary aGk=]": (2, 10, "binary", "remove the tag"),
     "onnxcomp: 1\nseed: !x 1\npasses: []": (2, 7, "the tag '!x'", "remove the tag"),
     "[" * 5000: (1, 21, "nested too deeply", ""),
+    "#" * 2**23: (1, 1, "far too long", ""),
     "? [a]\n: b": (1, 3, "expected a name, found a list", ""),
 }
 
