@@ -27,8 +27,8 @@ GROUPS = {
 STORING = frozenset({"binarize", "share", "sparsify"})
 """Passes that only store weights in fewer bits, upon whatever else was done."""
 
-
 ENTRY_POINTS = "onnxcomp.passes"
+"""The group by which other distributions offer theirs."""
 
 
 def passes() -> Mapping[str, type[Pass]]:
@@ -66,7 +66,12 @@ def _found() -> tuple[Mapping[str, type[Pass]], Sequence[str]]:
 
 
 def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "unknown"
+    """Its name, or where it lies if its metadata are broken."""
+    try:
+        name: str | None = None if point.dist is None else point.dist.metadata["Name"]
+    except Exception:  # noqa: BLE001  (what is raised depends on the version of Python)
+        name = None
+    return name or str(getattr(point.dist, "_path", "unknown"))
 
 
 def _offered(point: EntryPoint) -> Iterator[type[Pass]]:

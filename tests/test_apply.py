@@ -326,6 +326,17 @@ def test_passes_of_others_are_listed_and_broken_ones_named(theirs: dict[str, str
         assert any(point in line and problem in line for line in warnings)
 
 
+def test_a_distribution_with_broken_metadata_is_named_by_its_place(theirs: dict[str, str]) -> None:
+    info = next(Path(theirs["PYTHONPATH"]).glob("*.dist-info"))
+    (info / "METADATA").unlink()
+    (info / "entry_points.txt").write_text("[onnxcomp.passes]\ngood = theirs:Rename\nodd = a b?!\n")
+    done = subprocess.run(child("passes"), env=theirs, capture_output=True, text=True, check=True)
+    assert "rename " in done.stdout
+    (warning,) = done.stderr.splitlines()
+    assert "their_passes-1.0.dist-info" in warning
+    assert "'odd = a b?!'" in warning
+
+
 def test_recipes_use_passes_of_others(theirs: dict[str, str], model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("onnxcomp: 1\npasses:\n- rename: {suffix: on}\n- share: {bits: 3}\n")
