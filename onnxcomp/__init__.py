@@ -10,16 +10,19 @@ from onnxcomp import errors
 
 if TYPE_CHECKING:
     from onnxcomp.budget import Budget
-    from onnxcomp.conversion import convert
+    from onnxcomp.conversion import apply, convert
     from onnxcomp.core import Context, Pass
+    from onnxcomp.explanation import explain
     from onnxcomp.inspection import inspect
     from onnxcomp.measure import bench, evaluate
     from onnxcomp.model import load, save
     from onnxcomp.optimizer import optimize
     from onnxcomp.package import pack, unpack
+    from onnxcomp.recipe import Recipe
     from onnxcomp.report import Report
     from onnxcomp.runtime import Target
     from onnxcomp.techniques import binarize, factorize, prune, quantize, share, simplify, sparsify
+    from onnxcomp.verification import verify
 
 __version__ = "0.1.0"
 
@@ -27,13 +30,16 @@ __all__ = [
     "Budget",
     "Context",
     "Pass",
+    "Recipe",
     "Report",
     "Target",
+    "apply",
     "bench",
     "binarize",
     "convert",
     "errors",
     "evaluate",
+    "explain",
     "factorize",
     "inspect",
     "load",
@@ -46,20 +52,24 @@ __all__ = [
     "simplify",
     "sparsify",
     "unpack",
+    "verify",
 ]
 
 _HOMES = {
     "budget": ("Budget",),
-    "conversion": ("convert",),
+    "conversion": ("apply", "convert"),
     "core": ("Context", "Pass"),
+    "explanation": ("explain",),
     "inspection": ("inspect",),
     "measure": ("bench", "evaluate"),
     "model": ("load", "save"),
     "optimizer": ("optimize",),
     "package": ("pack", "unpack"),
+    "recipe": ("Recipe",),
     "report": ("Report",),
     "runtime": ("Target",),
     "techniques": ("binarize", "factorize", "prune", "quantize", "share", "simplify", "sparsify"),
+    "verification": ("verify",),
 }
 """Which module defines which names."""
 

@@ -1,75 +1,25 @@
 """The command line: options become typed values, Python functions do the work, `console` shows the result.
 
-Exit codes: 0 done and budget met, 1 failed, 2 usage or bad input, 3 budget not reachable, 130 interrupted. Heavy
-imports wait until a command runs, so that `--help` answers at once.
+Here are the commands that make something of a model; `viewing` has those that only look.
 """
 
-import atexit
-import gc
-import logging
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from onnxcomp import __version__, budget, options
-from onnxcomp.errors import BudgetError, OnnxcompError, OptionError
+from onnxcomp import __version__, budget, options, viewing
+from onnxcomp.errors import OptionError
+from onnxcomp.shell import Group, convert
 
 if TYPE_CHECKING:
     from onnxcomp.console import Terminal
-    from onnxcomp.report import Report, Result
 
-_INTERRUPTED = 130
 _CRITERIA = ["obs", "obd", "l1", "l2", "l1-nonzero", "l2-nonzero", "activation", "activation-std", "feature-map"]
 _CRITERIA += ["apoz", "wanda", "gamma", "fpgm", "random"]
 
 
-class _Command(click.Command):
-    """A command whose failures are one message and the documented exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        atexit.register(gc.freeze)  # the interpreter would look through all objects for garbage as it ends: 0.3 s
-        logging.getLogger().addHandler(logging.NullHandler())  # libraries' log records do not go to the terminal
-        try:
-            return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
-            raise  # click's own ways to end
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
-            ctx.exit(_INTERRUPTED)
-        except OnnxcompError as error:
-            click.echo(_safe(f"Error: {error}"), err=True)
-            ctx.exit(error.exit_code)
-        except OSError as error:
-            click.echo(_safe(f"Error: {error}"), err=True)
-            ctx.exit(OnnxcompError.exit_code)
-        except Exception as error:  # noqa: BLE001  (whatever is left is a defect, and still no reason for a traceback)
-            if ctx.params.get("verbose"):
-                click.echo(_safe(traceback.format_exc()), err=True)
-            message = next(iter(str(error).splitlines()), "")
-            click.echo(
-                _safe(
-                    f"Error: {type(error).__name__}: {message}\n  This is a defect of onnxcomp: please report it with"
-                )
-                + " the output of -v.",
-                err=True,
-            )
-            ctx.exit(OnnxcompError.exit_code)
-
-
-def _safe(text: str) -> str:
-    from onnxcomp.console import printable
-
-    return printable(text)
-
-
-class _Group(click.Group):
-    command_class = _Command
-
-
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="onnxcomp")
 def main() -> None:
     """Make a trained ONNX model smaller and faster, and prove it.
@@ -78,18 +28,18 @@ def main() -> None:
     """
 
 
+for _command in vars(viewing).values():
+    if isinstance(_command, click.Command):
+        main.add_command(_command)
+
+
 @main.command()
 @options.model_
 @options.writing
 @options.calib
 @options.evaluation_
 @options.metric
-@options.max_drop
-@click.option("--max-latency", metavar="5ms", type=options.Parsed("TIME", budget.parse_latency), help="Per run.")
-@click.option(
-    "--min-speedup", metavar="2x", type=options.Parsed("RATIO", budget.parse_speedup), help="Over the original."
-)
-@click.option("--max-size", metavar="25%|10MB", type=options.Parsed("SIZE", budget.parse_size), help="Of the file.")
+@options.limits
 @options.best_effort
 @click.option(
     "--passes",
@@ -112,10 +62,6 @@ def main() -> None:
 def optimize(
     model: Path,
     output: Path | None,
-    max_drop: float | None,
-    max_latency: float | None,
-    min_speedup: float | None,
-    max_size: budget.Budget | None,
     effort: str,
     dry_run: bool,
     terminal: "Terminal",
@@ -125,10 +71,7 @@ def optimize(
     from onnxcomp.optimizer import Effort
     from onnxcomp.optimizer import optimize as work
 
-    size = max_size or budget.Budget()
-    limits = budget.Budget(max_drop, max_latency, min_speedup, size.max_size, size.max_size_share)
-    settings |= {"budget": limits, "effort": Effort(effort)}
-    _convert(work, model, output, dry_run, terminal, settings)
+    convert(work, model, output, dry_run, terminal, settings | {"effort": Effort(effort)})
 
 
 @main.command()
@@ -172,7 +115,7 @@ def quantize(
     for step in ("gptq", "polish", "bias_correction", "equalize", "smooth"):
         settings[step] = not settings.pop(f"no_{step}")
     settings |= {"scheme": Scheme(scheme), "range": Range(range_)}
-    _convert(work, model, output, dry_run, terminal, settings)
+    convert(work, model, output, dry_run, terminal, settings)
 
 
 @main.command()
@@ -232,7 +175,7 @@ def prune(
     if goal is not None:
         settings |= {"cost": goal[0], "remains": goal[1]}
     settings |= {"normalised": not no_normalise, "reconstruct": not no_reconstruct}
-    _convert(work, model, output, dry_run, terminal, settings)
+    convert(work, model, output, dry_run, terminal, settings)
 
 
 @main.command()
@@ -258,7 +201,7 @@ def share(
     """
     from onnxcomp.techniques import share as work
 
-    _convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
+    convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
 
 
 @main.command()
@@ -306,7 +249,7 @@ def sparsify(
     from onnxcomp.techniques import sparsify as work
 
     settings |= {"sparsity": sparsity[0], "of": sparsity[1], "reconstruct": not no_reconstruct}
-    _convert(work, model, output, dry_run, terminal, settings)
+    convert(work, model, output, dry_run, terminal, settings)
 
 
 @main.command()
@@ -330,7 +273,7 @@ def binarize(
     """
     from onnxcomp.techniques import binarize as work
 
-    _convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
+    convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
 
 
 @main.command()
@@ -370,7 +313,7 @@ def factorize(
         raise OptionError("how much is to go is not said once", remedy="give either --target or --energy")
     if goal is not None:
         settings |= {"cost": goal[0], "remains": goal[1]}
-    _convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
+    convert(work, model, output, dry_run, terminal, settings | {"reconstruct": not no_reconstruct})
 
 
 @main.command()
@@ -385,7 +328,21 @@ def simplify(model: Path, output: Path | None, dry_run: bool, terminal: "Termina
     """Clean MODEL up: the same function from fewer, cheaper nodes."""
     from onnxcomp.techniques import simplify as work
 
-    _convert(work, model, output, dry_run, terminal, settings)
+    convert(work, model, output, dry_run, terminal, settings)
+
+
+@main.command()
+@options.model_
+@click.option(
+    "--recipe", metavar="R", required=True, type=click.Path(path_type=Path), help="A YAML file, or a model made so."
+)
+@options.writing
+@options.repeating
+def apply(model: Path, output: Path | None, dry_run: bool, terminal: "Terminal", **settings: Any) -> None:
+    """Do to MODEL what a recipe says, which another run decided on or somebody wrote by hand."""
+    from onnxcomp.conversion import apply as work
+
+    convert(work, model, output, dry_run, terminal, settings)
 
 
 @main.command()
@@ -417,106 +374,3 @@ def unpack(package: Path, output: Path | None, overwrite: bool, max_bytes: int, 
 
     output = output or package.with_name(package.name.removesuffix(SUFFIX) + ".onnx")
     terminal.show(work(package, output, overwrite=overwrite, most=max_bytes))
-
-
-def _convert(
-    work: "Callable[..., Result]",
-    model: Path,
-    output: Path | None,
-    dry_run: bool,
-    terminal: "Terminal",
-    settings: dict[str, Any],
-) -> None:
-    """Run a conversion, show its report, and say where the file went."""
-    from onnxcomp.console import wrote
-    from onnxcomp.report import Result
-
-    if not model.name:
-        raise OptionError("no model was named", remedy="give the path of an .onnx file")
-    output = output or model.with_name(model.name.removesuffix(".onnx") + ".opt.onnx")
-    if terminal.json not in {None, "-"} and Path(str(terminal.json)).resolve() == output.resolve():
-        raise OptionError(f"the model and the report are both to be '{output}'", remedy="give another name to --json")
-    try:
-        with terminal.progress() as progress:
-            result = work(model, output=output, dry_run=dry_run, progress=progress, **settings)
-    except BudgetError as error:
-        if isinstance(error.result, Result):
-            terminal.show(error.result.report)
-        raise
-    terminal.show(result.report)
-    terminal.print("\nDry run: no model was written." if dry_run else wrote(output))
-    _refuse_unmet(result.report)
-
-
-def _refuse_unmet(report: "Report") -> None:
-    """A best effort was written as asked, and is still over the budget."""
-    if not report.met:
-        raise BudgetError("the budget was not reached: " + "; ".join(report.unmet))
-
-
-@main.command()
-@options.models_
-@options.calib
-@options.running
-@options.batch
-@click.option("--cold", is_flag=True, help="Alternate single runs, which evict each other from caches.")
-@options.seed
-@options.picturing
-@options.showing
-def bench(models: tuple[Path, ...], cold: bool, terminal: "Terminal", **settings: Any) -> None:
-    """Time MODELS side by side: latency, throughput, load time, size, memory; ratios to the first."""
-    from onnxcomp.measure import bench as work
-    from onnxcomp.runtime import Protocol
-
-    with terminal.progress() as progress:
-        benchmark = work(models, protocol=Protocol(cold=cold), progress=progress, **settings)
-    terminal.show(benchmark)
-
-
-@main.command("eval")
-@options.models_
-@click.option(
-    "--eval", "evaluation", metavar="P", required=True, type=click.Path(path_type=Path), help="Data to score on."
-)
-@options.metric
-@options.running
-@click.option("--batch", type=click.IntRange(1), default=16, show_default=True, help="Rows per run.")
-@options.picturing
-@options.showing
-def evaluate(models: tuple[Path, ...], evaluation: Path, terminal: "Terminal", **settings: Any) -> None:
-    """Score MODELS on the same samples, and compare their outputs with the first's."""
-    from onnxcomp.measure import evaluate as work
-
-    with terminal.progress() as progress:
-        result = work(models, evaluation, progress=progress, **settings)
-    terminal.show(result)
-
-
-@main.command("inspect")
-@options.model_
-@click.option("--groups", is_flag=True, help="Show which channels only go together, and which cannot go and why.")
-@click.option("--weights", is_flag=True, help="Show the ranks and bits that each layer bears; best with --calib.")
-@click.option(
-    "--options", metavar="A,B", type=options.Parsed("A,B", options.parse_names), default=(),
-    help="Show what these passes could do to each layer: the error, bytes and time of every setting.",
-)  # fmt: skip
-@options.calib
-@options.running
-@options.batch
-@options.seed
-@options.picturing
-@options.showing
-def inspect_(model: Path, terminal: "Terminal", **settings: Any) -> None:
-    """Show what each node of MODEL stores, computes, and takes of the time."""
-    from onnxcomp.inspection import inspect as work
-
-    terminal.show(work(model, **settings))
-
-
-@main.command("passes")
-def passes_() -> None:
-    """List what there is, with one line each."""
-    from onnxcomp.console import Terminal, pass_list
-    from onnxcomp.registry import GROUPS, passes
-
-    Terminal().print(*pass_list({name: kind.summary for name, kind in passes().items()}, GROUPS))

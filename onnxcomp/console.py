@@ -23,6 +23,7 @@ from rich.text import Text
 
 from onnxcomp.budget import Budget
 from onnxcomp.core import Width, no_progress
+from onnxcomp.explanation import Explanation, LayerRow
 from onnxcomp.model import write_text
 from onnxcomp.package import Packed
 from onnxcomp.report import (
@@ -42,13 +43,26 @@ from onnxcomp.report import (
     Trial,
     WeightRow,
 )
+from onnxcomp.verification import Verification, in_words
 
 _PIPE_WIDTH = 10_000  # nothing wraps in a pipe
 _REFRESH = 0.1  # seconds
 _NAMES = 3
 _WIDTHS = 40
 _GROUPS = 8
-_WORDS = {"crossing", "made by", "note", "op", "output", "read by", "reason", "verdict", "what", "what it does"}
+_WORDS = {
+    "crossing",
+    "layers",
+    "made by",
+    "note",
+    "op",
+    "output",
+    "read by",
+    "reason",
+    "verdict",
+    "what",
+    "what it does",
+}
 """Headings of columns that hold words."""
 
 
@@ -149,6 +163,10 @@ def render(document: Document, verbose: bool = False) -> Iterator[RenderableType
             yield from _inspection(document, verbose)
         case Packed():
             yield from _package(document)
+        case Explanation():
+            yield from _explanation(document, verbose)
+        case Verification():
+            yield from _verification(document)
 
 
 def _package(packed: Packed) -> Iterator[RenderableType]:
@@ -252,12 +270,16 @@ def _grouped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
     """(node, text) pairs by text, the most frequent first; texts that differ in a quoted name only count as one."""
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for node, text in pairs:
-        groups[re.sub(r"'[^']*'", "'...'", text)].append((node, text))
+        groups[_without_names(text)].append((node, text))
     ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
     return [
         (items[0][1] if len({text for _, text in items}) == 1 else common, [node for node, _ in items])
         for common, items in ordered
     ]
+
+
+def _without_names(text: str) -> str:
+    return re.sub(r"'[^']*'", "'...'", text)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -278,11 +300,7 @@ def _place(environment: Mapping[str, str | int]) -> str:
 def _report(report: Report, verbose: bool) -> Iterator[RenderableType]:
     yield _line(f"{report.source} -> {report.output or 'memory'}", "bold")
     yield _line()
-    yield _table(["", "original", "result", ""], _figures(report))
-    yield _line()
-    if report.result.latency is not None:
-        yield _line(f"Latency: {report.protocol}; {_place(report.environment)}", "dim")
-    yield _line(f"Measured: {report.data}", "dim")
+    yield from _measured(report)
     yield from _verdict(report)
     yield from _heading("What was done")
     for step in report.steps:
@@ -296,7 +314,15 @@ def _report(report: Report, verbose: bool) -> Iterator[RenderableType]:
     yield from _notes(report.notes)
 
 
-def _figures(report: Report) -> Iterator[tuple[str, str, str, str]]:
+def _measured(report: Report | Verification) -> Iterator[RenderableType]:
+    yield _table(["", "original", "result", ""], _figures(report))
+    yield _line()
+    if report.result.latency is not None:
+        yield _line(f"Latency: {report.protocol}; {_place(report.environment)}", "dim")
+    yield _line(f"Measured: {report.data}", "dim")
+
+
+def _figures(report: Report | Verification) -> Iterator[tuple[str, str, str, str]]:
     before, after = report.original, report.result
     share = f"{ratio(before.size / after.size, 'smaller', 'larger')} ({after.size / before.size:.0%})"
     yield "size", byte_count(before.size), byte_count(after.size), share
@@ -576,6 +602,60 @@ def _frozen(frozen: Sequence[FrozenRow], verbose: bool) -> Iterator[RenderableTy
         return
     for reason, names in _grouped([(row.name, row.reason) for row in frozen]):
         yield _line(f"{len(names):>4} x {reason} ({_some(names)})")
+
+
+def _explanation(explanation: Explanation, verbose: bool) -> Iterator[RenderableType]:
+    yield _line(f"{explanation.source}: made by onnxcomp {explanation.version}", "bold")
+    yield _line(f"from the model with SHA-256 {explanation.input}", "dim")
+    yield from _heading("Recipe")
+    yield from (_line(f"  {line}") for line in explanation.recipe.splitlines())
+    yield from _heading("What was done to each layer, and why not more")
+    if verbose:
+        yield _table(
+            ["  layer", "what"], [(f"  {row.name}", text) for row in explanation.layers for text in _said(row)]
+        )
+    else:
+        for texts, names in _alike(explanation.layers):
+            yield _line(f"{len(names):>4} x {_some(names)}", "cyan")
+            yield from (_line(f"         {text}") for text in texts)
+    if explanation.trials:
+        yield from _heading("What was tried when the recipe was found")
+        tried = [
+            (
+                f"  {trial.name}",
+                byte_count(trial.figures.size),
+                loss(explanation.metric, trial.figures.drop),
+                trial.verdict,
+            )
+            for trial in explanation.trials
+        ]
+        yield _table(["candidate", "size", "drop", "verdict"], tried)
+        yield _line(f"Drop: of {explanation.metric}; - was not measured.", "dim")
+
+
+def _said(layer: LayerRow) -> tuple[str, ...]:
+    return (*layer.done, *(f"left by {text}" for text in layer.left)) or ("as it was: no pass of the recipe treats it",)
+
+
+def _alike(layers: Sequence[LayerRow]) -> Iterator[tuple[list[str], list[str]]]:
+    """What was said of layers, and of which, those of whom the same was said together, quoted names aside."""
+    groups: dict[tuple[str, ...], list[LayerRow]] = defaultdict(list)
+    for layer in layers:
+        groups[tuple(map(_without_names, _said(layer)))].append(layer)
+    for common, rows in groups.items():
+        each = zip(common, *map(_said, rows), strict=True)
+        yield [texts[0] if len(set(texts)) == 1 else text for text, *texts in each], [row.name for row in rows]
+
+
+def _verification(verification: Verification) -> Iterator[RenderableType]:
+    yield _line(f"{verification.source} against {verification.against}", "bold")
+    yield _line()
+    yield from _measured(verification)
+    yield from _heading("Limits")
+    for check in verification.checks:
+        words = f"  {'passed' if check.passed else 'FAILED'}  {check.limit}: {in_words(check, verification.metric)}"
+        yield _line(words, "green" if check.passed else "bold red")
+    yield from _notes(verification.notes)
 
 
 def pass_list(passes: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:

@@ -1,23 +1,27 @@
-"""A model made into another by a fixed list of passes, with proof."""
+"""A model made into another by a fixed list of passes, or by a recipe, with proof."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import onnx_ir as ir
 
 from onnxcomp import metrics
 from onnxcomp import model as models
 from onnxcomp.budget import Budget, within
-from onnxcomp.core import Context, Pass, no_progress, node_pattern
+from onnxcomp.core import Context, Pass, name_nodes, no_progress, node_pattern
 from onnxcomp.data import ImageOptions, open_dataset
-from onnxcomp.errors import BudgetError, ModelError
+from onnxcomp.errors import BudgetError, ModelError, OptionError, did_you_mean
+from onnxcomp.graph import prepared
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side, usual_metric
 from onnxcomp.model import ModelSource
-from onnxcomp.report import Figures, Report, Result, Step, source_name, stamped
+from onnxcomp.recipe import Recipe
+from onnxcomp.record import Origin, Record, stamped
+from onnxcomp.report import Figures, Report, Result, Step, source_name
 from onnxcomp.runtime import Protocol, Session, Target
 from onnxcomp.samples import Dataset
 from onnxcomp.synthetic import synthetic
@@ -33,24 +37,51 @@ _PROTOCOL = Protocol(seconds=0.4)
 """Timing that stays a small part of the work."""
 
 
-class Common(TypedDict, total=False):
-    """What every conversion takes, as `convert` documents it."""
+_OPSET = 13
+"""What passes convert to, and so name nodes of."""
+
+
+class Settings(TypedDict, total=False):
+    """What every conversion takes that is no part of a recipe, as `convert` documents it."""
 
     output: str | os.PathLike[str] | None
     calib: Any
     evaluation: Any
     metric: str | Callable[[Any], float] | None
     max_drop: float | None
-    exclude: str | None
     target: Target | str
     batch: int
-    seed: int
     memory: int
     images: ImageOptions | None
     overwrite: bool
     best_effort: bool
     dry_run: bool
     progress: Progress
+
+
+class Common(Settings, total=False):
+    """What every conversion takes, as `convert` documents it."""
+
+    exclude: str | None
+    seed: int
+
+
+def apply(source: ModelSource, *, recipe: Recipe | ModelSource, **settings: Unpack[Settings]) -> Result:
+    """Do again what a recipe says, as on a model that was trained again.
+
+    Args:
+        source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; never modified.
+        recipe: a `Recipe`, the path of its YAML file, or a model that onnxcomp made.
+        **settings: as for `convert`.
+
+    Raises:
+        InputError: the recipe, the model, the data or an option cannot be used, or the recipe names nodes that the
+            model does not have.
+        BudgetError: it loses more than `max_drop`; its `result` is what came out.
+    """
+    origin = Origin.of(recipe)
+    found = origin.recipe
+    return convert(source, found.passes, exclude=found.exclude, seed=found.seed, origin=origin, **settings)
 
 
 def convert(
@@ -72,6 +103,7 @@ def convert(
     best_effort: bool = False,
     dry_run: bool = False,
     progress: Progress = no_progress,
+    origin: Origin | None = None,
 ) -> Result:
     """Apply passes in this order, and measure what that cost and brought.
 
@@ -95,19 +127,66 @@ def convert(
         best_effort: write the result even where it loses more than `max_drop`.
         dry_run: measure, but write nothing.
         progress: called with (done, total, what).
+        origin: the recipe that the passes were read from, see `apply`.
 
     Raises:
-        InputError: the model, the data or an option cannot be used.
+        InputError: the model, the data or an option cannot be used, or a pass names nodes that are not there.
         BudgetError: it loses more than `max_drop`; its `result` is what came out.
     """
     target = Target.of(target)
-    work = _Conversion(source, output, target, batch, overwrite, dry_run, (calib, evaluation))
+    recipe = Recipe(tuple(passes), seed, exclude, origin.recipe.places if origin else {})
+    recipe.to_yaml()  # refused here, before any work, where it cannot be embedded
+    read = (calib, evaluation, origin.source if origin else None)
+    work = _Conversion(source, output, target, batch, overwrite, dry_run, read)
     specs = models.input_specs(work.model) if calib is not None or evaluation is not None else ()
     learn = None if calib is None else open_dataset(calib, specs, images)
     proof = None if evaluation is None else open_dataset(evaluation, specs, images)
     wanted = metrics.parse_metric(metric) if metric else None
     context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress)
-    return work.run(passes, context, proof, wanted, max_drop, best_effort)
+    if origin is not None:
+        _refuse_idle(recipe, work.model)
+    before = (origin.record if origin else None) or Record()
+    return work.run(recipe, before, context, proof, wanted, max_drop, best_effort)
+
+
+def _node_names(model: ir.Model) -> set[str]:
+    """Names of the nodes as passes see them, which convert a model of an old operator set first."""
+    clone = model.clone()
+    name_nodes(clone)
+    names = {node.name or "" for node in models.all_nodes(clone)}
+    converted = prepared(clone, _OPSET) if models.opset(clone) < _OPSET else clone
+    if isinstance(converted, ir.Model):
+        name_nodes(converted)
+        names |= {node.name or "" for node in models.all_nodes(converted)}
+    return names
+
+
+def _refuse_unknown(technique: Pass, model: ir.Model, places: Mapping[str, str]) -> None:
+    """Refuse a pass that names nodes which the model does not have; a group of channels is a node's name and number."""
+    if not (named := technique.named_nodes()):
+        return
+    names = _node_names(model)
+    if missing := sorted(name for name in named if name not in names and name.rpartition("#")[0] not in names):
+        said = ", ".join(f"'{name}'" + (f" ({places[name]})" if name in places else "") for name in missing)
+        raise OptionError(
+            f"{technique.name} names nodes that the model does not have: {said}",
+            did_you_mean(missing[0], names) or "the recipe was made for another model",
+            "give the names that `onnxcomp inspect` shows, or leave these out",
+        )
+
+
+def _refuse_idle(recipe: Recipe, model: ir.Model) -> None:
+    """Refuse a recipe that excludes nodes which the model does not have."""
+    if (text := recipe.exclude) is None:
+        return
+    pattern, names = re.compile(text), _node_names(model)
+    if not any(map(pattern.search, names)):
+        raise OptionError(
+            (f"{recipe.places[text]}: " if text in recipe.places else "")
+            + f"exclude '{text}' matches no node of the model",
+            did_you_mean(text, names) or "the recipe was made for another model",
+            "mend the pattern, or leave it out",
+        )
 
 
 class _Conversion:
@@ -140,7 +219,8 @@ class _Conversion:
 
     def run(
         self,
-        passes: Sequence[Pass],
+        recipe: Recipe,
+        before: Record,
         context: Context,
         proof: Dataset | None,
         metric: metrics.Metric | None,
@@ -149,20 +229,21 @@ class _Conversion:
     ) -> Result:
         """Apply the passes, measure, judge and write."""
         current, steps, remarks = self.model, [], []
-        for technique in passes:
+        for technique in recipe.passes:
+            _refuse_unknown(technique, current, recipe.places)
             outcome = technique(current, context)
             remarks += [technique.remark] * (outcome.modified and bool(technique.remark))
             current = outcome.model
             steps.append(Step.of(technique, outcome))
         fingerprint = models.fingerprint(self._source)
-        pattern = None if context.exclude is None else context.exclude.pattern
-        made = stamped(current, steps, fingerprint, context.seed, pattern)
-        sizes = file_size(self._source, self.model), file_size(made, made)
-        before, after = (Figures(size) for size in sizes)
+        size = file_size(self._source, self.model)
+        made = stamped(current, recipe, replace(before, steps=tuple(steps)), fingerprint, size)
+        sizes = size, file_size(made, made)
+        first, after = (Figures(size) for size in sizes)
         protocol, name, data, notes = str(_PROTOCOL), "", "nothing was measured", []
         try:
             loss = _Loss.of(self.model, context, proof, metric)
-            before, after, protocol = loss.measure(self.model, made, sizes, context)
+            first, after, protocol = loss.measure(self.model, made, sizes, context)
             name, data, notes = loss.metric.name, loss.description, loss.notes(after)
         except ModelError:
             if any(models.spec_of(value) is None for value in models.free_inputs(self.model)):
@@ -183,7 +264,7 @@ class _Conversion:
             budget=Budget(max_drop=max_drop),
             met=not unmet,
             unmet=tuple(unmet),
-            original=before,
+            original=first,
             result=after,
             steps=tuple(steps),
             notes=(*notes, *remarks),

@@ -7,7 +7,7 @@ the graph they are handed; calling the pass clones, applies, and checks what eve
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from itertools import islice
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
@@ -212,6 +212,13 @@ class Pass(ABC):
     """Whether outputs stay equal up to float rounding."""
     remark: ClassVar[str] = ""
     """What users of any result of it should know."""
+
+    def named_nodes(self) -> frozenset[str]:
+        """Nodes that the settings name: texts in tuples, and the keys of settings by name."""
+        values: list[Any] = [getattr(self, item.name) for item in fields(self)] if is_dataclass(self) else []
+        items = [item for value in values if isinstance(value, tuple) for item in value]
+        keys = [item[0] if isinstance(item, tuple) and item else item for item in items]
+        return frozenset(key for key in keys if isinstance(key, str))
 
     @abstractmethod
     def apply(self, model: ir.Model, context: Context) -> Outcome:

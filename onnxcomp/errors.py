@@ -9,6 +9,8 @@ OnnxcompError              1  the work itself failed
 └── BudgetError            3  no result within the budget
 """
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -60,3 +62,9 @@ class BudgetError(OnnxcompError):
 
     exit_code = 3
     result: object = None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The likely cause where a word is none of those known: the nearest of them, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean '{near[0]}'?" if near else ""

@@ -110,10 +110,7 @@ class Judges:
     @functools.cached_property
     def gate(self) -> metrics.Metric:
         """What a budget is on: the metric, but the relative error where the original's own score is infinite (SQNR)."""
-        if self.metric.needs != "reference" or math.isfinite(self.metric.best):
-            return self.metric
-        _, _, output = self.metric.name.partition(":")
-        return metrics.parse_metric(f"relative-error:{output}" if output else "relative-error")
+        return gate_of(self.metric)
 
     def score(self, session: Session, reference: Session, *, final: bool = False) -> metrics.Score:
         """Score a model on the judge's data, or on the final ones, by what a budget is on."""
@@ -122,8 +119,20 @@ class Judges:
 
     def run_of(self, rows: int) -> Batch:
         """One run to measure latency on, of that many rows where model and data allow; few samples are repeated."""
-        data = self.judge if self.tune is None else self.tune
-        return next(iter(data.select(row % len(data) for row in range(rows)).batches(rows)))
+        return one_run(self.judge if self.tune is None else self.tune, rows)
+
+
+def gate_of(metric: metrics.Metric) -> metrics.Metric:
+    """What a budget is on: the metric, but the relative error where the original's own score is infinite (SQNR)."""
+    if metric.needs != "reference" or math.isfinite(metric.best):
+        return metric
+    _, _, output = metric.name.partition(":")
+    return metrics.parse_metric(f"relative-error:{output}" if output else "relative-error")
+
+
+def one_run(data: Dataset, rows: int) -> Batch:
+    """The first of that many rows where model and data allow; few samples are repeated."""
+    return next(iter(data.select(row % len(data) for row in range(rows)).batches(rows)))
 
 
 def must_run(original: Session, feeds: Feeds, *, invented: bool) -> bool:

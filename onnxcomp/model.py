@@ -180,6 +180,21 @@ def fingerprint(source: ModelSource) -> str:
     return digest.hexdigest()
 
 
+def metadata(source: ModelSource) -> dict[str, str]:
+    """The model's metadata by key; its tensors are not read.
+
+    Raises:
+        ModelError: not a model.
+    """
+    if isinstance(source, ir.Model):
+        return dict(source.metadata_props)
+    if isinstance(source, onnx.ModelProto):
+        proto = source
+    else:
+        proto = _parse(source, "the model") if isinstance(source, bytes) else _parse(_read(Path(source)), str(source))
+    return {entry.key: entry.value for entry in proto.metadata_props}
+
+
 def tensor_bytes(model: ir.Model) -> int:
     """Bytes of all initializers and constant attributes, subgraphs and functions included."""
     total = sum(value.const_value.nbytes for value in _initializers(model) if value.const_value is not None)

@@ -20,8 +20,10 @@ from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side
 from onnxcomp.passes.simplify import Simplify
+from onnxcomp.recipe import Recipe
+from onnxcomp.record import Record, stamped
 from onnxcomp.registry import GROUPS, resolve
-from onnxcomp.report import Figures, Report, Result, Trial, source_name, stamped
+from onnxcomp.report import Figures, Report, Result, Trial, source_name
 from onnxcomp.runtime import Protocol, Session, Target
 from onnxcomp.search import Search
 
@@ -106,7 +108,7 @@ def optimize(
     size = file_size(source, model)
     search = Search(bench, budget, effort, allowed, size, tuple(name for name in names if name not in GROUPS))
     about |= {"batch": bench.rows, "seed": seed}
-    proof = _Proof(bench, search, size, source, models.fingerprint(source), budget, output, about, exclude)
+    proof = _Proof(bench, search, size, source, models.fingerprint(source), budget, output, about, prefix)
     best = search.run()
     result = proof.of(best)
     fallbacks = search.fallbacks(best)
@@ -137,13 +139,15 @@ class _Proof:
     budget: Budget
     output: str | os.PathLike[str] | None
     about: Mapping[str, str | int]
-    exclude: str | None
+    prefix: tuple[Pass, ...]
 
     def of(self, best: Candidate) -> Result:
         """The candidate as a result."""
         bench, judges = self.bench, self.bench.judges
         best.verdict = "chosen"
-        model = stamped(best.model, best.steps, self.fingerprint, bench.context.seed, self.exclude)
+        trials = tuple(Trial(trial.name, trial.figures(), trial.verdict) for trial in bench.trials)
+        record = Record(best.steps, trials, judges.gate.name)
+        model = stamped(best.model, self._recipe(best), record, self.fingerprint, self.size)
         sessions = bench.original, Session(model, bench.context.target)
         sizes = self.size, models.file_bytes(model)
         feeds = bench.batch.feeds
@@ -167,10 +171,16 @@ class _Proof:
             original=before,
             result=after,
             steps=best.steps,
-            trials=tuple(Trial(trial.name, trial.figures(), trial.verdict) for trial in bench.trials),
+            trials=trials,
             notes=(*judges.notes, *self._notes(best, before, after)),
         )
         return Result(model, report)
+
+    def _recipe(self, best: Candidate) -> Recipe:
+        """What made the candidate: where even the clean-up failed, nothing did."""
+        context = self.bench.context
+        exclude = None if context.exclude is None else context.exclude.pattern
+        return Recipe((*self.prefix, *best.passes)[: len(best.steps)], context.seed, exclude)
 
     def _notes(self, best: Candidate, before: Figures, after: Figures) -> list[str]:
         notes, speedup, metric = [], after.speedup or 0.0, self.bench.judges.metric

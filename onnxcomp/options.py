@@ -4,7 +4,7 @@ import functools
 import inspect
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,21 +112,42 @@ def _target(provider: str, threads: int) -> "Target":
     return target
 
 
+def _limits(
+    max_drop: float | None,
+    max_latency: float | None,
+    min_speedup: float | None,
+    max_size: budget.Budget | None,
+) -> budget.Budget:
+    size = max_size or budget.Budget()
+    return budget.Budget(max_drop, max_latency, min_speedup, size.max_size, size.max_size_share)
+
+
 def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
     from onnxcomp.console import Terminal
-    from onnxcomp.model import check_target
 
-    path = Path(json) if json not in {None, "-"} else None
-    if path is not None and (path.is_file() or not path.exists()):
-        check_target(path, overwrite=_is_report(path))
+    if json not in {None, "-"}:
+        check_report(Path(str(json)), b'{\n  "schema"')
     return Terminal(json, quiet, verbose)
 
 
-def _is_report(path: Path) -> bool:
-    """Whether a file is one that `--json` wrote, or empty, so that another may take its place."""
+def check_report(path: Path, beginning: bytes, inputs: Sequence[object] = ()) -> None:
+    """Refuse a report that could not be written, or would replace something that is no such report.
+
+    Args:
+        path: where it is to be.
+        beginning: of all such reports.
+        inputs: as for `model.check_target`.
+
+    Raises:
+        ModelError: it cannot be written there.
+    """
+    from onnxcomp.model import check_target
+
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe or a device
     with path.open("rb") if path.is_file() else io.BytesIO() as stream:
         start = stream.read(64)
-    return not start or start.lstrip().startswith(b'{\n  "schema"')
+    check_target(path, overwrite=not start or start.lstrip().startswith(beginning), inputs=inputs)
 
 
 def _images(
@@ -156,6 +177,9 @@ calib = click.option(
 evaluation_ = click.option(
     "--eval", "evaluation", metavar="P", type=click.Path(path_type=Path), help="Data to measure the result on."
 )
+proof = click.option(
+    "--eval", "evaluation", metavar="P", required=True, type=click.Path(path_type=Path), help="Data to score on."
+)
 metric = click.option(
     "--metric",
     metavar="NAME|FILE.py:FUNC",
@@ -174,6 +198,14 @@ memory = click.option(
 )
 max_drop = click.option(
     "--max-drop", metavar="1%", type=SHARE, help="Most that the metric may lose, in its own unit: 1% is 0.01."
+)
+limits = _as_one(
+    "budget",
+    _limits,
+    max_drop,
+    click.option("--max-latency", metavar="5ms", type=Parsed("TIME", budget.parse_latency), help="Per run."),
+    click.option("--min-speedup", metavar="2x", type=Parsed("RATIO", budget.parse_speedup), help="Over the original."),
+    click.option("--max-size", metavar="25%|10MB", type=Parsed("SIZE", budget.parse_size), help="Of the file."),
 )
 best_effort = click.option("--best-effort", is_flag=True, help="Write the result even if it breaks the budget.")
 overridable = click.option(
@@ -220,6 +252,9 @@ learning = together(
     showing,
 )  # fmt: skip
 """What every technique takes that learns from data and is measured on them."""
+
+repeating = together(calib, evaluation_, metric, max_drop, best_effort, running, batch, memory, picturing, showing)
+"""The same without what a recipe says."""
 
 goal = click.option(
     "--target",

@@ -1,14 +1,23 @@
-"""Every pass by name: whatever module lies in `onnxcomp.passes` counts."""
+"""Every pass by name: whatever module lies in `onnxcomp.passes` counts, and what other distributions offer.
 
-import difflib
+Those name a pass, or a module of passes, as an entry point of the group `onnxcomp.passes`. One that cannot be used is
+left out with its reason, and takes nothing from the others.
+"""
+
+import dataclasses
 import functools
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+from typing import Any
 
 import onnxcomp.passes
 from onnxcomp.core import Pass
-from onnxcomp.errors import OptionError
+from onnxcomp.errors import OptionError, did_you_mean
+from onnxcomp.settings import Settings
 
 GROUPS = {
     "quantize": ("equalize", "smooth", "quantize-static", "quantize-dynamic", "quantize-weights", "convert-float")
@@ -18,26 +27,106 @@ GROUPS = {
 STORING = frozenset({"binarize", "share", "sparsify"})
 """Passes that only store weights in fewer bits, upon whatever else was done."""
 
+ENTRY_POINTS = "onnxcomp.passes"
+"""The group by which other distributions offer theirs."""
 
-@functools.cache
+
 def passes() -> Mapping[str, type[Pass]]:
     """The passes by name, in alphabetical order."""
-    found = {}
+    return _found()[0]
+
+
+def unusable() -> Sequence[str]:
+    """What other distributions offer that cannot be used, and why."""
+    return _found()[1]
+
+
+@functools.cache
+def _found() -> tuple[Mapping[str, type[Pass]], Sequence[str]]:
+    found: dict[str, type[Pass]] = {}
     for module in pkgutil.iter_modules(onnxcomp.passes.__path__, "onnxcomp.passes."):
-        for item in vars(importlib.import_module(module.name)).values():
-            if isinstance(item, type) and issubclass(item, Pass) and item.__module__ == module.name:
+        found |= {item.name: item for item in _in_module(importlib.import_module(module.name))}
+    problems = []
+    points = entry_points(group=ENTRY_POINTS)
+    for point in sorted(set(points), key=lambda point: (_distribution(point), point.name, point.value)):
+        where = f"entry point '{point.name} = {point.value}' of the distribution '{_distribution(point)}'"
+        try:
+            offered = list(_offered(point))
+        except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever code of others does when it is imported)
+            problems.append(f"{where} cannot be imported: {type(error).__name__}: {error}")
+            continue
+        if not offered:
+            problems.append(f"{where} is neither a pass nor a module of passes")
+        for item in offered:
+            if problem := _problem(item, found):
+                problems.append(f"{where}: {problem}")
+            else:
                 found[item.name] = item
-    return dict(sorted(found.items()))
+    return dict(sorted(found.items())), tuple(problems)
+
+
+def _distribution(point: EntryPoint) -> str:
+    """Its name, or where it lies if its metadata are broken."""
+    try:
+        name: str | None = None if point.dist is None else point.dist.metadata["Name"]
+    except Exception:  # noqa: BLE001  (what is raised depends on the version of Python)
+        name = None
+    return name or str(getattr(point.dist, "_path", "unknown"))
+
+
+def _offered(point: EntryPoint) -> Iterator[type[Pass]]:
+    item = point.load()
+    if isinstance(item, ModuleType):
+        yield from _in_module(item)
+    elif _is_pass(item):
+        yield item
+
+
+def _in_module(module: ModuleType) -> Iterator[type[Pass]]:
+    """The passes that a module defines, or takes from modules below it."""
+    for item in vars(module).values():
+        if _is_pass(item) and f"{item.__module__}.".startswith(f"{module.__name__}."):
+            yield item
+
+
+def _is_pass(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, Pass) and not inspect.isabstract(item)
+
+
+def _problem(kind: type[Pass], found: Mapping[str, type[Pass]]) -> str:
+    """Why a pass of others cannot be used; empty if it can."""
+    name = getattr(kind, "name", None)
+    if not isinstance(name, str) or not isinstance(getattr(kind, "summary", None), str):
+        return f"'{kind.__name__}' has no name or no summary"
+    if name in found or name in GROUPS:
+        return f"the name '{name}' is already taken"
+    if not dataclasses.is_dataclass(kind):
+        return f"'{name}' is no dataclass"
+    try:
+        Settings(kind).plain(kind())
+    except OptionError as error:
+        return error.fact
+    except Exception as error:  # noqa: BLE001  (code of others)
+        return f"'{name}' cannot be made with its defaults: {type(error).__name__}: {error}"
+    return ""
 
 
 def named(name: str) -> type[Pass]:
-    """A pass.
+    """The pass of that name.
 
     Raises:
-        OptionError: no such pass.
+        OptionError: there is none.
     """
-    _known(name, [*passes()])
+    if name not in passes():
+        raise unknown(name, passes())
     return passes()[name]
+
+
+def unknown(name: str, known: Mapping[str, object]) -> OptionError:
+    """The error that there is no pass of a name."""
+    broken = "; ".join(unusable())
+    cause = did_you_mean(name, known) or (f"not usable here: {broken}" if broken else "")
+    return OptionError(f"there is no pass '{name}'", cause, f"one of {', '.join(known)}")
 
 
 def resolve(names: Sequence[str]) -> frozenset[str]:
@@ -48,16 +137,7 @@ def resolve(names: Sequence[str]) -> frozenset[str]:
     """
     chosen: set[str] = set()
     for name in names:
-        _known(name, [*GROUPS, *passes()])
+        if name not in passes() and name not in GROUPS:
+            raise unknown(name, {**GROUPS, **passes()})
         chosen.update(GROUPS.get(name, (name,)))
     return frozenset(chosen & set(passes()))
-
-
-def _known(name: str, names: Sequence[str]) -> None:
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1)
-        raise OptionError(
-            f"there is no pass '{name}'",
-            f"did you mean '{near[0]}'?" if near else "",
-            f"one of {', '.join(names)}",
-        )

@@ -3,7 +3,7 @@
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -142,27 +142,6 @@ class Result:
 
     model: ir.Model
     report: Report
-
-
-def stamped(
-    model: ir.Model, steps: Sequence[Step], fingerprint: str, seed: int = 0, exclude: str | None = None
-) -> ir.Model:
-    """A clone that says in its metadata what made it: tool version, fingerprint of the input, recipe line by line.
-
-    Beside the recipe stand the seed and the pattern of the nodes left alone, which together make it repeatable.
-    """
-    clone = model.clone()
-    clone.metadata_props.update(
-        {
-            "onnxcomp.version": __version__,
-            "onnxcomp.input": fingerprint,
-            "onnxcomp.recipe": "\n".join(step.recipe for step in steps if step.changes),
-            "onnxcomp.seed": str(seed),
-        }
-    )
-    if exclude is not None:
-        clone.metadata_props["onnxcomp.exclude"] = exclude
-    return clone
 
 
 def environment(target: Target, batch: int, seed: int = 0) -> dict[str, str | int]:

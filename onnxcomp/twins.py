@@ -82,7 +82,7 @@ class Twins:
         Args:
             last: the layer that is to give it.
             first: the layer of whose input it is a function, if not of its own.
-            starts: the layer in the changed model, if all that is asked for later may be run from its and its twin's input
+            starts: the layer in the changed model, if all that is asked for later may be run from its input, its twin's
                 and these.
         """
         assert last.before is not None

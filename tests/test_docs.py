@@ -1,16 +1,20 @@
 """What the documentation shows is true: its example runs, and its links lead somewhere."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
+import yaml
 
 from models import zoo
 from onnxcomp import model as models
 from onnxcomp.core import Context, Pass
 from onnxcomp.layers import layers
+from onnxcomp.recipe import Recipe
 from onnxcomp.runtime import Session
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +52,15 @@ def test_the_example_leaves_excluded_nodes_alone(drop_small: type[Pass]) -> None
     outcome = drop_small()(model, Context(exclude=re.compile("")))
     assert outcome.model is model
     assert {skip.reason for skip in outcome.skips} == {"excluded by the user"}
+
+
+def test_the_recipe_that_is_shown_is_one() -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/recipes.md").read_text(), re.DOTALL)
+    recipe = Recipe.from_yaml(text)
+    assert [technique.name for technique in recipe.passes] == ["simplify", "prune", "quantize-static", "share"]
+    assert recipe.exclude == "lm_head"
+    schema = json.loads((ROOT / "docs/recipe.schema.json").read_text())
+    jsonschema.validate(yaml.safe_load(text), schema)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())

@@ -22,9 +22,10 @@ LAYERS = (
      "effects", "branches", "splitting", "latency", "chains", "prefix", "twins", "together",
      "reconstruction", "pruning"},
     {"passes"},
-    {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
+    {"registry", "settings", "recipe", "record", "explanation", "verification",
+     "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
      "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package"},
-    {"console", "options", "cli", "__main__", "__init__"},
+    {"console", "options", "shell", "viewing", "cli", "__main__", "__init__"},
 )
 # fmt: on
 """Lowest first: arrays, models and data, execution, the contract, tools of passes, passes, flows, commands."""

@@ -9,8 +9,9 @@ import onnxcomp
 
 NAMES = {
     *("optimize", "convert", "simplify", "quantize", "prune", "share", "sparsify", "binarize", "factorize"),
+    *("apply", "explain", "verify"),
     *("bench", "evaluate", "inspect", "load", "save", "pack", "unpack"),
-    *("Budget", "Context", "Pass", "Report", "Target", "errors"),
+    *("Budget", "Context", "Pass", "Recipe", "Report", "Target", "errors"),
 }
 
 
@@ -33,7 +34,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def test_importing_it_imports_nothing_heavy() -> None:
-    heavy = "{'numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'rich', 'scipy'}"
+    heavy = "{'numpy', 'onnx', 'onnx_ir', 'onnxruntime', 'onnxscript', 'rich', 'scipy', 'yaml'}"
     script = f"import sys, onnxcomp, onnxcomp.cli; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

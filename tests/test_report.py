@@ -17,7 +17,9 @@ from rich.console import Console
 from onnxcomp import console, report
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Skip
+from onnxcomp.explanation import Explanation
 from onnxcomp.report import Figures, FrozenRow, GroupRow, Inspection, Report, Step, Trial
+from onnxcomp.verification import Verification
 
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "report.schema.json").read_text())
 
@@ -72,7 +74,7 @@ def test_the_schema_refuses_what_it_does_not_know() -> None:
         jsonschema.validate(FULL.to_json() | {"met": "yes"}, SCHEMA)
 
 
-@pytest.mark.parametrize("kind", [report.Report, report.Benchmark, report.Evaluation, report.Inspection])
+@pytest.mark.parametrize("kind", [Report, report.Benchmark, report.Evaluation, Inspection, Explanation, Verification])
 def test_the_schema_names_every_field(kind: type[report.Document]) -> None:
     assert dataclasses.is_dataclass(kind)
     fields = {field.name for field in dataclasses.fields(kind)}

@@ -1,0 +1,104 @@
+"""How every command runs: failures become one message and an exit code, and conversions end in a report and a file.
+
+Exit codes: 0 done and budget met, 1 failed, 2 usage or bad input, 3 budget not reachable, 130 interrupted. Heavy
+imports wait until a command runs, so that `--help` answers at once.
+"""
+
+import atexit
+import gc
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxcomp.errors import BudgetError, OnnxcompError, OptionError
+
+if TYPE_CHECKING:
+    from onnxcomp.console import Terminal
+    from onnxcomp.report import Report, Result
+
+_INTERRUPTED = 130
+
+
+class Command(click.Command):
+    """A command whose failures are one message and the documented exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it."""
+        atexit.register(gc.freeze)  # the interpreter would look through all objects for garbage as it ends: 0.3 s
+        logging.getLogger().addHandler(logging.NullHandler())  # libraries' log records do not go to the terminal
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise  # click's own ways to end
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(_INTERRUPTED)
+        except OnnxcompError as error:
+            click.echo(_safe(f"Error: {error}"), err=True)
+            ctx.exit(error.exit_code)
+        except OSError as error:
+            click.echo(_safe(f"Error: {error}"), err=True)
+            ctx.exit(OnnxcompError.exit_code)
+        except Exception as error:  # noqa: BLE001  (whatever is left is a defect, and still no reason for a traceback)
+            if ctx.params.get("verbose"):
+                click.echo(_safe(traceback.format_exc()), err=True)
+            message = next(iter(str(error).splitlines()), "")
+            click.echo(
+                _safe(
+                    f"Error: {type(error).__name__}: {message}\n  This is a defect of onnxcomp: please report it with"
+                )
+                + " the output of -v.",
+                err=True,
+            )
+            ctx.exit(OnnxcompError.exit_code)
+
+
+def _safe(text: str) -> str:
+    from onnxcomp.console import printable
+
+    return printable(text)
+
+
+class Group(click.Group):
+    """Commands under one name."""
+
+    command_class = Command
+
+
+def convert(
+    work: "Callable[..., Result]",
+    model: Path,
+    output: Path | None,
+    dry_run: bool,
+    terminal: "Terminal",
+    settings: dict[str, Any],
+) -> None:
+    """Run a conversion, show its report, and say where the file went."""
+    from onnxcomp.console import wrote
+    from onnxcomp.report import Result
+
+    if not model.name:
+        raise OptionError("no model was named", remedy="give the path of an .onnx file")
+    output = output or model.with_name(model.name.removesuffix(".onnx") + ".opt.onnx")
+    if terminal.json not in {None, "-"} and Path(str(terminal.json)).resolve() == output.resolve():
+        raise OptionError(f"the model and the report are both to be '{output}'", remedy="give another name to --json")
+    try:
+        with terminal.progress() as progress:
+            result = work(model, output=output, dry_run=dry_run, progress=progress, **settings)
+    except BudgetError as error:
+        if isinstance(error.result, Result):
+            terminal.show(error.result.report)
+        raise
+    terminal.show(result.report)
+    terminal.print("\nDry run: no model was written." if dry_run else wrote(output))
+    _refuse_unmet(result.report)
+
+
+def _refuse_unmet(report: "Report") -> None:
+    """A best effort was written as asked, and is still over the budget."""
+    if not report.met:
+        raise BudgetError("the budget was not reached: " + "; ".join(report.unmet))
