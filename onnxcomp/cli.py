@@ -60,7 +60,7 @@ class _Command(click.Command):
 
 
 def _safe(text: str) -> str:
-    from onnxcomp.console import printable
+    from onnxcomp.wording import printable
 
     return printable(text)
 

@@ -22,7 +22,8 @@ LAYERS = (
      "effects", "splitting", "latency", "chains", "prefix", "twins", "together", "reconstruction", "pruning"},
     {"passes"},
     {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
-     "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package"},
+     "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package",
+     "wording"},
     {"console", "options", "cli", "__main__", "__init__"},
 )
 # fmt: on
