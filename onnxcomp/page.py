@@ -73,17 +73,17 @@ def _text(value: object) -> str:
     return escape(printable(str(value)))
 
 
+def _name(value: str) -> str:
+    """The same, of a node: it may break behind its separators."""
+    return re.sub(r"([/.:_])(?=\w)", r"\1<wbr>", _text(value))
+
+
 def _section(heading: str, *parts: str) -> str:
     return f"<section>\n<h2>{_text(heading)}</h2>\n" + "\n".join(part for part in parts if part) + "\n</section>"
 
 
 def _paragraph(text: str) -> str:
     return f'<p class="soft">{_text(text)}</p>'
-
-
-def _plot(svg: str, caption: str = "", kind: str = "") -> str:
-    words = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
-    return f'<figure class="{kind}">{svg}{words}</figure>'
 
 
 def _table(
@@ -101,7 +101,10 @@ def _table(
     lines += [f'<th class="{kind}">{_text(heading)}</th>' for heading, kind in headings.items()]
     lines.append("</tr></thead><tbody>")
     for place, row in enumerate(rows):
-        cells = (f'<td class="{kind}">{_text(cell)}</td>' for cell, kind in zip(row, headings.values(), strict=True))
+        cells = (
+            f'<td class="{kind}">{_name(cell) if kind == "name" else _text(cell)}</td>'
+            for cell, kind in zip(row, headings.values(), strict=True)
+        )
         chosen = ' class="chosen"' if place < len(marked) and marked[place] else ""
         lines.append(f"<tr{chosen}>{''.join(cells)}</tr>")
     return "\n".join([*lines, "</tbody></table></div>"])
@@ -208,7 +211,7 @@ def _verdict(report: Report) -> str:
         return f'<div class="verdict unmet">NOT within the budget: {_text("; ".join(report.unmet))}</div>'
     if limits := budget_in_words(report.budget, report.metric):
         return f'<div class="verdict met">Within the budget: {_text(limits)}</div>'
-    return '<p class="soft">No limits were given beyond the usual loss of the metric.</p>'
+    return '<div class="verdict">No limits were given: the usual loss of the metric was accepted.</div>'
 
 
 # --- what was tried -------------------------------------------------------------------------------------------------
@@ -241,9 +244,14 @@ def _trials(report: Report) -> str:
         entries["the budget"] = "bad"
     caption = (
         "Up and to the left is better. Latencies of candidates are the original's over their speed-up, measured side "
-        "by side; losses are those that the search saw, the result's is that on the samples held out."
+        "by side; losses are those that the search saw, the result's is that on the samples held out. Candidates whose loss was "
+        "not measured are in the table only."
     )
-    return _section(heading, _plot(svg, kind="plot"), _legend(entries), _paragraph(caption), table)
+    return _section(
+        heading,
+        f'<div class="split"><figure>{svg}</figure><div>{_legend(entries)}{_paragraph(caption)}</div></div>',
+        table,
+    )
 
 
 def _points(report: Report) -> Iterator[Point]:
@@ -404,7 +412,7 @@ def _weights(rows: Sequence[LayerRow]) -> str:
     for row in (known[place] for place in sorted(most)):
         assert row.weights is not None
         svg = plots.histogram(row.weights, row.weights_after, f"Weights of {row.name}")
-        caption = f'<figcaption title="{_text(row.name)}">{_text(plots.shortened(row.name))}</figcaption>'
+        caption = f'<figcaption title="{_text(row.name)}">{_name(plots.shortened(row.name))}</figcaption>'
         tiles.append(f"<figure>{svg}{caption}</figure>")
     few = f"The {len(tiles)} largest of {len(known)}. " if len(tiles) < len(known) else ""
     words = (
@@ -487,8 +495,8 @@ def _steps(steps: Sequence[Step]) -> str:
 
 
 def _group(what: str, nodes: Sequence[str]) -> str:
-    names = f'<span class="soft">{_text(", ".join(nodes))}</span>'
-    return f"<li>{_details(what, names)}</li>" if len(nodes) > _NAMES else f"<li>{_text(what)} {names}</li>"
+    names = f'<span class="soft">{", ".join(map(_name, nodes))}</span>'
+    return f"<li>{_details(what, names)}</li>" if len(nodes) > _NAMES else f"<li>{_text(what)}: {names}</li>"
 
 
 def _skips(steps: Sequence[Step]) -> str:

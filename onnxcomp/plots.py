@@ -36,9 +36,9 @@ _COLOURS = {
 SERIES = tuple(name for name in _COLOURS if re.fullmatch(r"c\d", name))
 """Colours that tell things apart."""
 
-_WIDTH = 440.0  # units of the drawing, about a phone's pixels
+_WIDTH = 340.0  # units of the drawing, about a phone's pixels
 _TEXT = 11.0
-_ROW = 31.0
+_ROW = 33.0
 _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _RC = {
     "svg.fonttype": "none",
@@ -119,16 +119,10 @@ def pareto(
         most_latency: the budget of milliseconds.
         span: of losses, at least.
     """
-    with _drawing(300) as figure:
+    with _drawing(280, 380) as figure:
         axes = _axes(figure, 58, 42, 12, 12)
         axes.grid(True)
         axes.set_axisbelow(True)
-        front = _front([point for point in points if point.kind != "result"])
-        if front:
-            axes.step(
-                [point.latency for point in front], [point.loss for point in front], where="post",
-                color=_COLOURS["c0"], linewidth=1.4,
-            )  # fmt: skip
         looks = {"original": ("s", 46, "before"), "trial": ("o", 34, "c0"), "result": ("*", 190, "c1")}
         for point in points:
             marker, size, colour = looks[point.kind]
@@ -144,6 +138,12 @@ def pareto(
         axes.set_ylim(high + slack, low - slack)
         right = max([*latencies, most_latency or 0.0], default=0.0) or 1.0
         axes.set_xlim(0, 1.14 * right)
+        if front := _front([point for point in points if point.kind != "result"]):  # from one edge to the other
+            axes.step(
+                [front[0].latency, *(point.latency for point in front), 1.14 * right],
+                [high + slack, *(point.loss for point in front), front[-1].loss],
+                where="post", color=_COLOURS["c0"], linewidth=1.4,
+            )  # fmt: skip
         if most_loss is not None:
             axes.axhline(most_loss, color=_COLOURS["bad"], linewidth=1.2, linestyle=(0, (4, 3)))
         if most_latency is not None:
@@ -207,7 +207,7 @@ def bars(rows: Sequence[Bars], title: str) -> str:
         axes.set_xlim(0, longest or 1)
         for place, row in enumerate(rows):
             _heading(axes, place, row.name, row.words)
-            for length, top, colour in ((row.before, 15, "before"), (row.after, 21.5, row.colour)):
+            for length, top, colour in ((row.before, 16, "before"), (row.after, 22.5, row.colour)):
                 if length is not None:
                     axes.barh(_ROW * place + top, length, 5.5, align="edge", color=_COLOURS[colour])
         return _svg(figure, title)
@@ -228,7 +228,7 @@ def lollipops(rows: Sequence[Bars], title: str) -> str:
         for place, row in enumerate(rows):
             _heading(axes, place, row.name, row.words)
             if row.after is not None and row.after > 0:
-                y = _ROW * place + 21
+                y = _ROW * place + 22
                 axes.plot([axes.get_xlim()[0], row.after], [y, y], color=_COLOURS[row.colour], linewidth=2)
                 axes.plot([row.after], [y], "o", color=_COLOURS[row.colour], markersize=5)
         return _svg(figure, title)
@@ -236,7 +236,7 @@ def lollipops(rows: Sequence[Bars], title: str) -> str:
 
 def histogram(before: Histogram, after: Histogram | None, title: str) -> str:
     """How values are distributed: the original's filled, the result's as a line; each by its own highest bin."""
-    with _drawing(110, 210) as figure:
+    with _drawing(92, 164) as figure:
         axes = _axes(figure, 6, 22, 6, 4)
         edges = np.linspace(before.low, before.high, len(before.counts) + 1)
         axes.stairs(_scaled(before.counts), edges, fill=True, color=_COLOURS["before"])
@@ -246,7 +246,7 @@ def histogram(before: Histogram, after: Histogram | None, title: str) -> str:
         axes.set_xlim(before.low, before.high)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.set_xticks([before.low, before.high], [f"{before.low:.3g}", f"{before.high:.3g}"], fontsize=10)
+        axes.set_xticks([before.low, before.high], [f"{before.low:.3g}", f"{before.high:.3g}"], fontsize=9.5)
         first, last = axes.get_xticklabels()
         first.set_horizontalalignment("left")
         last.set_horizontalalignment("right")
@@ -272,7 +272,7 @@ def distribution(kept: Sequence[float], removed: Sequence[float], axis: str) -> 
     edges = np.geomspace(low, high, 31) if decades else np.linspace(low, high, 31)
     with _drawing(240) as figure:
         axes = _axes(figure, 44, 40, 12, 8)
-        axes.hist(pair, edges.tolist(), stacked=True, color=[_COLOURS["c0"], _COLOURS["bad"]])
+        axes.hist(pair, edges.tolist(), histtype="stepfilled", stacked=True, color=[_COLOURS["c0"], _COLOURS["bad"]])
         if decades:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -306,7 +306,8 @@ def _axes(figure: "Figure", left: float, bottom: float, right: float, top: float
 
 def _list_axes(figure: "Figure", count: int, below: float = 2) -> "Axes":
     """Axes on which a unit down is one of the drawing, without lines and ticks."""
-    axes = _axes(figure, 8 if below > 2 else 0, below, 8 if below > 2 else 0, 2)
+    side = 16 if below > 2 else 0  # half of a tick's label
+    axes = _axes(figure, side, below, side, 2)
     axes.set_ylim(_ROW * max(count, 1), 0)
     for spine in axes.spines.values():
         spine.set_visible(False)
@@ -318,8 +319,8 @@ def _list_axes(figure: "Figure", count: int, below: float = 2) -> "Axes":
 def _heading(axes: "Axes", place: int, name: str, words: str) -> None:
     across = axes.get_yaxis_transform()
     y = _ROW * place + 11.5
-    axes.text(0, y, shortened(name), transform=across, fontsize=10)
-    axes.text(1, y, words, transform=across, fontsize=10, ha="right", color=_COLOURS["soft"])
+    axes.text(0, y, shortened(name, 36), transform=across, fontsize=10.5)
+    axes.text(1, y, words, transform=across, fontsize=10.5, ha="right", color=_COLOURS["soft"])
 
 
 # --- SVG ------------------------------------------------------------------------------------------------------------
