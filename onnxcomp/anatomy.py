@@ -18,6 +18,9 @@ from onnxcomp.sensitivity import observe, output_errors
 
 _BINS = 40
 
+_WEIGHTED = frozenset({"Conv", "ConvTranspose", "Einsum", "GRU", "Gather", "Gemm", "LSTM", "MatMul", "RNN"})
+"""What multiplies with a constant, or looks it up, as it is: others read scales, or integers."""
+
 # fmt: off
 _ELEMENTWISE = frozenset({
     "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
@@ -204,7 +207,9 @@ def _is_computed(value: ir.Value, running: set[str]) -> bool:
 
 
 def _matrices(node: ir.Node, running: set[str]) -> Iterator[ir.Value]:
-    """The floating-point tensors of two and more axes, the same in every run, that a node reads."""
+    """The weights that a node reads: floating-point tensors of two and more axes, the same in every run."""
+    if node.op_type not in _WEIGHTED:
+        return
     for value in node.inputs:
         if value is None or _is_computed(value, running):
             continue

@@ -5,6 +5,7 @@ Only values of the report are shown. Whatever came with the model or from the us
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -31,6 +32,7 @@ _DRAWN = 24
 _TILES = 12
 _NAMES = 8
 _NOTHING = "–"
+_UNTOUCHED = "as it was"
 _SIGNIFICANT = 1e-3
 """Share of the model's bytes below which a layer that takes no time is not listed."""
 
@@ -244,14 +246,11 @@ def _trials(report: Report) -> str:
         entries["the budget"] = "bad"
     caption = (
         "Up and to the left is better. Latencies of candidates are the original's over their speed-up, measured side "
-        "by side; losses are those that the search saw, the result's is that on the samples held out. Candidates whose loss was "
-        "not measured are in the table only."
+        "by side; losses are those that the search saw, the result's is that on the samples held out. Candidates whose "
+        "loss was not measured are in the table only."
     )
-    return _section(
-        heading,
-        f'<div class="split"><figure>{svg}</figure><div>{_legend(entries)}{_paragraph(caption)}</div></div>',
-        table,
-    )
+    beside = f'<div class="split"><figure>{svg}</figure><div>{_legend(entries)}{_paragraph(caption)}</div></div>'
+    return _section(heading, beside, table)
 
 
 def _points(report: Report) -> Iterator[Point]:
@@ -292,14 +291,15 @@ def _layers(rows: Sequence[LayerRow]) -> str:
     total = max(sum(row.bytes or 0 for row in rows), sum(row.bytes_after or 0 for row in rows), 1)
     listed = [row for row in rows if _matters(row, total)]
     drawn = _largest(listed)
-    kinds = _kinds(drawn)
-    colours = dict(zip(kinds, (*SERIES, *[SERIES[-1]] * len(kinds)), strict=False))
+    kinds = list(dict.fromkeys(_kind(row) for row in drawn))
+    techniques = [kind for kind in kinds if kind != _UNTOUCHED]
+    colours = {_UNTOUCHED: "soft"} | dict(zip(techniques, (*SERIES, *[SERIES[-1]] * len(techniques)), strict=False))
 
     def panel(before: str, after: str, form: Callable[[float], str], title: str) -> str:
         bars = [
             Bars(
                 row.name,
-                f"{_or_nothing(getattr(row, before), form)} → {_or_nothing(getattr(row, after), form)}",
+                _change(getattr(row, before), getattr(row, after), form),
                 getattr(row, before),
                 getattr(row, after),
                 colours[_kind(row)],
@@ -317,11 +317,12 @@ def _layers(rows: Sequence[LayerRow]) -> str:
         panel("bytes", "bytes_after", byte_count, "Bytes of weights"),
         f"<div><h3>Sensitivity</h3>{plots.lollipops(errors, 'Error of the output of each layer')}</div>",
     )
-    few = f"The {len(drawn)} layers that take or store most, of {len(listed)}. " if len(drawn) < len(listed) else ""
+    named = sum(bool(row.name) for row in listed)
+    few = f"The {len(drawn)} layers that take or store most, of {named}. " if len(drawn) < named else ""
     words = (
         f"{few}Time is from ONNX Runtime's own profiles of both models, run in turn; {_NOTHING} is a layer that was "
         "fused into a neighbour, or is gone. Sensitivity is the relative squared error of the layer's output in the "
-        "result, with what all layers before it add."
+        f"result, with what all layers before it add; {_NOTHING} is one without a counterpart there, as after pruning."
     )
     hidden = len(rows) - len(listed)
     rest = f"{hidden} more nodes take no time of their own and store next to nothing." if hidden else ""
@@ -339,8 +340,14 @@ def _layers(rows: Sequence[LayerRow]) -> str:
         _legend({"before": "before"} | {f"after: {kind}": colours[kind] for kind in kinds}),
         f'<div class="panels">{"".join(panels)}</div>',
         _paragraph(words),
-        _details(f"All {len(listed)} layers as a table", table + (_paragraph(rest) if rest else "")),
+        _details(f"All {named} layers as a table", table + (_paragraph(rest) if rest else "")),
     )
+
+
+def _change(before: float | None, after: float | None, form: Callable[[float], str]) -> str:
+    if before == after == 0:
+        return "none"
+    return f"{_or_nothing(before, form)} → {_or_nothing(after, form)}"
 
 
 def _matters(row: LayerRow, total: int) -> bool:
@@ -364,12 +371,8 @@ def _largest(rows: Sequence[LayerRow]) -> list[LayerRow]:
 def _kind(row: LayerRow) -> str:
     """The techniques of a layer in few words; a clean-up is only worth one where it is all."""
     names = list(dict.fromkeys(technique.partition(":")[0] for technique in row.techniques))
-    others = [name for name in names if name != "Simplify"]
-    return " + ".join(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in others or names) or "as it was"
-
-
-def _kinds(rows: Sequence[LayerRow]) -> list[str]:
-    return list(dict.fromkeys(map(_kind, rows)))
+    others = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names if name != "Simplify"]
+    return " + ".join(others) or ("clean-up" if names else _UNTOUCHED)
 
 
 def _microseconds(value: float) -> str:
@@ -525,7 +528,7 @@ def _again(report: Report) -> str:
         f"Python {about.get('python', '')}",
         "Machine": str(about.get("machine", "")),
     }
-    command = f"<h3>Command</h3><pre>{_text(report.command)}</pre>" if report.command else ""
+    command = f"<h3>Command</h3><pre>{_text(_folded(report.command))}</pre>" if report.command else ""
     recipe = "\n".join(step.recipe for step in report.steps if step.changes)
     return _section(
         "How to reproduce it",
@@ -537,3 +540,9 @@ def _again(report: Report) -> str:
         ),
         f"<h3>Recipe</h3><pre>{_text(recipe)}</pre>" if recipe else _paragraph("The recipe is empty."),
     )
+
+
+def _folded(command: str) -> str:
+    """A command with each option on a line of its own."""
+    words = map(shlex.quote, shlex.split(command))
+    return "".join(f" \\\n  {word}" if word.startswith("-") else f" {word}" for word in words).lstrip()

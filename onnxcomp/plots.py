@@ -39,6 +39,7 @@ SERIES = tuple(name for name in _COLOURS if re.fullmatch(r"c\d", name))
 _WIDTH = 340.0  # units of the drawing, about a phone's pixels
 _TEXT = 11.0
 _ROW = 33.0
+_DECADES = 1e6
 _SVG, _LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _RC = {
     "svg.fonttype": "none",
@@ -214,11 +215,12 @@ def bars(rows: Sequence[Bars], title: str) -> str:
 
 
 def lollipops(rows: Sequence[Bars], title: str) -> str:
-    """The same, with a dot on a logarithmic axis in place of the second bar; values above zero only."""
+    """The same, with a dot on a logarithmic axis in place of the second bar; it ends six decades below the highest."""
     with _drawing(_ROW * len(rows) + 30) as figure:
         axes = _list_axes(figure, len(rows), below=26)
         values = [row.after for row in rows if row.after is not None and row.after > 0]
-        low, high = (min(values), max(values)) if values else (1e-3, 1.0)
+        high = max(values, default=1.0)
+        low = max(min(values, default=1e-3), high / _DECADES)
         axes.set_xscale("log")
         axes.set_xlim(10 ** math.floor(math.log10(low) - 0.01), 10 ** math.ceil(math.log10(high) + 0.01))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+00", ""))
@@ -228,9 +230,9 @@ def lollipops(rows: Sequence[Bars], title: str) -> str:
         for place, row in enumerate(rows):
             _heading(axes, place, row.name, row.words)
             if row.after is not None and row.after > 0:
-                y = _ROW * place + 22
-                axes.plot([axes.get_xlim()[0], row.after], [y, y], color=_COLOURS[row.colour], linewidth=2)
-                axes.plot([row.after], [y], "o", color=_COLOURS[row.colour], markersize=5)
+                x, y = max(row.after, low), _ROW * place + 22
+                axes.plot([axes.get_xlim()[0], x], [y, y], color=_COLOURS[row.colour], linewidth=2)
+                axes.plot([x], [y], "o", color=_COLOURS[row.colour], markersize=5)
         return _svg(figure, title)
 
 

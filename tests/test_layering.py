@@ -23,7 +23,7 @@ LAYERS = (
     {"passes"},
     {"registry", "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
      "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package",
-     "wording"},
+     "wording", "anatomy", "invocation", "plots", "page"},
     {"console", "options", "cli", "__main__", "__init__"},
 )
 # fmt: on
