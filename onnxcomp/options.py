@@ -118,7 +118,7 @@ def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
 
     path = Path(json) if json not in {None, "-"} else None
     if path is not None and (path.is_file() or not path.exists()):
-        check_target(path, overwrite=_is_report(path))
+        check_target(path, overwrite=_is_report(path), option="--json")
     return Terminal(json, quiet, verbose)
 
 

@@ -276,7 +276,7 @@ def _trial(place: int, trial: Trial, metric: str) -> tuple[str, ...]:
         byte_count(figures.size) if figures.size else _NOTHING,
         _or_nothing(figures.latency, _time),
         _or_nothing(figures.speedup, lambda value: f"{value:.2f}x"),
-        _or_nothing(figures.drop, lambda value: loss(metric, value)),
+        _or_nothing(figures.drop, lambda value: loss(metric, value) if math.isfinite(value) else "no use"),
         trial.verdict,
     )
 

@@ -223,7 +223,9 @@ def lollipops(rows: Sequence[Bars], title: str) -> str:
         low = max(min(values, default=1e-3), high / _DECADES)
         axes.set_xscale("log")
         axes.set_xlim(10 ** math.floor(math.log10(low) - 0.01), 10 ** math.ceil(math.log10(high) + 0.01))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e-0", "e-").replace("e+00", ""))
+        axes.xaxis.set_major_formatter(
+            lambda value, _: f"{value:g}" if value >= 1 else f"{value:.0e}".replace("e-0", "e-")
+        )
         axes.tick_params(axis="x", bottom=True, labelbottom=True, which="major")
         axes.spines["bottom"].set_visible(True)
         axes.grid(True, axis="x")
