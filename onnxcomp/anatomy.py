@@ -10,7 +10,8 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxcomp.core import name_nodes
 from onnxcomp.cost import NodeCost, node_costs
-from onnxcomp.graph import single_consumer
+from onnxcomp.graph import constant_of, single_consumer
+from onnxcomp.numerics.pack import unpack
 from onnxcomp.profiling import Profile, profiles
 from onnxcomp.report import Histogram, LayerRow, Step
 from onnxcomp.runtime import Feeds, Target
@@ -178,20 +179,28 @@ class _Units:
         self, model: ir.Model, running: set[str], target: Target, feeds: Feeds
     ) -> dict[str, NDArray[np.floating]]:
         """The weight of each layer of a model that has one, and not several; stored, or decoded from what is stored."""
-        found: dict[str, list[ir.Value]] = defaultdict(list)
+        found: dict[str, list[ir.Value | NDArray[np.floating]]] = defaultdict(list)
         for node in model.graph:
             if node.name in running:
-                found[self.of(node.name or "")] += _matrices(node, running)
-        only = {head: values[0] for head, values in found.items() if len(values) == 1}
-        stored = {value: value.const_value or ir.convenience.get_const_tensor(value) for value in only.values()}
+                unpacked = _of_kernel(node)
+                found[self.of(node.name or "")] += _matrices(node, running) if unpacked is None else [unpacked]
+        arrays = {head: weights[0] for head, weights in found.items() if len(weights) == 1}
+        stored = {
+            value: value.const_value or ir.convenience.get_const_tensor(value)
+            for value in arrays.values()
+            if isinstance(value, ir.Value)
+        }
         decoded = observe(
             model, [value.name or "" for value, tensor in stored.items() if tensor is None], target, feeds
         )
-        arrays = {
-            head: decoded[value.name or ""] if (tensor := stored[value]) is None else tensor.numpy()
-            for head, value in only.items()
-        }
-        return {head: array.astype(np.float32, copy=False) for head, array in arrays.items() if array.size}
+
+        def read(value: ir.Value | NDArray[np.floating]) -> NDArray[np.floating]:
+            if not isinstance(value, ir.Value):
+                return value
+            tensor = stored[value]
+            return (decoded[value.name or ""] if tensor is None else tensor.numpy()).astype(np.float32, copy=False)
+
+        return {head: array for head, value in arrays.items() if (array := read(value)).size}
 
 
 def _operator(node: ir.Node) -> str:
@@ -217,6 +226,44 @@ def _matrices(node: ir.Node, running: set[str]) -> Iterator[ir.Value]:
         dtype, shape = (value.dtype, value.shape) if tensor is None else (tensor.dtype, tensor.shape)
         if dtype is not None and dtype.is_floating_point() and shape is not None and len(shape) > 1:
             yield value
+
+
+def _of_kernel(node: ir.Node) -> NDArray[np.floating] | None:
+    """The weight of a kernel that reads integers, scale * (integers - zero point); None for another node."""
+    if node.op_type not in {"MatMulInteger", "MatMulNBits"}:
+        return None
+    constants = [*map(constant_of, node.inputs), None, None]
+    weight, scale, zero = constants[1:4]
+    if node.op_type == "MatMulNBits" and weight is not None and scale is not None:
+        bits, columns = node.attributes.get_int("bits", 4), node.attributes.get_int("K", 0)
+        rows, blocks, width = weight.shape
+        if zero is None:
+            zero = np.asarray(1 << bits - 1, np.float32)
+        elif zero.dtype == np.uint8:
+            zero = unpack(zero.reshape(rows, -1), bits, blocks, signed=False).astype(np.float32)[..., None]
+        else:
+            zero = zero.reshape(rows, blocks, 1)
+        integers = unpack(weight, bits, width * 8 // bits, signed=False).astype(np.float32)
+        matrix: NDArray[np.floating] = scale.reshape(rows, blocks, 1) * (integers - zero)
+        return matrix.reshape(rows, -1)[:, :columns]
+    scale = _scale_behind(node)
+    if node.op_type == "MatMulInteger" and weight is not None and scale is not None:
+        product: NDArray[np.floating] = scale * (weight.astype(np.float32) - (0 if zero is None else zero))
+        return product
+    return None
+
+
+def _scale_behind(node: ir.Node) -> NDArray[np.floating] | None:
+    """What the sums of a MatMulInteger are multiplied with, but for the scale of the data: Cast, Mul by Mul."""
+    cast = single_consumer(node.outputs[0])
+    product = None if cast is None or cast.op_type != "Cast" else single_consumer(cast.outputs[0])
+    if product is None or product.op_type != "Mul":
+        return None
+    factors = (value.producer() for value in product.inputs if value is not None)
+    scales = next((maker for maker in factors if maker is not None and maker.op_type == "Mul"), None)
+    return (
+        next((array for value in scales.inputs if (array := constant_of(value)) is not None), None) if scales else None
+    )
 
 
 def _histograms(

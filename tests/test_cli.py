@@ -218,7 +218,7 @@ def test_optimize_gets_every_option(model: Path, data: Path, calls: list[dict[st
         *("--max-drop", "1%", "--max-latency", "5ms", "--min-speedup", "2x", "--max-size", "25%", "--passes", "a, b"),
         *("--exclude", "head", "--threads", 1, "--batch", 4, "--effort", "quick", "--seed", 3, "--memory", "1GiB"),
         *("--image-size", "4x6", "--mean", "1,2,3", "--std", "4", "--layout", "NHWC"),
-        *("--dry-run", "--overwrite", "--best-effort", "--keep-overridable"),
+        *("--dry-run", "--overwrite", "--best-effort", "--keep-overridable", "--report", "page.html"),
     )
     assert "a.onnx -> b.onnx" in result.stdout
     (call,) = calls
@@ -229,6 +229,7 @@ def test_optimize_gets_every_option(model: Path, data: Path, calls: list[dict[st
     assert call == {
         "source": model,
         "output": model.parent / "o.onnx",
+        "report": Path("page.html"),
         "calib": data,
         "evaluation": data,
         "metric": "accuracy",
