@@ -16,8 +16,9 @@ from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.quantize_weights import Form, QuantizeWeights
 from onnxcomp.passes.share import Share
+from onnxcomp.profiling import _traced
 from onnxcomp.report import LayerRow, Step
-from onnxcomp.runtime import Target
+from onnxcomp.runtime import NodeTime, Target
 from onnxcomp.synthetic import synthetic
 from tests.passes.small import network
 
@@ -128,6 +129,20 @@ def test_bytes_that_layers_share_are_shared_out() -> None:
         assert after is not None
         assert before is not None
         assert after < 0.3 * before
+
+
+def test_what_the_runtime_renames_is_traced_and_what_it_adds_is_summed_up() -> None:
+    model = parsed("net (float[2,4] x) => (float[2,4] y) { h = Relu (x)  y = Neg (h) }")
+    first, second = (node.name or "" for node in model.graph)
+    events = {
+        f"{first}_nchwc": NodeTime("Conv", 8, 3.0),
+        f"{second}/MatMulScaleFusion/": NodeTime("FusedMatMul", 8, 4.0),
+        "ReorderOutput_token_7": NodeTime("ReorderOutput", 8, 5.0),
+        "BiasGelu": NodeTime("BiasGelu", 8, 6.0),
+    }
+    found = _traced(model, events)
+    assert found.times == {first: 3.0, second: 4.0}
+    assert found.untraced == 11.0
 
 
 # --- units ----------------------------------------------------------------------------------------------------------
