@@ -415,7 +415,7 @@ def _weights(rows: Sequence[LayerRow]) -> str:
     for row in (known[place] for place in sorted(most)):
         assert row.weights is not None
         svg = plots.histogram(row.weights, row.weights_after, f"Weights of {row.name}")
-        caption = f'<figcaption title="{_text(row.name)}">{_name(plots.shortened(row.name))}</figcaption>'
+        caption = f'<figcaption title="{_text(row.name)}">{_name(plots.shortened(row.name, 60))}</figcaption>'
         tiles.append(f"<figure>{svg}{caption}</figure>")
     few = f"The {len(tiles)} largest of {len(known)}. " if len(tiles) < len(known) else ""
     words = (

@@ -75,13 +75,28 @@ def require() -> None:
         )
 
 
-def shortened(name: str, most: int = 44) -> str:
-    """A name on one line, its middle left out where it is long: there names of layers are most alike."""
+def shortened(name: str, most: int = 44, head: int | None = None) -> str:
+    """A name on one line, its middle left out where it is long: there names of layers are most alike.
+
+    Args:
+        name: any text.
+        most: characters.
+        head: of them before the gap; half by default.
+    """
     line = " ".join(printable(name).split())
     if len(line) <= most:
         return line
-    head = (most - 1) // 2
+    head = (most - 1) // 2 if head is None else head
     return f"{line[:head]}…{line[len(line) - (most - 1 - head) :]}"
+
+
+def told_apart(names: Sequence[str], most: int = 44) -> list[str]:
+    """Names shortened alike, by the cut nearest to the middle that leaves different ones different."""
+    half = (most - 1) // 2
+    cuts = sorted(range(most), key=lambda head: (abs(head - half), head))
+    wanted = len(set(names))
+    short = ([shortened(name, most, head) for name in names] for head in cuts)
+    return next((found for found in short if len(set(found)) == wanted), [shortened(name, most) for name in names])
 
 
 # --- the plots ------------------------------------------------------------------------------------------------------
@@ -206,8 +221,8 @@ def bars(rows: Sequence[Bars], title: str) -> str:
         axes = _list_axes(figure, len(rows))
         longest = max((length for row in rows for length in (row.before, row.after) if length is not None), default=0)
         axes.set_xlim(0, longest or 1)
-        for place, row in enumerate(rows):
-            _heading(axes, place, row.name, row.words)
+        for place, (row, name) in enumerate(zip(rows, told_apart([row.name for row in rows]), strict=True)):
+            _heading(axes, place, name, row.words)
             for length, top, colour in ((row.before, 16, "before"), (row.after, 22.5, row.colour)):
                 if length is not None:
                     axes.barh(_ROW * place + top, length, 5.5, align="edge", color=_COLOURS[colour])
@@ -229,8 +244,8 @@ def lollipops(rows: Sequence[Bars], title: str) -> str:
         axes.tick_params(axis="x", bottom=True, labelbottom=True, which="major")
         axes.spines["bottom"].set_visible(True)
         axes.grid(True, axis="x")
-        for place, row in enumerate(rows):
-            _heading(axes, place, row.name, row.words)
+        for place, (row, name) in enumerate(zip(rows, told_apart([row.name for row in rows]), strict=True)):
+            _heading(axes, place, name, row.words)
             if row.after is not None and row.after > 0:
                 x, y = max(row.after, low), _ROW * place + 22
                 axes.plot([axes.get_xlim()[0], x], [y, y], color=_COLOURS[row.colour], linewidth=2)
@@ -323,8 +338,8 @@ def _list_axes(figure: "Figure", count: int, below: float = 2) -> "Axes":
 def _heading(axes: "Axes", place: int, name: str, words: str) -> None:
     across = axes.get_yaxis_transform()
     y = _ROW * place + 11.5
-    axes.text(0, y, shortened(name, 36), transform=across, fontsize=10.5)
-    axes.text(1, y, words, transform=across, fontsize=10.5, ha="right", color=_COLOURS["soft"])
+    axes.text(0, y, name, transform=across, fontsize=9.5)
+    axes.text(1, y, words, transform=across, fontsize=9.5, ha="right", color=_COLOURS["soft"])
 
 
 # --- SVG ------------------------------------------------------------------------------------------------------------

@@ -166,7 +166,7 @@ def test_names_come_out_as_they_are() -> None:
         for drawing in re.findall(r"<svg.*?</svg>", text, re.DOTALL)
         for element in ElementTree.fromstring(drawing).iter("{http://www.w3.org/2000/svg}text")
     ]
-    assert plots.shortened(NASTY, 36) in drawn
+    assert plots.shortened(NASTY) in drawn
     assert "x" * 300 in reader.text
     assert not any("x" * 50 in name for name in drawn)
     assert "1 left" not in text
@@ -192,6 +192,15 @@ def test_long_names_lose_their_middle(length: int) -> None:
         assert abs(len(head) - len(tail)) <= 1
     else:
         assert short == name
+
+
+def test_names_that_differ_differ_when_shortened() -> None:
+    names = [f"/model/encoder/layer.{n}/attention/self/{part}/{'x' * 30}/MatMul" for n in range(9) for part in "qkv"]
+    short = plots.told_apart(names)
+    assert len(set(short)) == len(names)
+    assert max(map(len, short)) == 44
+    hopeless = ["x" * 60 + middle + "x" * 60 for middle in "ab"]
+    assert plots.told_apart(hopeless) == [plots.shortened(name) for name in hopeless]
 
 
 def test_the_headline_says_what_was_measured_and_where() -> None:
