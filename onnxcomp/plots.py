@@ -337,9 +337,9 @@ def _list_axes(figure: "Figure", count: int, below: float = 2) -> "Axes":
 
 def _heading(axes: "Axes", place: int, name: str, words: str) -> None:
     across = axes.get_yaxis_transform()
-    y = _ROW * place + 11.5
-    axes.text(0, y, name, transform=across, fontsize=9.5)
-    axes.text(1, y, words, transform=across, fontsize=9.5, ha="right", color=_COLOURS["soft"])
+    y, size = _ROW * place + 11.5, 9.5 if len(name) + len(words) > 50 else 10.5
+    axes.text(0, y, name, transform=across, fontsize=size)
+    axes.text(1, y, words, transform=across, fontsize=size, ha="right", color=_COLOURS["soft"])
 
 
 # --- SVG ------------------------------------------------------------------------------------------------------------
