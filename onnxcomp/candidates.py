@@ -108,6 +108,7 @@ class Workbench:
         prefix: passes that all candidates begin with.
 
     Attributes:
+        model: the original.
         batch: the run that latency is measured on.
         rows: its samples.
         trials: all candidates so far.
@@ -125,7 +126,7 @@ class Workbench:
         effort: Effort,
         prefix: tuple[Pass, ...],
     ) -> None:
-        self._model, self._prefix = model, prefix
+        self.model, self._prefix = model, prefix
         self.original, self.context, self.judges = original, context, judges
         self.batch = judges.run_of(context.batch)
         self.rows = self.batch.valid + self.batch.padding
@@ -153,7 +154,7 @@ class Workbench:
         except OnnxcompError as error:
             for _ in self.context.data or ():
                 pass  # reading all samples tells broken data from a model that overflows on good ones
-            candidate = Candidate(name, passes, self._model, (), verdict=f"not possible: {error.fact}")
+            candidate = Candidate(name, passes, self.model, (), verdict=f"not possible: {error.fact}")
         self.trials.append(candidate)
         return candidate
 
@@ -163,7 +164,7 @@ class Workbench:
 
     def _apply(self, passes: tuple[Pass, ...]) -> tuple[ir.Model, tuple[Step, ...]]:
         if not passes:
-            return self._model, ()
+            return self.model, ()
         if passes not in self._applied:
             model, steps = self._apply(passes[:-1])
             outcome = passes[-1](model, self.context)
@@ -198,7 +199,7 @@ class Workbench:
         return candidate.drop
 
     def _judge(self, candidate: Candidate) -> float:
-        if candidate.model is self._model:
+        if candidate.model is self.model:
             return 0.0
         if self._baseline is None:
             self._baseline = self.judges.score(self.original, self.original)

@@ -36,6 +36,9 @@ for _command in vars(viewing).values():
 @main.command()
 @options.model_
 @options.writing
+@click.option(
+    "--report", metavar="FILE.html", type=click.Path(path_type=Path), help="Also write a page that shows it all."
+)
 @options.calib
 @options.evaluation_
 @options.metric

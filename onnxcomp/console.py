@@ -5,7 +5,6 @@ they are never read as markup, and characters that are not printable are escaped
 """
 
 import json
-import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from onnxcomp.budget import Budget
 from onnxcomp.core import Width, no_progress
 from onnxcomp.explanation import Explanation, LayerRow
 from onnxcomp.model import write_text
@@ -30,11 +28,9 @@ from onnxcomp.report import (
     Benchmark,
     Document,
     Evaluation,
-    Figures,
     FrozenRow,
     GroupRow,
     Inspection,
-    Interval,
     OptionRow,
     Report,
     Speed,
@@ -44,6 +40,23 @@ from onnxcomp.report import (
     WeightRow,
 )
 from onnxcomp.verification import Verification, in_words
+from onnxcomp.wording import (
+    between,
+    budget_in_words,
+    byte_count,
+    count,
+    digits,
+    grouped,
+    is_share,
+    latency_of,
+    loss,
+    printable,
+    ratio,
+    score,
+    seconds,
+    where,
+    without_names,
+)
 
 _PIPE_WIDTH = 10_000  # nothing wraps in a pipe
 _REFRESH = 0.1  # seconds
@@ -140,11 +153,6 @@ class Terminal:
             yield update
 
 
-def printable(text: str) -> str:
-    """The text with control characters escaped, line ends excepted."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
-
-
 def render(document: Document, verbose: bool = False) -> Iterator[RenderableType]:
     """A document as rich's renderables, one below the other.
 
@@ -176,67 +184,6 @@ def _package(packed: Packed) -> Iterator[RenderableType]:
     yield f"{packed.package}: {byte_count(packed.size)}, {total / packed.size:.2f}x smaller"
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------
-
-
-def byte_count(count: float) -> str:
-    """`1.53 MB`: three digits and a decimal unit."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= 0.9995 * size:
-            return f"{_digits(count / size)} {unit}"
-    return f"{count:.0f} B"
-
-
-def seconds(value: float) -> str:
-    """`1.23 ms`: three digits and the unit that fits."""
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if value >= 0.9995 * size:
-            return f"{_digits(value / size)} {unit}"
-    return f"{_digits(value * 1e6)} us"
-
-
-def count(value: float) -> str:
-    """`1.2 M`: of parameters or operations."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= 0.9995 * size:
-            return f"{_digits(value / size)} {unit}"
-    return f"{value:.0f}"
-
-
-def score(metric: str, value: float | None) -> str:
-    """A metric's value: a share as a percentage, anything else with four digits."""
-    if value is None:
-        return "-"
-    return f"{100 * value:.2f}%" if _is_share(metric) else f"{value:.4g}"
-
-
-def loss(metric: str, value: float | None) -> str:
-    """A drop in the metric's unit, in words."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "no loss"
-    amount = f"{100 * abs(value):.2f} points" if _is_share(metric) else f"{abs(value):.4g}"
-    return f"{amount} {'worse' if value > 0 else 'better'}"
-
-
-def ratio(value: float, more: str, less: str) -> str:
-    """`2.19x faster`, or `1.10x slower` for a ratio below 1."""
-    return f"{value:.2f}x {more}" if value >= 1 else f"{1 / value:.2f}x {less}"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-
-
-def _is_share(metric: str) -> bool:
-    return metric.partition(":")[0] in {"accuracy", "top5", "agreement"}
-
-
-def _between(interval: Interval | None, form: Callable[[float], str]) -> str:
-    return "" if interval is None else f" [{form(interval[0])}, {form(interval[1])}]"
-
-
 # --- tables and lines -----------------------------------------------------------------------------------------------
 
 
@@ -266,32 +213,8 @@ def _notes(notes: Sequence[str]) -> Iterator[Text]:
         yield from (_line(f"- {note}") for note in notes)
 
 
-def _grouped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """(node, text) pairs by text, the most frequent first; texts that differ in a quoted name only count as one."""
-    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for node, text in pairs:
-        groups[_without_names(text)].append((node, text))
-    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return [
-        (items[0][1] if len({text for _, text in items}) == 1 else common, [node for node, _ in items])
-        for common, items in ordered
-    ]
-
-
-def _without_names(text: str) -> str:
-    return re.sub(r"'[^']*'", "'...'", text)
-
-
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMES]) + (", ..." if len(names) > _NAMES else "")
-
-
-def _place(environment: Mapping[str, str | int]) -> str:
-    """Where figures were measured."""
-    threads = environment["threads"]
-    own = "ONNX Runtime's own number of threads" if threads == 0 else f"{threads} thread{'s' * (threads != 1)}"
-    provider = str(environment["provider"]).removesuffix("ExecutionProvider").lower()
-    return f"ONNX Runtime {environment['onnxruntime']} on {provider}, {own}, batch {environment['batch']}"
 
 
 # --- a report -------------------------------------------------------------------------------------------------------
@@ -318,7 +241,7 @@ def _measured(report: Report | Verification) -> Iterator[RenderableType]:
     yield _table(["", "original", "result", ""], _figures(report))
     yield _line()
     if report.result.latency is not None:
-        yield _line(f"Latency: {report.protocol}; {_place(report.environment)}", "dim")
+        yield _line(f"Latency: {report.protocol}; {where(report.environment)}", "dim")
     yield _line(f"Measured: {report.data}", "dim")
 
 
@@ -328,21 +251,17 @@ def _figures(report: Report | Verification) -> Iterator[tuple[str, str, str, str
     yield "size", byte_count(before.size), byte_count(after.size), share
     if before.latency is not None and after.latency is not None:
         speedup = ratio(after.speedup, "faster", "slower") if after.speedup else ""
-        yield "latency", _latency(before), _latency(after), speedup
+        yield "latency", latency_of(before), latency_of(after), speedup
     if after.score is not None:
 
         def form(value: float) -> str:
             return score(report.metric, value)
 
         first, second = (
-            "-" if figures.score is None else form(figures.score) + _between(figures.score_interval, form)
+            "-" if figures.score is None else form(figures.score) + between(figures.score_interval, form)
             for figures in (before, after)
         )
         yield report.metric, first, second, loss(report.metric, after.drop)
-
-
-def _latency(figures: Figures) -> str:
-    return "-" if figures.latency is None else seconds(figures.latency) + _between(figures.latency_interval, seconds)
 
 
 def _verdict(report: Report) -> Iterator[Text]:
@@ -350,25 +269,6 @@ def _verdict(report: Report) -> Iterator[Text]:
         yield _line(f"NOT within the budget: {'; '.join(report.unmet)}", "bold red")
     elif limits := budget_in_words(report.budget, report.metric):
         yield _line(f"Within the budget: {limits}", "green")
-
-
-def budget_in_words(budget: Budget, metric: str) -> str:
-    """The limits as a user would say them; empty without any."""
-    limits = []
-    if budget.max_drop is not None:
-        share = _is_share(metric)
-        limits.append(
-            f"a drop of at most {100 * budget.max_drop:g} points" if share else f"a drop of at most {budget.max_drop:g}"
-        )
-    if budget.max_latency is not None:
-        limits.append(f"at most {seconds(budget.max_latency)}")
-    if budget.min_speedup is not None:
-        limits.append(f"at least {budget.min_speedup:g}x faster")
-    if budget.max_size is not None:
-        limits.append(f"at most {byte_count(budget.max_size)}")
-    if budget.max_size_share is not None:
-        limits.append(f"at most {budget.max_size_share:.0%} of the size")
-    return ", ".join(limits)
 
 
 def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
@@ -379,8 +279,8 @@ def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
         rows += [(f"    {skip.node}", f"left: {skip.reason}") for skip in step.skips]
         yield _table(["    node", "what"], rows)
         return
-    changes = _grouped([(change.node, change.what) for change in step.changes])
-    skips = _grouped([(skip.node, skip.reason) for skip in step.skips])
+    changes = grouped([(change.node, change.what) for change in step.changes])
+    skips = grouped([(skip.node, skip.reason) for skip in step.skips])
     if not changes:
         yield _line("    nothing changed")
     elif step.widths:
@@ -412,7 +312,7 @@ def _trial(trial: Trial, metric: str) -> tuple[str, ...]:
     return (
         f"  {trial.name}",
         byte_count(figures.size),
-        _latency(figures),
+        latency_of(figures),
         "-" if figures.speedup is None else f"{figures.speedup:.2f}x",
         loss(metric, figures.drop),
         trial.verdict,
@@ -427,9 +327,9 @@ def _benchmark(benchmark: Benchmark) -> Iterator[RenderableType]:
         latency = model.latency
         return (
             model.source,
-            seconds(latency.median) + _between((latency.low, latency.high), seconds),
+            seconds(latency.median) + between((latency.low, latency.high), seconds),
             f"{latency.speedup:.2f}x [{latency.speedup_low:.2f}, {latency.speedup_high:.2f}]",
-            f"{_digits(model.throughput)}/s",
+            f"{digits(model.throughput)}/s",
             _spread(model.load, seconds),
             byte_count(model.size),
             "-" if model.memory is None else _spread(model.memory, byte_count),
@@ -439,7 +339,7 @@ def _benchmark(benchmark: Benchmark) -> Iterator[RenderableType]:
     yield _table(headings, map(row, benchmark.models))
     yield _line()
     yield _line(
-        f"Latency: {benchmark.protocol}, with 95% of the blocks in brackets; {_place(benchmark.environment)}; "
+        f"Latency: {benchmark.protocol}, with 95% of the blocks in brackets; {where(benchmark.environment)}; "
         f"inputs from {benchmark.data}",
         "dim",
     )
@@ -452,7 +352,7 @@ def _benchmark(benchmark: Benchmark) -> Iterator[RenderableType]:
 
 
 def _spread(spread: Spread, form: Callable[[float], str]) -> str:
-    return form(spread.median) + _between((spread.low, spread.high), form)
+    return form(spread.median) + between((spread.low, spread.high), form)
 
 
 def _evaluation(evaluation: Evaluation) -> Iterator[RenderableType]:
@@ -464,8 +364,8 @@ def _evaluation(evaluation: Evaluation) -> Iterator[RenderableType]:
     rows = [
         (
             model.source,
-            form(model.score) + _between(model.score_interval, form),
-            loss(metric, model.drop) + _between(model.drop_interval, lambda value: _signed(metric, value)),
+            form(model.score) + between(model.score_interval, form),
+            loss(metric, model.drop) + between(model.drop_interval, lambda value: _signed(metric, value)),
             "-" if model.relative_error is None else f"{model.relative_error:.4g}",
             score("agreement", model.agreement),
         )
@@ -473,13 +373,13 @@ def _evaluation(evaluation: Evaluation) -> Iterator[RenderableType]:
     ]
     yield _table(["model", metric, "against the first", "relative error", "agreement"], rows)
     yield _line()
-    yield _line(f"Metric: {metric} ({evaluation.data}); {_place(evaluation.environment)}", "dim")
+    yield _line(f"Metric: {metric} ({evaluation.data}); {where(evaluation.environment)}", "dim")
     yield _line("Intervals: 95% bootstrap; of differences on the same samples, where a minus is a gain.", "dim")
     yield from _notes(evaluation.notes)
 
 
 def _signed(metric: str, value: float) -> str:
-    return f"{100 * value:+.2f}" if _is_share(metric) else f"{value:+.3g}"
+    return f"{100 * value:+.2f}" if is_share(metric) else f"{value:+.3g}"
 
 
 def _inspection(model: Inspection, verbose: bool) -> Iterator[RenderableType]:
@@ -513,7 +413,7 @@ def _inspection(model: Inspection, verbose: bool) -> Iterator[RenderableType]:
     sums = f"{count(model.parameters)} parameters in {byte_count(model.bytes)}, {count(model.flops)} FLOPs per run"
     yield _line(f"In all {len(model.nodes)} nodes, {sums}", "bold")
     if model.protocol:
-        yield _line(f"Time: {model.protocol}; - was fused into a neighbour; {_place(model.environment)}", "dim")
+        yield _line(f"Time: {model.protocol}; - was fused into a neighbour; {where(model.environment)}", "dim")
     if model.groups:
         yield from _groups(model.groups, verbose)
     if model.frozen:
@@ -600,7 +500,7 @@ def _frozen(frozen: Sequence[FrozenRow], verbose: bool) -> Iterator[RenderableTy
     if verbose:
         yield _table(["layer", "reason"], [(row.name, row.reason) for row in frozen])
         return
-    for reason, names in _grouped([(row.name, row.reason) for row in frozen]):
+    for reason, names in grouped([(row.name, row.reason) for row in frozen]):
         yield _line(f"{len(names):>4} x {reason} ({_some(names)})")
 
 
@@ -641,7 +541,7 @@ def _alike(layers: Sequence[LayerRow]) -> Iterator[tuple[list[str], list[str]]]:
     """What was said of layers, and of which, those of whom the same was said together, quoted names aside."""
     groups: dict[tuple[str, ...], list[LayerRow]] = defaultdict(list)
     for layer in layers:
-        groups[tuple(map(_without_names, _said(layer)))].append(layer)
+        groups[tuple(map(without_names, _said(layer)))].append(layer)
     for common, rows in groups.items():
         each = zip(common, *map(_said, rows), strict=True)
         yield [texts[0] if len(set(texts)) == 1 else text for text, *texts in each], [row.name for row in rows]

@@ -307,13 +307,16 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = Fal
     return (target, data)
 
 
-def check_target(path: str | os.PathLike[str], *, overwrite: bool, inputs: Sequence[object] = ()) -> None:
+def check_target(
+    path: str | os.PathLike[str], *, overwrite: bool, inputs: Sequence[object] = (), option: str = "-o"
+) -> None:
     """Refuse a target that could not be written, before any work is done.
 
     Args:
         path: the target.
         overwrite: whether an existing file may be replaced.
         inputs: models and data that must stay: those that are paths, with a model's external data.
+        option: what the user gives another target to.
 
     Raises:
         ModelError: as for `save`, or the target is one of `inputs`.
@@ -323,15 +326,15 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool, inputs: Seque
     if not folder.is_dir():
         raise ModelError(f"the output folder '{folder}' does not exist", remedy=f"mkdir -p '{folder}'")
     if target.resolve() in _files_of(inputs) or any(_holds(source, target) for source in inputs):
-        raise ModelError(f"'{target}' is an input itself", "inputs are never modified", "give another -o")
+        raise ModelError(f"'{target}' is an input itself", "inputs are never modified", f"give another {option}")
     if target.is_dir():
-        raise ModelError(f"'{target}' is a folder", remedy="give a file name to -o")
+        raise ModelError(f"'{target}' is a folder", remedy=f"give a file name to {option}")
     if target.exists() and not target.is_file():
-        raise ModelError(f"'{target}' is no regular file", "a device or a pipe", "give a file name to -o")
+        raise ModelError(f"'{target}' is no regular file", "a device or a pipe", f"give a file name to {option}")
     if target.exists() and not overwrite:
-        raise ModelError(f"'{target}' exists", remedy="add --overwrite, or give another name to -o")
+        raise ModelError(f"'{target}' exists", remedy=f"add --overwrite, or give another name to {option}")
     if not os.access(folder, os.W_OK):
-        raise ModelError(f"cannot write to '{folder}'", "the folder is read-only", "give another -o")
+        raise ModelError(f"cannot write to '{folder}'", "the folder is read-only", f"give another {option}")
 
 
 def _files_of(inputs: Sequence[object]) -> set[Path]:

@@ -7,15 +7,18 @@ the original, and written.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from onnxcomp import metrics
+from onnxcomp import metrics, page
 from onnxcomp import model as models
+from onnxcomp.anatomy import layer_rows
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Context, Pass, chosen, no_progress, node_pattern
 from onnxcomp.data import ImageOptions
-from onnxcomp.errors import BudgetError, OptionError
+from onnxcomp.errors import BudgetError, OnnxcompError, OptionError
+from onnxcomp.invocation import Invocation
 from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side
@@ -35,11 +38,15 @@ _GROWTH = 1.01
 _PROOF = Protocol(rounds=15)
 """Timing of the result."""
 
+_SAMPLES = 8
+"""On which the error of each layer's output is measured."""
+
 
 def optimize(
     source: models.ModelSource,
     *,
     output: str | os.PathLike[str] | None = None,
+    report: str | os.PathLike[str] | None = None,
     calib: Any = None,
     evaluation: Any = None,
     metric: str | Callable[[Any], float] | None = None,
@@ -63,6 +70,7 @@ def optimize(
     Args:
         source: a path, bytes, `onnx.ModelProto` or `onnx_ir.Model`; never modified.
         output: where to write the result; None to keep it in memory.
+        report: where to write a page of HTML that shows it all; needs the extra `report`.
         calib: data that techniques may learn from, as `data.open_dataset` takes them.
         evaluation: data that results are judged on; without it a part of `calib`.
         metric: a metric's name, `FILE.py:FUNCTION` or the function itself; by default accuracy where there are labels,
@@ -76,9 +84,9 @@ def optimize(
         seed: of the split of the data and everything random.
         memory: cap in bytes on what calibration keeps.
         images: how image files become inputs.
-        overwrite: replace an existing output.
+        overwrite: replace an existing output and page.
         best_effort: write the best found even where it breaks the budget.
-        dry_run: decide and measure, but write nothing.
+        dry_run: decide and measure, but write no model.
         keep_overridable: leave weights that are also graph inputs overridable.
         progress: called with (done, total, what).
 
@@ -92,6 +100,13 @@ def optimize(
     target, effort = Target.of(target), chosen(Effort, effort)
     if output is not None and not dry_run:
         models.check_target(output, overwrite=overwrite, inputs=(source, calib, evaluation))
+    if report is not None:
+        page.require()
+        models.check_target(report, overwrite=overwrite, inputs=(source, calib, evaluation), option="--report")
+        if output is not None and Path(report).resolve() == Path(output).resolve():
+            raise OptionError(
+                f"the model and the page are both to be '{report}'", remedy="give another name to --report"
+            )
     about = circumstances(target, batch)
     names = ["simplify", *GROUPS] if passes is None else list(passes)
     if not names:
@@ -108,13 +123,24 @@ def optimize(
     size = file_size(source, model)
     search = Search(bench, budget, effort, allowed, size, tuple(name for name in names if name not in GROUPS))
     about |= {"batch": bench.rows, "seed": seed}
-    proof = _Proof(bench, search, size, source, models.fingerprint(source), budget, output, about, prefix)
+    command = Invocation(
+        source, output, calib, evaluation, metric, budget, passes, exclude, target, batch, effort, seed, memory, images,
+        best_effort, keep_overridable,
+    )  # fmt: skip
+    fingerprint = models.fingerprint(source)
+    proof = _Proof(bench, search, size, source, fingerprint, budget, output, about, prefix, str(command))
     best = search.run()
     result = proof.of(best)
     fallbacks = search.fallbacks(best)
     while not search.holds(result.report.result.drop) and (fallback := next(fallbacks, None)) is not None:
         result = proof.of(fallback)
-    if not result.report.met and not best_effort:
+    refused = not result.report.met and not best_effort
+    if output is not None and not dry_run and not refused:
+        models.save(result.model, output, overwrite=overwrite)
+    if report is not None:
+        result = Result(result.model, _with_layers(result, bench))
+        models.write_text(page.html_of(result.report), report)
+    if refused:
         error = BudgetError(
             "no result within the budget: " + "; ".join(result.report.unmet),
             "the limits conflict for this model and target",
@@ -122,9 +148,18 @@ def optimize(
         )
         error.result = result
         raise error
-    if output is not None and not dry_run:
-        models.save(result.model, output, overwrite=overwrite)
     return result
+
+
+def _with_layers(result: Result, bench: Workbench) -> Report:
+    """The report with what became of each layer, or a note why that is not known."""
+    report, context, samples = result.report, bench.context, bench.judges.run_of(_SAMPLES)
+    context.progress(0, 0, "looking at each layer")
+    try:
+        rows = layer_rows(bench.model, result.model, report.steps, context.target, bench.batch.feeds, samples.feeds)
+    except OnnxcompError as error:
+        return replace(report, notes=(*report.notes, f"Layers not looked at. {error.fact}"))
+    return replace(report, layers=rows)
 
 
 @dataclass(frozen=True)
@@ -140,6 +175,7 @@ class _Proof:
     output: str | os.PathLike[str] | None
     about: Mapping[str, str | int]
     prefix: tuple[Pass, ...]
+    command: str
 
     def of(self, best: Candidate) -> Result:
         """The candidate as a result."""
@@ -173,6 +209,7 @@ class _Proof:
             steps=best.steps,
             trials=trials,
             notes=(*judges.notes, *self._notes(best, before, after)),
+            command=self.command,
         )
         return Result(model, report)
 

@@ -126,17 +126,18 @@ def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
     from onnxcomp.console import Terminal
 
     if json not in {None, "-"}:
-        check_report(Path(str(json)), b'{\n  "schema"')
+        check_report(Path(str(json)), b'{\n  "schema"', option="--json")
     return Terminal(json, quiet, verbose)
 
 
-def check_report(path: Path, beginning: bytes, inputs: Sequence[object] = ()) -> None:
+def check_report(path: Path, beginning: bytes, inputs: Sequence[object] = (), *, option: str) -> None:
     """Refuse a report that could not be written, or would replace something that is no such report.
 
     Args:
         path: where it is to be.
         beginning: of all such reports.
         inputs: as for `model.check_target`.
+        option: that gave the path.
 
     Raises:
         ModelError: it cannot be written there.
@@ -147,7 +148,8 @@ def check_report(path: Path, beginning: bytes, inputs: Sequence[object] = ()) ->
         return  # a pipe or a device
     with path.open("rb") if path.is_file() else io.BytesIO() as stream:
         start = stream.read(64)
-    check_target(path, overwrite=not start or start.lstrip().startswith(beginning), inputs=inputs)
+    overwrite = not start or start.lstrip().startswith(beginning)
+    check_target(path, overwrite=overwrite, inputs=inputs, option=option)
 
 
 def _images(

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.runtime import Feeds, NodeTime, Session, Target
 
-_DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed)+$")
+_DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed|/MatMul\w+Fusion/?)+$")
 _BLOCK = 5
 
 
@@ -20,10 +20,12 @@ class Profile:
     Attributes:
         times: microseconds by node name; a node that ONNX Runtime fused into a neighbour has none.
         elements: size of each node's first output.
+        untraced: microseconds of what ONNX Runtime put in by itself, under names that lead to no node.
     """
 
     times: Mapping[str, float]
     elements: Mapping[str, int]
+    untraced: float = 0.0
 
 
 def profiles(
@@ -57,10 +59,13 @@ def _traced(model: ir.Model, events: Mapping[str, NodeTime]) -> Profile:
     names = {node.name for node in model.graph}
     times: dict[str, float] = {}
     elements: dict[str, int] = {}
+    untraced = 0.0
     for event, taken in events.items():
         plain = _DECORATION.sub("", event)
         name = plain if plain in names else by_output.get(plain)
-        if name is not None:
-            times[name] = times.get(name, 0.0) + taken.microseconds
-            elements[name] = taken.elements
-    return Profile(times, elements)
+        if name is None:
+            untraced += taken.microseconds
+            continue
+        times[name] = times.get(name, 0.0) + taken.microseconds
+        elements[name] = taken.elements
+    return Profile(times, elements, untraced)

@@ -98,6 +98,43 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Histogram:
+    """How many values lie in each of several bins of equal width between two ends."""
+
+    low: float
+    high: float
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """A layer before and after: a node, with the element-wise nodes behind it that work on nothing but its output.
+
+    What is unknown is None: the time of what ONNX Runtime fused into a neighbour, and all of a layer that is gone.
+
+    Attributes:
+        name, op: of the node; what was not in the original stands with its own name, and what ONNX Runtime put in by
+            itself, its conversions of layout and some fused operators, without a name in the last row.
+        microseconds, microseconds_after: in the profiles of both models, run in turn.
+        bytes, bytes_after: of the weights as stored; what several layers read is shared out by their parameters.
+        techniques: what was done to it, in order, each with the name of the pass.
+        sensitivity: relative squared error of its output in the result, with that of all layers before it.
+        weights, weights_after: of the node's weight and of what it multiplies with in the result, in the same bins.
+    """
+
+    name: str
+    op: str
+    microseconds: float | None = None
+    microseconds_after: float | None = None
+    bytes: int | None = None
+    bytes_after: int | None = None
+    techniques: tuple[str, ...] = ()
+    sensitivity: float | None = None
+    weights: Histogram | None = None
+    weights_after: Histogram | None = None
+
+
+@dataclass(frozen=True)
 class Report(Document):
     """The proof that goes with an optimized model.
 
@@ -115,6 +152,8 @@ class Report(Document):
         steps: the recipe.
         trials: what else was tried.
         notes: what the user should know.
+        command: the command line that asks for the same again; empty where there is none.
+        layers: each layer before and after; empty where no page was asked for.
     """
 
     kind: ClassVar[str] = "report"
@@ -134,6 +173,8 @@ class Report(Document):
     steps: tuple[Step, ...]
     trials: tuple[Trial, ...] = ()
     notes: tuple[str, ...] = field(default_factory=tuple)
+    command: str = ""
+    layers: tuple[LayerRow, ...] = ()
 
 
 @dataclass(frozen=True)

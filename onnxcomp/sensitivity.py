@@ -1,6 +1,6 @@
 """Which quantized nodes hurt: the error that each adds to what reaches it, from one run of both models."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -28,15 +28,7 @@ def ranking(original: ir.Model, candidate: ir.Model, nodes: Collection[str], tar
     tensors = {value.name or "": value for value in outputs.values()}
     for node in layers:
         tensors |= {value.name or "": value for value in node.inputs if value is not None and value.producer()}
-    available = {value.name for node in candidate.graph for value in node.outputs}
-    twins = {}
-    for name, value in tensors.items():
-        twin = next((n for n in (f"{name}_dq", name) if n in available), None)
-        if twin is not None and value.dtype is not None and value.dtype.is_floating_point():
-            twins[name] = twin
-    before = _observe(original, list(twins), target, feeds)
-    after = _observe(candidate, list(twins.values()), target, feeds)
-    errors = {name: _relative(before[name], after[twin]) for name, twin in twins.items()}
+    errors = output_errors(original, candidate, tensors, target, feeds)
 
     def added(node: ir.Node) -> float:
         arriving = max((errors.get(value.name or "", 0.0) for value in node.inputs if value is not None), default=0.0)
@@ -46,12 +38,38 @@ def ranking(original: ir.Model, candidate: ir.Model, nodes: Collection[str], tar
     return [node.name or "" for node in sorted(layers, key=added, reverse=True)]
 
 
+def output_errors(
+    original: ir.Model, candidate: ir.Model, tensors: Mapping[str, ir.Value], target: Target, feeds: Feeds
+) -> dict[str, float]:
+    """||y - y'||^2 / ||y||^2 of each tensor that both models have in the same shape, and not one as integers.
+
+    Args:
+        original: the float model.
+        candidate: what was made of it.
+        tensors: the original's, by name.
+        target: where to run.
+        feeds: one batch.
+    """
+    available = {value.name for node in candidate.graph for value in node.outputs}
+    twins = {}
+    for name, value in tensors.items():
+        twin = next((n for n in (f"{name}_dq", name) if n in available), None)
+        if twin is not None and value.dtype is not None and value.dtype.is_floating_point():
+            twins[name] = twin
+    before = observe(original, list(twins), target, feeds)
+    after = observe(candidate, list(twins.values()), target, feeds)
+    pairs = {name: (before[name], after[twin]) for name, twin in twins.items()}
+    alike = {name: (y, z) for name, (y, z) in pairs.items() if y.shape == z.shape and z.dtype.kind not in "iub"}
+    return {name: _relative(y, z) for name, (y, z) in alike.items()}
+
+
 def _unit_output(node: ir.Node) -> ir.Value:
     reader = single_consumer(node.outputs[0])
     return reader.outputs[0] if reader is not None and reader.op_type in {"Relu", "Clip"} else node.outputs[0]
 
 
-def _observe(model: ir.Model, names: list[str], target: Target, feeds: Feeds) -> dict[str, np.ndarray]:
+def observe(model: ir.Model, names: list[str], target: Target, feeds: Feeds) -> dict[str, np.ndarray]:
+    """What one run gives for tensors of the main graph, by name."""
     if not names:  # ONNX Runtime reads that as all outputs
         return {}
     probe = model.clone()

@@ -58,7 +58,7 @@ class Command(click.Command):
 
 
 def _safe(text: str) -> str:
-    from onnxcomp.console import printable
+    from onnxcomp.wording import printable
 
     return printable(text)
 
@@ -84,17 +84,25 @@ def convert(
     if not model.name:
         raise OptionError("no model was named", remedy="give the path of an .onnx file")
     output = output or model.with_name(model.name.removesuffix(".onnx") + ".opt.onnx")
-    if terminal.json not in {None, "-"} and Path(str(terminal.json)).resolve() == output.resolve():
-        raise OptionError(f"the model and the report are both to be '{output}'", remedy="give another name to --json")
+    page = settings.get("report")
+    for path in (output, page):
+        if (
+            path is not None
+            and terminal.json not in {None, "-"}
+            and Path(str(terminal.json)).resolve() == path.resolve()
+        ):
+            raise OptionError(f"two files are both to be '{path}'", remedy="give another name to --json")
     try:
         with terminal.progress() as progress:
             result = work(model, output=output, dry_run=dry_run, progress=progress, **settings)
     except BudgetError as error:
         if isinstance(error.result, Result):
             terminal.show(error.result.report)
+            terminal.print(*([] if page is None else [wrote(page)]))
         raise
     terminal.show(result.report)
     terminal.print("\nDry run: no model was written." if dry_run else wrote(output))
+    terminal.print(*([] if page is None else [wrote(page)]))
     _refuse_unmet(result.report)
 
 

@@ -120,7 +120,7 @@ def verify(
     from onnxcomp.verification import verify as work
 
     if junit is not None:
-        options.check_report(junit, JUNIT.encode(), inputs=(model, against, evaluation))
+        options.check_report(junit, JUNIT.encode(), inputs=(model, against, evaluation), option="--junit")
         if terminal.json is not None and Path(terminal.json).resolve() == junit.resolve():
             raise OptionError(f"both reports are to be '{junit}'", remedy="give another name to --json")
     with terminal.progress() as progress:
@@ -138,8 +138,9 @@ def verify(
 def passes_(schema: bool) -> None:
     """List what there is, with one line each; also what other distributions offer."""
     from onnxcomp import recipe
-    from onnxcomp.console import Terminal, pass_list, printable
+    from onnxcomp.console import Terminal, pass_list
     from onnxcomp.registry import GROUPS, passes, unusable
+    from onnxcomp.wording import printable
 
     if schema:
         click.echo(json.dumps(recipe.schema(passes()), indent=2))

@@ -218,7 +218,7 @@ def test_optimize_gets_every_option(model: Path, data: Path, calls: list[dict[st
         *("--max-drop", "1%", "--max-latency", "5ms", "--min-speedup", "2x", "--max-size", "25%", "--passes", "a, b"),
         *("--exclude", "head", "--threads", 1, "--batch", 4, "--effort", "quick", "--seed", 3, "--memory", "1GiB"),
         *("--image-size", "4x6", "--mean", "1,2,3", "--std", "4", "--layout", "NHWC"),
-        *("--dry-run", "--overwrite", "--best-effort", "--keep-overridable"),
+        *("--dry-run", "--overwrite", "--best-effort", "--keep-overridable", "--report", "page.html"),
     )
     assert "a.onnx -> b.onnx" in result.stdout
     (call,) = calls
@@ -229,6 +229,7 @@ def test_optimize_gets_every_option(model: Path, data: Path, calls: list[dict[st
     assert call == {
         "source": model,
         "output": model.parent / "o.onnx",
+        "report": Path("page.html"),
         "calib": data,
         "evaluation": data,
         "metric": "accuracy",
@@ -553,8 +554,23 @@ def test_inputs_are_never_written_over(model: Path, data: Path) -> None:
     twice = run("simplify", model, "-o", model.with_name("x.onnx"), "--json", model.with_name("x.onnx"), code=2)
     assert "is an input itself" in on_data.stderr
     assert "exists" in on_model.stderr
+    assert "give another name to --json" in on_model.stderr
     assert "both to be" in twice.stderr
     assert before == (model.read_bytes(), data.read_bytes())
+
+
+def test_a_page_goes_where_it_is_asked_for(model: Path, data: Path) -> None:
+    page = model.with_name("page.html")
+    quick = ["--calib", data, "--effort", "quick", "--threads", 1, "--report", page]
+    plain = document(run("optimize", model, *quick, "--json", "-"))
+    assert {layer["op"] for layer in plain["layers"]} >= {"Gemm"}
+    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert plain["command"].startswith("onnxcomp optimize ")
+    assert "give another name to --report" in run("optimize", model, *quick, "--dry-run", code=2).stderr
+    assert f"Wrote {page}" in run("optimize", model, *quick, "--overwrite").stdout
+    page.unlink()
+    assert "both to be" in run("optimize", model, *quick, "--json", page, "--overwrite", code=2).stderr
+    assert not page.exists()
 
 
 def test_a_report_takes_the_place_of_an_earlier_one(model: Path) -> None:

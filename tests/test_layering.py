@@ -24,7 +24,8 @@ LAYERS = (
     {"passes"},
     {"registry", "settings", "recipe", "record", "explanation", "verification",
      "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
-     "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package"},
+     "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package",
+     "wording", "anatomy", "invocation", "plots", "page"},
     {"console", "options", "shell", "viewing", "cli", "__main__", "__init__"},
 )
 # fmt: on

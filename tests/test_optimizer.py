@@ -1,9 +1,12 @@
 """The whole job through its Python door: what it refuses, writes, notes and repeats."""
 
+import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import onnx.parser
@@ -12,17 +15,19 @@ import onnxruntime
 import pytest
 
 import onnxcomp
-from onnxcomp import candidates, optimizer
+from onnxcomp import candidates, optimizer, plots
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import Effort
 from onnxcomp.core import Context
 from onnxcomp.data import open_dataset, split
 from onnxcomp.errors import BudgetError, DataError, InputError, ModelError, OptionError, ProviderError
+from onnxcomp.page import html_of
 from onnxcomp.recipe import Recipe
 from onnxcomp.report import Result
 from onnxcomp.runtime import Protocol, Session, Target
 from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial
+from tests.test_report import SCHEMA
 
 __all__ = ["lab"]
 
@@ -111,6 +116,80 @@ def test_an_output_in_the_way_is_refused_before_any_work(lab: Lab, tmp_path: Pat
     assert not lab.protocols
     lab.optimize(output=tmp_path / RESULT, overwrite=True)
     assert models.load(tmp_path / RESULT).graph.num_nodes() > 0
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_says_what_became_of_each_layer(lab: Lab, tmp_path: Path) -> None:
+    source, output, target = (tmp_path / name for name in ("m.onnx", RESULT, "page.html"))
+    models.save(network(), source)
+    report = lab.optimize(source, output=output, report=target, seed=3).report
+    assert [row.name for row in report.layers if row.op == "MatMul"] == list(LAYERS)
+    for row in report.layers[: len(LAYERS)]:
+        assert row.techniques[-1].startswith("QuantizeStatic: int8")
+        assert row.sensitivity is not None
+        assert row.weights_after is not None
+    jsonschema.validate(json.loads(json.dumps(report.to_json())), SCHEMA)
+    text = target.read_text(encoding="utf-8")
+    assert text == html_of(report)
+    assert report.fingerprint in text
+    assert shlex.split(report.command)[:3] == ["onnxcomp", "optimize", str(source)]
+    assert "--seed 3" in text
+
+
+def test_without_a_page_no_layer_is_looked_at(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer, "layer_rows", None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    assert lab.optimize().report.layers == ()
+
+
+def test_a_page_that_cannot_be_written_is_refused_before_any_work(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, there = tmp_path / "m.onnx", tmp_path / "page.html"
+    models.save(network(), source)
+    before = source.read_bytes()
+    there.write_text("old")
+    for target, options, words in (
+        (there, {}, "exists\n  remedy: add --overwrite, or give another name to --report"),
+        (source, {"overwrite": True}, "is an input itself"),
+        (tmp_path / "no" / "page.html", {}, "does not exist"),
+        (tmp_path / RESULT, {"output": tmp_path / RESULT}, "both to be"),
+    ):
+        with pytest.raises(InputError, match=words):
+            lab.optimize(source, report=target, **options)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"onnxcomp\[report\]"):
+        lab.optimize(source, report=tmp_path / "other.html")
+    assert not lab.protocols
+    assert (there.read_text(), source.read_bytes()) == ("old", before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx", "page.html"]
+
+
+def test_a_page_is_written_where_the_model_is_not(lab: Lab, tmp_path: Path) -> None:
+    target = tmp_path / "page.html"
+    with pytest.raises(BudgetError) as caught:
+        lab.optimize(output=tmp_path / RESULT, report=target, budget=Budget(min_speedup=10))
+    assert "NOT within the budget: speed-up" in target.read_text(encoding="utf-8")
+    assert isinstance(caught.value.result, Result)
+    assert caught.value.result.report.layers
+    lab.optimize(output=tmp_path / RESULT, report=target, dry_run=True, overwrite=True)
+    assert "NOT within the budget" not in target.read_text(encoding="utf-8")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def test_layers_that_cannot_be_looked_at_are_a_note(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ModelError("it is too dark")
+
+    monkeypatch.setattr(optimizer, "layer_rows", fail)
+    report = lab.optimize(report=tmp_path / "page.html").report
+    assert report.layers == ()
+    assert "Layers not looked at. it is too dark" in report.notes
+
+
+# --- budgets --------------------------------------------------------------------------------------------------------
 
 
 def test_over_the_budget_only_best_effort_writes(lab: Lab, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ import onnxcomp
 from onnxcomp.registry import passes
 home = pathlib.Path(sys.argv[1])
 assert pathlib.Path(onnxcomp.__file__).is_relative_to(home), onnxcomp.__file__
-assert importlib.resources.files("onnxcomp").joinpath("py.typed").is_file()
+for file in ("py.typed", "page.html"):
+    assert importlib.resources.files("onnxcomp").joinpath(file).is_file()
 (command,) = importlib.metadata.Distribution.at(next(home.glob("*.dist-info"))).entry_points
 assert command.name == "onnxcomp" and callable(command.load())
 for kind in passes().values():

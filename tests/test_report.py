@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 from rich.console import Console
 
-from onnxcomp import console, report
+from onnxcomp import console, report, wording
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Skip
 from onnxcomp.explanation import Explanation
@@ -197,14 +197,14 @@ def test_progress_shows_on_a_terminal_and_goes_when_done(
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
-        (console.byte_count, 999, "999 B"),
-        (console.byte_count, 999_999, "1.00 MB"),
-        (console.byte_count, 12_345_678, "12.3 MB"),
-        (console.seconds, 0.00012345, "123 us"),
-        (console.seconds, 0.0015, "1.50 ms"),
-        (console.seconds, 0.9999, "1.00 s"),
-        (console.count, 0, "0"),
-        (console.count, 105e6, "105 M"),
+        (wording.byte_count, 999, "999 B"),
+        (wording.byte_count, 999_999, "1.00 MB"),
+        (wording.byte_count, 12_345_678, "12.3 MB"),
+        (wording.seconds, 0.00012345, "123 us"),
+        (wording.seconds, 0.0015, "1.50 ms"),
+        (wording.seconds, 0.9999, "1.00 s"),
+        (wording.count, 0, "0"),
+        (wording.count, 105e6, "105 M"),
     ],
 )
 def test_numbers_have_three_digits_and_a_unit(form: Any, value: float, text: str) -> None:
@@ -212,15 +212,15 @@ def test_numbers_have_three_digits_and_a_unit(form: Any, value: float, text: str
 
 
 def test_scores_are_in_the_metrics_unit() -> None:
-    assert console.score("accuracy:logits", 0.5) == "50.00%"
-    assert console.score("relative-error", 0.01234567) == "0.01235"
-    assert console.loss("sqnr", 3.0) == "3 worse"
-    assert console.loss("sqnr", 0.0) == "no loss"
+    assert wording.score("accuracy:logits", 0.5) == "50.00%"
+    assert wording.score("relative-error", 0.01234567) == "0.01235"
+    assert wording.loss("sqnr", 3.0) == "3 worse"
+    assert wording.loss("sqnr", 0.0) == "no loss"
 
 
 def test_a_budget_in_words_names_every_limit() -> None:
     budget = Budget(0.02, 0.005, 2.0, 10**7, 0.25)
-    assert console.budget_in_words(budget, "mse") == (
+    assert wording.budget_in_words(budget, "mse") == (
         "a drop of at most 0.02, at most 5.00 ms, at least 2x faster, at most 10.0 MB, at most 25% of the size"
     )
-    assert console.budget_in_words(Budget(), "mse") == ""
+    assert wording.budget_in_words(Budget(), "mse") == ""

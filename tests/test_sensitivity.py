@@ -6,7 +6,7 @@ import pytest
 from numpy.typing import NDArray
 
 from onnxcomp.runtime import Target
-from onnxcomp.sensitivity import ranking
+from onnxcomp.sensitivity import output_errors, ranking
 
 FEEDS = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype("f4")}
 TARGET = Target(threads=1)
@@ -66,3 +66,25 @@ def test_infinite_error_comes_first_and_hides_nothing() -> None:
 def test_zero_outputs() -> None:
     zero = {"a": 0.0, "b": 0.0, "c": 0.0}
     assert len(ranking(model(zero), model(zero), ["a", "b", "c"], TARGET, FEEDS)) == 3
+
+
+def test_tensors_of_another_shape_or_as_integers_are_not_compared() -> None:
+    original, candidate = model({}), model({"a": 1.1})
+    tensors = {value.name or "": value for node in original.graph for value in node.outputs}
+    assert set(output_errors(original, candidate, tensors, TARGET, FEEDS)) == set(tensors)
+    last = list(candidate.graph)[-1]
+    for operator, name in (("Shape", "b_act_out"), ("Flatten", "c_act_out_dq")):
+        (old,) = (value for node in candidate.graph for value in node.outputs if value.name == name.removesuffix("_dq"))
+        old.name = f"{name}_elsewhere"
+        inputs = [old] if operator == "Shape" else [ir.val("flat", const_value=ir.tensor(np.zeros((2, 3), "f4")))]
+        node = ir.node(operator, inputs, name=name)
+        node.outputs[0].name = name
+        if operator == "Flatten":
+            candidate.graph.register_initializer(inputs[0])
+            node.outputs[0].dtype = ir.DataType.FLOAT
+        else:
+            node.outputs[0].dtype = ir.DataType.INT64
+        candidate.graph.insert_after(last, node)
+    errors = output_errors(original, candidate, tensors, TARGET, FEEDS)
+    assert set(errors) == set(tensors) - {"b_act_out", "c_act_out"}
+    assert errors["a_out"] == pytest.approx(0.01, rel=1e-3)

@@ -1,0 +1,123 @@
+"""Numbers, names and limits in words, alike on the terminal and on the page."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+
+from onnxcomp.budget import Budget
+from onnxcomp.report import Figures, Interval
+
+
+def printable(text: str) -> str:
+    """The text with control characters escaped, line ends excepted."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+def byte_count(count: float) -> str:
+    """`1.53 MB`: three digits and a decimal unit."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{digits(count / size)} {unit}"
+    return f"{count:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """`1.23 ms`: three digits and the unit that fits."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if value >= 0.9995 * size:
+            return f"{digits(value / size)} {unit}"
+    return f"{digits(value * 1e6)} us"
+
+
+def count(value: float) -> str:
+    """`1.2 M`: of parameters or operations."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if value >= 0.9995 * size:
+            return f"{digits(value / size)} {unit}"
+    return f"{value:.0f}"
+
+
+def score(metric: str, value: float | None) -> str:
+    """A metric's value: a share as a percentage, anything else with four digits."""
+    if value is None:
+        return "-"
+    return f"{100 * value:.2f}%" if is_share(metric) else f"{value:.4g}"
+
+
+def loss(metric: str, value: float | None) -> str:
+    """A drop in the metric's unit, in words."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "no loss"
+    amount = f"{100 * abs(value):.2f} points" if is_share(metric) else f"{abs(value):.4g}"
+    return f"{amount} {'worse' if value > 0 else 'better'}"
+
+
+def ratio(value: float, more: str, less: str) -> str:
+    """`2.19x faster`, or `1.10x slower` for a ratio below 1."""
+    return f"{value:.2f}x {more}" if value >= 1 else f"{1 / value:.2f}x {less}"
+
+
+def digits(value: float) -> str:
+    """Three of them."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def is_share(metric: str) -> bool:
+    """Whether a metric is a share of the samples, told in percent and points."""
+    return metric.partition(":")[0] in {"accuracy", "top5", "agreement"}
+
+
+def between(interval: Interval | None, form: Callable[[float], str]) -> str:
+    """` [low, high]`, or nothing."""
+    return "" if interval is None else f" [{form(interval[0])}, {form(interval[1])}]"
+
+
+def latency_of(figures: Figures) -> str:
+    """Median and interval."""
+    return "-" if figures.latency is None else seconds(figures.latency) + between(figures.latency_interval, seconds)
+
+
+def budget_in_words(budget: Budget, metric: str) -> str:
+    """The limits as a user would say them; empty without any."""
+    limits = []
+    if budget.max_drop is not None:
+        share = is_share(metric)
+        limits.append(
+            f"a drop of at most {100 * budget.max_drop:g} points" if share else f"a drop of at most {budget.max_drop:g}"
+        )
+    if budget.max_latency is not None:
+        limits.append(f"at most {seconds(budget.max_latency)}")
+    if budget.min_speedup is not None:
+        limits.append(f"at least {budget.min_speedup:g}x faster")
+    if budget.max_size is not None:
+        limits.append(f"at most {byte_count(budget.max_size)}")
+    if budget.max_size_share is not None:
+        limits.append(f"at most {budget.max_size_share:.0%} of the size")
+    return ", ".join(limits)
+
+
+def where(environment: Mapping[str, str | int]) -> str:
+    """Where figures were measured."""
+    threads = environment["threads"]
+    own = "ONNX Runtime's own number of threads" if threads == 0 else f"{threads} thread{'s' * (threads != 1)}"
+    provider = str(environment["provider"]).removesuffix("ExecutionProvider").lower()
+    return f"ONNX Runtime {environment['onnxruntime']} on {provider}, {own}, batch {environment['batch']}"
+
+
+def grouped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """(node, text) pairs by text, the most frequent first; texts that differ in a quoted name only count as one."""
+    groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for node, text in pairs:
+        groups[without_names(text)].append((node, text))
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [
+        (items[0][1] if len({text for _, text in items}) == 1 else common, [node for node, _ in items])
+        for common, items in ordered
+    ]
+
+
+def without_names(text: str) -> str:
+    """A text in which all that is quoted reads alike."""
+    return re.sub(r"'[^']*'", "'...'", text)
