@@ -1,12 +1,19 @@
-"""One option for each part, with the least summed error that several limits allow: a multiple-choice knapsack."""
+"""One option for each part, with the least summed error that several limits allow.
 
-from collections.abc import Sequence
+Where each part's costs are its own, that is a multiple-choice knapsack. Where a cost depends on the options of several
+parts together (a layer's time on the widths on both its sides and on its precision), there is a variable for each
+combination, whose sums over all other parts are the parts' own (the local marginal polytope; Wainwright and Jordan
+2008, section 4.1.1). Costs that are paid once if any of several parts differs need one variable each.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.sparse import coo_array, csr_array
 
 from onnxcomp.numerics.arrays import Floats
 
@@ -14,8 +21,36 @@ _GAP = 1e-4
 _SECONDS = 10.0
 
 
+@dataclass(frozen=True, eq=False)
+class Term:
+    """A cost that depends on the options of several parts together.
+
+    Attributes:
+        parts: their numbers, each once.
+        costs: (options of the first, options of the second, ..., limits).
+    """
+
+    parts: tuple[int, ...]
+    costs: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class Clash:
+    """A cost that is paid once, if a part takes one of some options and any of several others one of theirs.
+
+    Attributes:
+        first: number of the part, and (options,) whether each counts.
+        others: the same of the others.
+        costs: (limits,), not negative.
+    """
+
+    first: tuple[int, NDArray[np.bool_]]
+    others: tuple[tuple[int, NDArray[np.bool_]], ...]
+    costs: Floats
+
+
 def choose(errors: Sequence[Floats], costs: Sequence[Floats], limits: Floats) -> list[int] | None:
-    """The options to take, by branch and bound (HiGHS; Huangfu and Hall 2018).
+    """The options to take where each part's costs are its own.
 
     Args:
         errors: of each part (options,).
@@ -23,32 +58,127 @@ def choose(errors: Sequence[Floats], costs: Sequence[Floats], limits: Floats) ->
         limits: (limits,) of the sums of costs.
 
     Returns:
-        For each part the number of its option, within 1e-4 of the least error; None where no choice keeps the limits.
+        As `choose_together`.
     """
     kept = [undominated(*part) for part in zip(errors, costs, strict=True)]
-    sizes = [len(numbers) for numbers in kept]
-    if not sizes:
-        return []
-    objective = np.concatenate([error[numbers] for error, numbers in zip(errors, kept, strict=True)])
-    rows = np.concatenate([cost[numbers] for cost, numbers in zip(costs, kept, strict=True)]).T
+    terms = [Term((part,), cost[numbers]) for part, (cost, numbers) in enumerate(zip(costs, kept, strict=True))]
+    found = choose_together([error[numbers] for error, numbers in zip(errors, kept, strict=True)], terms, (), limits)
+    return found and [int(numbers[number]) for numbers, number in zip(kept, found, strict=True)]
+
+
+def choose_together(
+    errors: Sequence[Floats], terms: Sequence[Term], clashes: Sequence[Clash], limits: Floats
+) -> list[int] | None:
+    """The options to take, by branch and bound (HiGHS; Huangfu and Hall 2018).
+
+    Args:
+        errors: of each part (options,).
+        terms: costs that are added up.
+        clashes: costs that are added to them.
+        limits: (limits,) of the sums.
+
+    Returns:
+        For each part the number of its option, within 1e-4 of the least error; None where no choice keeps the limits.
+    """
+    if not errors:
+        return [] if np.all(np.asarray(limits) >= 0) else None
+    problem = _Problem([len(error) for error in errors], len(limits))
+    for term in terms:
+        problem.add(term)
+    for clash in clashes:
+        problem.clash(clash)
+    objective = np.zeros(problem.size)
+    own = np.concatenate([np.asarray(error, np.float64) for error in errors])
+    objective[: len(own)] = own / (np.abs(own).max() or 1.0)
     scale = np.maximum(np.abs(limits), np.finfo(float).tiny)
-    parts = np.repeat(np.arange(len(sizes)), sizes)
-    one_each = csr_array((np.ones(len(parts)), (parts, np.arange(len(parts)))))
+    whole = np.zeros(problem.size, np.int64)
+    whole[: len(own)] = 1
     found = milp(
-        objective / (np.abs(objective).max() or 1.0),
-        integrality=np.ones(len(objective), np.int64),
-        bounds=Bounds(0, 1),
+        objective,
+        integrality=whole,
+        bounds=Bounds(0, np.where(whole, 1, np.inf)),
         constraints=[
-            LinearConstraint(one_each, 1, 1),
-            LinearConstraint(rows / scale[:, None], -np.inf, np.asarray(limits) / scale),
+            *problem.constraints(),
+            LinearConstraint(csr_array(problem.costs() / scale[:, None]), -np.inf, np.asarray(limits) / scale),
         ],
         options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
     )
     if found.x is None:
         return None
-    starts = np.cumsum([0, *sizes])
-    chosen = [int(np.argmax(found.x[start:stop])) for start, stop in pairwise(starts)]
-    return [int(numbers[number]) for numbers, number in zip(kept, chosen, strict=True)]
+    return [int(np.argmax(found.x[start:stop])) for start, stop in pairwise(problem.starts)]
+
+
+class _Problem:
+    """Rows and columns of the program: the parts' options first, then what stands for combinations and clashes.
+
+    Args:
+        options: of each part.
+        limits: how many.
+    """
+
+    def __init__(self, options: Sequence[int], limits: int) -> None:
+        self.starts = np.cumsum([0, *options])
+        self.size = int(self.starts[-1])
+        self._limits = limits
+        self._costs: list[tuple[NDArray[np.int64], Floats]] = []  # columns, and (columns, limits)
+        self._equal: list[tuple[list[int], list[float], float]] = [
+            (list(range(start, stop)), [1.0] * (stop - start), 1.0) for start, stop in pairwise(self.starts.tolist())
+        ]
+        self._below: list[tuple[list[int], list[float], float]] = []
+
+    def add(self, term: Term) -> None:
+        """A term; parts on which it does not depend are left out of it."""
+        costs = np.asarray(term.costs, np.float64)
+        parts = list(term.parts)
+        for axis in reversed(range(len(parts))):
+            first = costs.take([0], axis=axis)
+            if len(parts) > 1 and np.all(costs == first):
+                costs = first.squeeze(axis)
+                del parts[axis]
+        flat = costs.reshape(-1, self._limits)
+        if len(parts) == 1:
+            self._costs.append((np.arange(self.starts[parts[0]], self.starts[parts[0] + 1]), flat))
+            return
+        columns = self._new(len(flat)).reshape(costs.shape[:-1])
+        self._costs.append((columns.ravel(), flat))
+        for axis, part in enumerate(parts):
+            for option, own in enumerate(np.moveaxis(columns, axis, 0).reshape(costs.shape[axis], -1).tolist()):
+                self._equal.append(([*own, int(self.starts[part]) + option], [1.0] * len(own) + [-1.0], 0.0))
+
+    def clash(self, clash: Clash) -> None:
+        """What is paid is at least the sum of both choices, less one."""
+        column = self._new(1)
+        self._costs.append((column, np.asarray(clash.costs, np.float64)[None]))
+        first = self._columns(*clash.first)
+        for part, counts in clash.others:
+            both = [*first, *self._columns(part, counts)]
+            self._below.append(([*both, int(column[0])], [1.0] * len(both) + [-1.0], 1.0))
+
+    def _columns(self, part: int, counts: NDArray[np.bool_]) -> list[int]:
+        numbers: list[int] = (self.starts[part] + np.flatnonzero(counts)).tolist()
+        return numbers
+
+    def _new(self, count: int) -> NDArray[np.int64]:
+        self.size += count
+        return np.arange(self.size - count, self.size)
+
+    def costs(self) -> NDArray[np.float64]:
+        """(limits, columns)."""
+        result = np.zeros((self._limits, self.size))
+        for columns, costs in self._costs:  # no column twice in one of them
+            result[:, columns] += costs.T
+        return result
+
+    def constraints(self) -> Iterator[LinearConstraint]:
+        """One option for each part, combinations that agree with them, and clashes."""
+        for rows, equal in ((self._equal, True), (self._below, False)):
+            if rows:
+                numbers = np.repeat(np.arange(len(rows)), [len(columns) for columns, _, _ in rows])
+                columns = np.concatenate([columns for columns, _, _ in rows])
+                values = np.concatenate([values for _, values, _ in rows])
+                matrix = csr_array(coo_array((values, (numbers, columns)), shape=(len(rows), self.size)))
+                bounds = np.array([bound for _, _, bound in rows])
+                yield LinearConstraint(matrix, bounds if equal else -np.inf, bounds)
 
 
 def undominated(errors: Floats, costs: Floats) -> NDArray[np.int64]:

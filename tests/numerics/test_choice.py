@@ -5,7 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from onnxcomp.numerics.choice import choose, undominated
+from onnxcomp.numerics.choice import Clash, Term, choose, choose_together, undominated
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -40,3 +40,38 @@ def test_many_layers_take_no_more_than_what_is_left() -> None:
     found = choose(errors, costs, np.array([18.0]))
     assert found is not None
     assert sum(cost[number, 0] for cost, number in zip(costs, found, strict=True)) <= 18 * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_costs_of_several_parts_together_and_clashes_count(seed: int) -> None:
+    """Against all choices: pairs, a triple, a pair that depends on one part only, and a cost that is paid once."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(2, 4, size=5).tolist()
+    errors = [random.random(size) for size in sizes]
+    scopes = [(0,), (1,), (0, 1), (3, 1), (1, 2, 4)]
+    terms = [Term(scope, random.random((*(sizes[part] for part in scope), 2))) for scope in scopes]
+    terms.append(Term((2, 3), np.broadcast_to(random.random((1, sizes[3], 2)), (sizes[2], sizes[3], 2))))
+    sets = [random.random(size) < 0.5 for size in sizes]
+    clashes = [Clash((0, sets[0]), ((2, sets[2]), (3, sets[3])), np.array([0.4, 0.1]))]
+    limits = np.array([2.4, 2.6])
+
+    def cost(chosen: tuple[int, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        total = sum(np.asarray(term.costs)[tuple(chosen[part] for part in term.parts)] for term in terms)
+        for clash in clashes:
+            (first, own), others = clash.first, clash.others
+            if own[chosen[first]] and any(counts[chosen[part]] for part, counts in others):
+                total = total + clash.costs
+        return np.asarray(total)
+
+    totals = {
+        chosen: sum(error[number] for error, number in zip(errors, chosen, strict=True))
+        for chosen in product(*map(range, sizes))
+        if np.all(cost(chosen) <= limits)
+    }
+    found = choose_together(errors, terms, clashes, limits)
+    if not totals:
+        assert found is None
+        return
+    assert found is not None
+    assert np.all(cost(tuple(found)) <= limits * (1 + 1e-6))
+    assert totals[tuple(found)] == pytest.approx(min(totals.values()), rel=2e-4)  # the gap that is allowed
