@@ -12,23 +12,16 @@ from onnxcomp.core import name_nodes
 from onnxcomp.cost import NodeCost, node_costs
 from onnxcomp.graph import constant_of, single_consumer
 from onnxcomp.numerics.pack import unpack
-from onnxcomp.profiling import Profile, profiles
+from onnxcomp.profiling import profiles
 from onnxcomp.report import Histogram, LayerRow, Step
 from onnxcomp.runtime import Feeds, Target
 from onnxcomp.sensitivity import observe, output_errors
+from onnxcomp.units import Units, is_computed
 
 _BINS = 40
 
 _WEIGHTED = frozenset({"Conv", "ConvTranspose", "Einsum", "GRU", "Gather", "Gemm", "LSTM", "MatMul", "RNN"})
 """What multiplies with a constant, or looks it up, as it is: others read scales, or integers."""
-
-# fmt: off
-_ELEMENTWISE = frozenset({
-    "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
-    "Identity", "LeakyRelu", "Mish", "Mul", "Neg", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
-    "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu",
-})
-# fmt: on
 
 
 def layer_rows(
@@ -86,46 +79,8 @@ def layer_rows(
     return tuple(rows)
 
 
-class _Units:
-    """The original's layers, each known by the name of its first node.
-
-    Attributes:
-        heads: the name of its layer for every node of the original, in order.
-    """
-
-    def __init__(self, original: ir.Model, running: set[str]) -> None:
-        self.heads: dict[str, str] = {}
-        self._members: dict[str, list[ir.Node]] = defaultdict(list)
-        self._makers: dict[str, str] = {}
-        for node in original.graph.all_nodes():
-            head = self.heads[node.name or ""] = self._head(node, running)
-            self._makers |= {value.name or "": head for value in node.outputs}
-            if node.graph is original.graph:
-                self._members[head].append(node)
-
-    def _head(self, node: ir.Node, running: set[str]) -> str:
-        computed = [value for value in node.inputs if value is not None and _is_computed(value, running)]
-        if node.op_type in _ELEMENTWISE and len(computed) == 1 and single_consumer(computed[0]) is node:
-            maker = computed[0].producer()
-            if maker is not None and maker.graph is node.graph:
-                return self.heads[maker.name or ""]
-        return node.name or ""
-
-    def of(self, name: str) -> str:
-        """The layer of a node of either model: its own name where it belongs to none."""
-        start = name
-        while start:
-            if (head := self.heads.get(start) or self._makers.get(start)) is not None:
-                return head
-            start = start.rpartition("_")[0]
-        return name
-
-    def times(self, profile: Profile) -> dict[str, float]:
-        """Microseconds by layer."""
-        found: dict[str, float] = defaultdict(float)
-        for name, taken in profile.times.items():
-            found[self.of(name)] += taken
-        return found
+class _Units(Units):
+    """The original's layers, with what else is known of them."""
 
     def bytes(self, costs: Iterable[NodeCost], parameters: Mapping[str, int]) -> dict[str, int]:
         """Bytes of weights by layer; the sum is the model's, but for rounding.
@@ -167,7 +122,7 @@ class _Units:
         """Relative squared error of what each layer gives, where both models have that tensor."""
         there = {value.name for node in result.graph for value in node.outputs}
         tensors: dict[str, tuple[str, ir.Value]] = {}
-        for head, members in self._members.items():
+        for head, members in self.members.items():
             for value in (node.outputs[0] for node in reversed(members) if node.outputs):
                 if value.name in there or f"{value.name}_dq" in there:
                     tensors[value.name or ""] = head, value
@@ -207,20 +162,12 @@ def _operator(node: ir.Node) -> str:
     return f"{node.domain}::{node.op_type}" if node.domain else node.op_type
 
 
-def _is_computed(value: ir.Value, running: set[str]) -> bool:
-    """Whether it depends on the model's inputs."""
-    if value.const_value is not None:
-        return False
-    producer = value.producer()
-    return producer is None or producer.name in running
-
-
 def _matrices(node: ir.Node, running: set[str]) -> Iterator[ir.Value]:
     """The weights that a node reads: floating-point tensors of two and more axes, the same in every run."""
     if node.op_type not in _WEIGHTED:
         return
     for value in node.inputs:
-        if value is None or _is_computed(value, running):
+        if value is None or is_computed(value, running):
             continue
         tensor = value.const_value or ir.convenience.get_const_tensor(value)
         dtype, shape = (value.dtype, value.shape) if tensor is None else (tensor.dtype, tensor.shape)

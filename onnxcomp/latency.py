@@ -8,7 +8,7 @@ attributes and shapes count as one seen more often: each gets their median.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import onnx_ir as ir
@@ -35,21 +35,30 @@ class LatencyModel:
         cuttable: for each group, how many channels may go, ascending from 0.
         context: target.
         feeds: one run at the batch size that counts.
+        convert: what is made of each model before it is timed, e.g. INT8.
 
     Attributes:
         counts: for each group, those of the numbers that were timed.
+        touched: for each group, names of the nodes that read or write its channels.
     """
 
-    def __init__(self, groups: ChannelGroups, cuttable: Sequence[Counts], context: Context, feeds: Feeds) -> None:
+    def __init__(
+        self,
+        groups: ChannelGroups,
+        cuttable: Sequence[Counts],
+        context: Context,
+        feeds: Feeds,
+        convert: Callable[[ir.Model], ir.Model] = lambda model: model,
+    ) -> None:
         self.groups = tuple(groups)
         self._model, self._target, self._feeds = groups.model, context.target, feeds
-        self._touched = [_touched(group) for group in self.groups]
+        self.touched = [_touched(group) for group in self.groups]
         self.counts = [_levels(group, counts) for group, counts in zip(self.groups, cuttable, strict=True)]
         self._shares: list[dict[int, float]] = [{0: 1.0} for _ in self.groups]
         self._times: dict[str, float] = {}
         for members in self._apart():
             variants = list(self._variants(groups, members))
-            made = [groups.model, *(model for _, model in variants)]
+            made = [convert(model) for model in (groups.model, *(model for _, model in variants))]
             found = profiles(made, context.target, feeds, rounds=_ROUNDS)
             whole, *cut = (profile.times for profile in found)
             self._times = dict(whole)
@@ -65,9 +74,9 @@ class LatencyModel:
         """
         alike: dict[Hashable, list[tuple[int, float]]] = defaultdict(list)
         for group, count in removed.items():
-            before, after = (sum(each.get(name, 0.0) for name in self._touched[group]) for each in (whole, cut))
+            before, after = (sum(each.get(name, 0.0) for name in self.touched[group]) for each in (whole, cut))
             if before:
-                alike[count, _form(groups.model, self._touched[group])].append((group, after / before))
+                alike[count, _form(groups.model, self.touched[group])].append((group, after / before))
         for members in alike.values():
             share = statistics.median(share for _, share in members)
             for group, _ in members:
@@ -77,9 +86,9 @@ class LatencyModel:
         """Microseconds per run with so many channels gone from each group."""
         times = dict(self._times)
         for group, count in enumerate([] if removed is None else removed.astype(int).tolist()):
-            share = self._share(group, count)
+            share = self.share(group, count)
             if share != 1:
-                times |= {name: times[name] * share for name in self._touched[group] & times.keys()}
+                times |= {name: times[name] * share for name in self.touched[group] & times.keys()}
         return sum(times.values())
 
     def saving(self, group: int, removed: Floats, count: int) -> float:
@@ -93,7 +102,8 @@ class LatencyModel:
         sessions = [Session(each, self._target) for each in (self._model, model)]
         return 1 / compare(sessions, self._feeds, _PROTOCOL)[1].speedup
 
-    def _share(self, group: int, count: int) -> float:
+    def share(self, group: int, count: int) -> float:
+        """What is left of the time of a group's nodes with so many of its channels gone."""
         shares = self._shares[group]
         return shares[max(known for known in shares if known <= count)]
 
@@ -120,12 +130,12 @@ class LatencyModel:
             if len(counts) < 2:
                 continue
             for members, nodes in sets:
-                if not nodes & self._touched[index]:
+                if not nodes & self.touched[index]:
                     members.append(index)
-                    nodes |= self._touched[index]
+                    nodes |= self.touched[index]
                     break
             else:
-                sets.append(([index], set(self._touched[index])))
+                sets.append(([index], set(self.touched[index])))
         return [members for members, _ in sets]
 
 

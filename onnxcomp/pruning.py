@@ -4,7 +4,7 @@ What is learnt from data is learnt when it is first asked for, so that a weight 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -122,13 +122,15 @@ class Pruner:
 
     # -- which channels ---------------------------------------------------------------------------------------------
 
-    def rank(self, criterion: Criterion, aggregate: Aggregate, normalised: bool) -> dict[ChannelGroup, Ranking]:
-        """The channels of every group that can be cut, by a criterion.
+    def rank(
+        self, criterion: Criterion, aggregate: Aggregate, normalised: bool, only: Container[str] | None = None
+    ) -> dict[ChannelGroup, Ranking]:
+        """The channels of every group that can be cut, or of those of some names, by a criterion.
 
         OBS removes them one after another, each time the one that costs least, and scores each by what it added then.
         The others score all at once. Groups that the criterion says nothing of are skipped, with that reason.
         """
-        chosen = [group for group in self._readers if self._can_go(group)]
+        chosen = [group for group in self._readers if (only is None or group.name in only) and self._can_go(group)]
         if criterion is Criterion.OBS:
             return {group: self._eliminated(group) for group in chosen}
         found = {}

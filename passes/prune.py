@@ -18,7 +18,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.channels import ChannelGroup, channel_groups
-from onnxcomp.core import Change, Context, Outcome, Pass, Skip, Width
+from onnxcomp.core import Change, Context, Outcome, Parts, Pass, Skip, Width, whole
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.graph import remove_unused
 from onnxcomp.latency import LatencyModel
@@ -54,6 +54,7 @@ class Prune(Pass):
         reconstruct: least squares on the survivors, and every layer fitted again after the channels are gone.
         multiple: widths are multiples of this in groups of as many channels.
         least: share of its channels that every group keeps; one always stays.
+        parts: channels left by the name of a group; where any is named, no other is cut, in one round.
 
     Raises:
         OptionError: a setting that makes no sense.
@@ -74,6 +75,7 @@ class Prune(Pass):
     reconstruct: bool = True
     multiple: int = 2
     least: float = 0.1
+    parts: Parts = ()
 
     def __post_init__(self) -> None:
         if not (0 < self.remains <= 1 and 0 <= self.least <= 1 and self.multiple >= 1 and self.rounds >= 1):
@@ -93,7 +95,7 @@ class Prune(Pass):
         widths: dict[str, Width] = {}
         goal: float | None = None
         traced: ir.Model | None = None
-        for done in range(self.rounds):
+        for done in range(1 if self.parts else self.rounds):
             try:
                 groups = channel_groups(cuts[-1].model if cuts else model, next(iter(data.batches(1))).feeds)
             except OnnxcompError as error:
@@ -101,10 +103,14 @@ class Prune(Pass):
                 break
             traced = groups.model if traced is None else traced
             pruner = Pruner(groups, data, context, refit=self.reconstruct)
-            rankings = pruner.rank(self.criterion, self.aggregate, self.normalised)
-            plan = _Plan(self, pruner, rankings, _run(data, context))
-            goal = plan.cost.total() * self.remains if goal is None else goal
-            removed = plan.removed((goal / (plan.cost.total() or 1.0)) ** (1 / (self.rounds - done)))
+            if self.parts:
+                rankings = pruner.rank(self.criterion, self.aggregate, self.normalised, dict(self.parts))
+                removed = self._named(pruner, rankings)
+            else:
+                rankings = pruner.rank(self.criterion, self.aggregate, self.normalised)
+                plan = _Plan(self, pruner, rankings, _run(data, context))
+                goal = plan.cost.total() * self.remains if goal is None else goal
+                removed = plan.removed((goal / (plan.cost.total() or 1.0)) ** (1 / (self.rounds - done)))
             skips |= dict.fromkeys([*(Skip(frozen.name, frozen.reason) for frozen in groups.frozen), *pruner.skips])
             for group, ranking in rankings.items():
                 widths[group.name] = _narrowed(widths.get(group.name), group, ranking, removed.get(group))
@@ -121,6 +127,33 @@ class Prune(Pass):
         if cuts:
             remove_unused(pruned)  # the weights as they were before
         return Outcome(pruned, tuple(changes), tuple(skips), tuple(widths.values()))
+
+    def _named(self, pruner: Pruner, rankings: Mapping[ChannelGroup, Ranking]) -> dict[ChannelGroup, NDArray[np.int64]]:
+        """The channels that go where it is said how many stay.
+
+        Raises:
+            OptionError: there is no such group, or it has not so many channels.
+        """
+        groups = {group.name: group for group in pruner.groups}
+        removed = {}
+        for name, setting in self.parts:
+            kept, group = whole(setting), groups.get(name)
+            if group is None:
+                known = ", ".join(groups) or "none"
+                raise OptionError(f"there is no group of channels '{name}'", remedy=f"those there are: {known}")
+            if not 0 < kept <= group.size:
+                raise OptionError(f"group '{name}' has {group.size} channels, and cannot keep {kept}")
+            if group in rankings and kept < group.size:
+                removed[group] = rankings[group].order[: group.size - kept]
+        return self._swapped(pruner, removed)
+
+    def _swapped(
+        self, pruner: Pruner, removed: Mapping[ChannelGroup, NDArray[np.int64]]
+    ) -> dict[ChannelGroup, NDArray[np.int64]]:
+        """What a sweep chose, one after another, may be better together."""
+        if self.criterion is not Criterion.OBS:
+            return dict(removed)
+        return {group: pruner.swapped(group, order) for group, order in removed.items()}
 
     def _said(self, width: Width, context: Context) -> str:
         learns = self.criterion.needs_data or self.reconstruct or self.rates is Rates.MEASURED
@@ -177,9 +210,7 @@ class _Plan:
             for group, count in zip(groups, counts.tolist(), strict=True)
             if count
         }
-        if settings.criterion is Criterion.OBS:  # what a sweep chose, one after another, may be better together
-            gone = {group: self._pruner.swapped(group, order) for group, order in gone.items()}
-        return gone
+        return settings._swapped(self._pruner, gone)
 
     @cached_property
     def _curves(self) -> list[Curve | None]:

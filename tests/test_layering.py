@@ -19,7 +19,7 @@ LAYERS = (
     {"calibration", "equivalence", "weights", "decode", "rescale", "integers",
      "constants", "unpacking", "encodings", "compression",
      "relations", "movement", "facts", "channels", "members", "saliency", "surgery", "widths",
-     "effects", "branches", "splitting", "latency", "chains", "prefix", "twins", "together",
+     "effects", "branches", "splitting", "latency", "chains", "prefix", "twins", "units", "together",
      "reconstruction", "pruning"},
     {"passes"},
     {"registry", "settings", "recipe", "record", "explanation", "verification",

@@ -1,0 +1,76 @@
+"""Nodes that run as one: a node with the element-wise nodes behind it, and whatever passes made of them.
+
+ONNX Runtime fuses element-wise nodes into the kernel before them, so that only sums over such units compare between a
+model and what became of it. What passes add is named after the node or the tensor that it stands for.
+"""
+
+from collections import defaultdict
+
+import onnx_ir as ir
+
+from onnxcomp.cost import node_costs
+from onnxcomp.graph import single_consumer
+from onnxcomp.profiling import Profile
+
+# fmt: off
+_ELEMENTWISE = frozenset({
+    "Abs", "Add", "BatchNormalization", "Celu", "Clip", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish",
+    "Identity", "LeakyRelu", "Mish", "Mul", "Neg", "PRelu", "Pow", "Relu", "Selu", "Sigmoid", "Softplus", "Softsign",
+    "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu",
+})
+# fmt: on
+
+
+class Units:
+    """A model's units, each known by the name of its first node.
+
+    Args:
+        original: with names on its nodes.
+
+    Attributes:
+        heads: the name of its unit for every node, in order.
+        members: the nodes of the main graph by unit.
+    """
+
+    def __init__(self, original: ir.Model, running: set[str] | None = None) -> None:
+        self.heads: dict[str, str] = {}
+        self.members: dict[str, list[ir.Node]] = defaultdict(list)
+        self._makers: dict[str, str] = {}
+        running = {cost.name for cost in node_costs(original)} if running is None else running
+        for node in original.graph.all_nodes():
+            head = self.heads[node.name or ""] = self._head(node, running)
+            self._makers |= {value.name or "": head for value in node.outputs}
+            if node.graph is original.graph:
+                self.members[head].append(node)
+
+    def _head(self, node: ir.Node, running: set[str]) -> str:
+        computed = [value for value in node.inputs if value is not None and is_computed(value, running)]
+        if node.op_type in _ELEMENTWISE and len(computed) == 1 and single_consumer(computed[0]) is node:
+            maker = computed[0].producer()
+            if maker is not None and maker.graph is node.graph:
+                return self.heads[maker.name or ""]
+        return node.name or ""
+
+    def of(self, name: str) -> str:
+        """The unit of a node of the model or of what became of it: its own name where it belongs to none."""
+        start = name
+        while start:
+            if (head := self.heads.get(start) or self._makers.get(start)) is not None:
+                return head
+            start = start.rpartition("_")[0]
+        return name
+
+    def times(self, profile: Profile) -> dict[str, float]:
+        """Microseconds by unit."""
+        found: dict[str, float] = defaultdict(float)
+        for name, taken in profile.times.items():
+            found[self.of(name)] += taken
+        return found
+
+
+def is_computed(value: ir.Value, running: set[str]) -> bool:
+    """Whether it depends on the model's inputs, given the names of the nodes that run."""
+    if value.const_value is not None:
+        return False
+    producer = value.producer()
+    return producer is None or producer.name in running
