@@ -39,9 +39,9 @@ class Effort(StrEnum):
         return {"quick": (2.0,), "default": (1.0, 2.0, 4.0), "extensive": (0.5, 1.0, 1.5, 2.0, 3.0, 4.0)}[self.value]
 
     @property
-    def widths(self) -> tuple[float, ...]:
-        """Shares of the FLOPs that pruning is to leave, one after another until the budget is broken."""
-        return {"quick": (0.8,), "default": (0.9, 0.8, 0.65), "extensive": (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)}[self.value]
+    def plans(self) -> int:
+        """Plans for fewer branches and channels, each made with what the one before it lost in view."""
+        return {"quick": 0, "default": 3, "extensive": 8}[self.value]
 
     @property
     def rounding(self) -> Rounding:
@@ -66,6 +66,7 @@ class Candidate:
     timing: Timing | None = None
     drop: float | None = None
     verdict: str = ""
+    predicted: float | None = None
 
     @property
     def changed(self) -> tuple[str, ...]:

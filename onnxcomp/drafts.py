@@ -1,6 +1,6 @@
 """What to try: the quantizations that a target has kernels for, and the ways to refine one."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from onnxcomp import placement
@@ -8,7 +8,6 @@ from onnxcomp.candidates import NEAREST, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
 from onnxcomp.passes.convert_float import ConvertFloat
 from onnxcomp.passes.equalize import Equalize
-from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.smooth import Smooth
@@ -20,21 +19,11 @@ Recipe = tuple[str, tuple[Pass, ...]]
 _FP16 = {"cuda", "tensorrt", "nvtensorrtrtx", "rocm", "migraphx", "dml"}
 """Providers that compute in half precision; the CPU's converts to float32 and back."""
 
-_PART_OF_DRAFTS = {"simplify", "prune", "quantize-static", "quantize-dynamic", "quantize-weights"}
+_PART_OF_DRAFTS = {"simplify", "prune", "prune-depth", "quantize-static", "quantize-dynamic", "quantize-weights"}
 """Passes that the search applies in its own way."""
-
-_MULTIPLE = 16
-"""Widths that integer kernels fill: narrower steps were measured not to gain anything in INT8."""
 
 _NO_INT8 = {"cuda", "rocm"}
 """Providers whose integer kernels are slow or missing."""
-
-
-def narrower(bench: Workbench, named: Sequence[str], effort: Effort) -> Iterator[Candidate]:
-    """The model pruned more and more, where the user asked for that."""
-    if "prune" in named:
-        for share in effort.widths:
-            yield bench.make(f"{share:.0%} of the FLOPs", (Prune(share, multiple=_MULTIPLE),))
 
 
 def drafts(

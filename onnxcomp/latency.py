@@ -36,6 +36,7 @@ class LatencyModel:
         context: target.
         feeds: one run at the batch size that counts.
         convert: what is made of each model before it is timed, e.g. INT8.
+        rounds: of profiles of each model.
 
     Attributes:
         counts: for each group, those of the numbers that were timed.
@@ -49,6 +50,7 @@ class LatencyModel:
         context: Context,
         feeds: Feeds,
         convert: Callable[[ir.Model], ir.Model] = lambda model: model,
+        rounds: int = _ROUNDS,
     ) -> None:
         self.groups = tuple(groups)
         self._model, self._target, self._feeds = groups.model, context.target, feeds
@@ -59,7 +61,7 @@ class LatencyModel:
         for members in self._apart():
             variants = list(self._variants(groups, members))
             made = [convert(model) for model in (groups.model, *(model for _, model in variants))]
-            found = profiles(made, context.target, feeds, rounds=_ROUNDS)
+            found = profiles(made, context.target, feeds, rounds=rounds)
             whole, *cut = (profile.times for profile in found)
             self._times = dict(whole)
             for (removed, _), times in zip(variants, cut, strict=True):

@@ -84,6 +84,11 @@ class Pruner:
             else:
                 self.skips.append(Skip(group.name, reason))
 
+    @property
+    def cuttable(self) -> Container[ChannelGroup]:
+        """The groups that layers read."""
+        return self._readers.keys()
+
     def _unreadable(self, group: ChannelGroup, found: list[Reader]) -> str | None:
         nodes = [use.node for slot in group.slots if slot.value.const_value is not None for use in slot.value.uses()]
         if any(self.context.excludes(node) for node in nodes):
@@ -163,7 +168,7 @@ class Pruner:
 
     # -- what they cost ---------------------------------------------------------------------------------------------
 
-    def curve(self, group: ChannelGroup, ranking: Ranking, most: int) -> Curve | None:
+    def curve(self, group: ChannelGroup, ranking: Ranking, most: int, places: int = _PROBES) -> Curve | None:
         """The error of the model's outputs at every width of one group.
 
         The layers' errors at every width come from one sweep; what those do to the outputs is measured at a few widths
@@ -172,7 +177,7 @@ class Pruner:
         order, errors = ranking.order, ranking.errors
         if errors is None:
             errors = eliminate(self._consumers(group), DAMPING, order=order).errors
-        probes = sorted({int(np.ceil(most * place / _PROBES)) for place in range(1, _PROBES + 1)} - {0})
+        probes = sorted({int(np.ceil(most * place / places)) for place in range(1, places + 1)} - {0})
         try:
             effects = [self._answers.error(self.cut({group: order[:count]}, infer=False).model) for count in probes]
         except SurgeryError as error:

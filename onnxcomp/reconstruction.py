@@ -46,6 +46,7 @@ def reconstruct(
     context: Context,
     damping: float = 1e-2,
     project: Project | None = None,
+    jointly: bool = True,
 ) -> list[Skip]:
     """Fit the layers of the changed model, in place.
 
@@ -57,6 +58,7 @@ def reconstruct(
         context: target, seed, progress.
         damping: of the regression, as a share of the mean of H's diagonal.
         project: makes of each layer's fitted weights those that it gets. Layers are then fitted one by one only.
+        jointly: also fit layers in a row together, which takes longer than all else.
 
     Returns:
         What was not fitted, and why.
@@ -74,16 +76,16 @@ def reconstruct(
     factors = {pair.after.name for pair in pairs if pair.before is None}
     for row in chains([pair.after for pair in pairs], factors):
         block = [by_name[layer.name] for layer in row]
-        jointly = len(block) > 1 and project is None and block[-1].before is not None
+        both = jointly and len(block) > 1 and project is None and block[-1].before is not None
         start: Layer | None = block[0].after
         for pair in block:
             norms.adjust(pair.after.node)
             if pair.before is not None:
-                rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if jointly else 1)
+                rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if both else 1)
                 runs = twins.runs(pair, starts=start)
                 _fit(pair, runs, rows / data.samples, context.seed, damping, project)
                 start = None
-        if jointly and (reason := fit_together(block, changed, twins, data.samples, context, damping)):
+        if both and (reason := fit_together(block, changed, twins, data.samples, context, damping)):
             skips += [Skip(pair.after.name, f"fitted by itself only: {reason}") for pair in block]
         done += len(block)
         context.progress(done, len(pairs), "fitting layers again")

@@ -1,28 +1,40 @@
 """Finds the fastest candidate within the budget, then makes it smaller.
 
-1. Clean up; and prune, where the user asked for it, as far as the budget allows.
-2. Draft, upon each of these: every quantization that the target has kernels for, weights rounded to the nearest, with
+1. Clean up.
+2. Draft every quantization that the target has kernels for, weights rounded to the nearest, with
    those nodes in INT8 that a minimum cut over measured times puts there. All drafts are timed side by side.
 3. Refine the fastest: weights rounded with error feedback, judged on the metric. Over budget, nodes return to float,
    the most sensitive first, until it holds.
-4. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
+4. Plan which branches go, how wide layers are and what runs as integers, all together; measure, and plan again.
+5. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
    sparse or binary, where the user asked for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from onnxcomp import registry
+from onnxcomp import placement, registry
 from onnxcomp.budget import Budget, within
 from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
-from onnxcomp.drafts import drafts, narrower, variants
+from onnxcomp.drafts import drafts, variants
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.metrics import Metric
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.quantize_weights import QuantizeWeights
+from onnxcomp.planning import FLOAT, Plan, Planner
 from onnxcomp.report import Figures
 from onnxcomp.sensitivity import ranking
+
+_PLANNED = ("prune", "prune-depth")
+"""Passes whose choices are made together, with those of precision."""
+_FIRST_ERROR = 0.05
+"""Relative squared error of the outputs, before what is left makes up for it, that the first plan may have."""
+_STEP = 2.5
+"""The most by which the error of the next plan differs from the last one's."""
+_AIM = 0.7
+"""Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
 
 
 def accepted_drop(metric: Metric, budget: Budget) -> float:
@@ -54,14 +66,12 @@ class Search:
         self._original_bytes = original_bytes
         self._has_data = bench.context.data is not None
         self.clean = bench.make("clean-up", ())
+        self._unplanned: Candidate | None = None
         self.drafted, self.allows_more = False, bool(allowed - {"simplify"})
 
     def run(self) -> Candidate:
         """The best candidate."""
-        made = []
-        for base in [self.clean, *self._narrower()]:
-            made += [base] * (base is not self.clean)
-            made += drafts(self._bench, base, self._allowed, self._effort, self._named)
+        made = drafts(self._bench, self.clean, self._allowed, self._effort, self._named)
         self.drafted = bool(made)
         self._bench.time(self.clean, *made)
         self._bench.drop(self.clean)
@@ -73,23 +83,25 @@ class Search:
                 best = refined
             elif refined is not None:
                 refined.verdict = "not faster beyond noise" if refined.speedup > best.speedup else "not faster"
-        return self._shrink(best)
-
-    def _narrower(self) -> Iterator[Candidate]:
-        """The model with fewer and fewer channels, as long as the budget holds."""
-        for candidate in narrower(self._bench, self._named, self._effort):
-            if not self._bench.works(candidate) or not self._within(candidate):
-                return
-            yield candidate
+        planned = self._together(best)
+        self._unplanned = None if planned is best else best
+        return self._shrink(planned)
 
     def fallbacks(self, best: Candidate) -> Iterator[Candidate]:
-        """What to take instead of a candidate that fails on unseen data: one that loses half as much, then clean-up.
+        """What to take instead of a candidate that fails on unseen data.
 
+        The best without a plan, one that loses half as much, then clean-up.
         Not more: the final data would become one more judge.
         """
         if best is self.clean:
             return
         best.verdict = "over the budget on the final data"
+        if self._unplanned is not None:
+            best = self._shrink(self._unplanned)
+            yield best
+            if best is self.clean:
+                return
+            best.verdict = "over the budget on the final data"
         self._max_drop /= 2
         quantized = max((i for i, p in enumerate(best.passes) if _has_nodes(p)), default=None)
         careful = self.clean
@@ -106,6 +118,75 @@ class Search:
     def _gains(self, candidate: Candidate, best: Candidate) -> bool:
         """Whether it is faster; of what the user asked for by name, as fast and smaller is enough."""
         return candidate.faster(best) or (candidate.name in self._named and candidate.smaller(best))
+
+    # -- less to compute --------------------------------------------------------------------------------------------
+
+    def _together(self, best: Candidate) -> Candidate:
+        """Branches, widths and precision planned together, ever nearer to the loss that the budget allows."""
+        try:
+            planner = self._planner(best)
+        except OnnxcompError as failure:
+            self._bench.trials.append(Candidate("plans", (), best.model, (), verdict=f"not possible: {failure.fact}"))
+            return best
+        if planner is None:
+            return best
+        behind = best.passes
+        form = "INT8" if "INT8" in planner.forms else FLOAT
+        planner.learn(planner.share(form), self.clean.speedup / best.speedup)
+        loss = max(self._bench.drop(best), 0.0)
+        error, known = _FIRST_ERROR, list[tuple[float, float]]()
+        for turn in range(max(self._effort.plans, any(ways in self._named for ways in _PLANNED))):
+            plan = planner.plan(error)
+            if plan is None or not (plan.branches or plan.widths):
+                break
+            trial = self._planned(plan, behind, turn)
+            if not self._bench.works(trial):
+                break
+            self._bench.time(*dict.fromkeys([self.clean, best, trial]))
+            planner.learn(plan.time, self.clean.speedup / trial.speedup)
+            trial.predicted = plan.time
+            known.append((plan.error, max(self._bench.drop(trial) - loss, 0.0)))
+            if self._within(trial) and trial.faster(best):
+                best = trial
+            elif trial.verdict == "within the budget":
+                trial.verdict = "not faster beyond noise"
+            error = self._next_error(known, self._max_drop - loss)
+        return best
+
+    def _planner(self, best: Candidate) -> Planner | None:
+        """Measured, if there is anything to choose."""
+        data = self._bench.context.data
+        ways = {name: name in self._allowed for name in _PLANNED}
+        if data is None or not any(ways.values()) or best.speedup <= 0:
+            return None
+        last = best.passes[-1] if best.passes else None
+        quantizers: dict[str, QuantizeStatic | QuantizeDynamic] = {}
+        if isinstance(last, QuantizeStatic | QuantizeDynamic):
+            quantizers["INT8"] = replace(last, rounding=NEAREST, keep=())
+        crossing = placement.measure_crossing(self._bench.context.target)
+        planner = Planner(
+            self.clean.model, quantizers, data, self._bench.context, self._bench.batch.feeds, crossing,
+            prune=ways["prune"], prune_depth=ways["prune-depth"],
+        )  # fmt: skip
+        return planner if planner.has_choices else None
+
+    def _planned(self, plan: Plan, behind: tuple[Pass, ...], turn: int) -> Candidate:
+        """The plan, and then the passes that the best candidate without it has."""
+        passes = plan.passes(jointly=self._effort is Effort.EXTENSIVE)
+        if behind and isinstance(last := behind[-1], QuantizeStatic | QuantizeDynamic):
+            model, _ = self._bench.applied(passes)
+            there = {node.name for node in model.graph}
+            keep = tuple(sorted(name for name in plan.floats if name in there))
+            behind = (*behind[:-1], replace(last, keep=keep))
+        passes = (*passes, *behind)
+        name = f"{len(plan.branches)} branches gone and {len(plan.widths)} groups narrower, plan {turn + 1}"
+        return self._bench.make(name, passes)
+
+    def _next_error(self, known: Sequence[tuple[float, float]], allowed: float) -> float:
+        """The error of a plan that is to lose most of what is allowed, by what others lost for theirs."""
+        error, lost = known[-1]
+        wanted = _AIM * allowed
+        return error * min(max(wanted / max(lost, wanted / _STEP), 1 / _STEP), _STEP)
 
     # -- refining ---------------------------------------------------------------------------------------------------
 

@@ -153,8 +153,8 @@ def prune(
         threshold,
         rounds,
         reconstruct,
-        multiple,
-        least,
+        multiple=multiple,
+        least=least,
     )
     return convert(source, [Simplify(keep_overridable), technique], **common)
 

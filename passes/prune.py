@@ -52,6 +52,7 @@ class Prune(Pass):
         threshold: channels that score less go, whatever then remains of the cost; None prunes to what is to remain.
         rounds: in how many rounds, each of which ranks what is left anew.
         reconstruct: least squares on the survivors, and every layer fitted again after the channels are gone.
+        jointly: also fit the layers of a row together, which takes longer than all else.
         multiple: widths are multiples of this in groups of as many channels.
         least: share of its channels that every group keeps; one always stays.
         parts: channels left by the name of a group; where any is named, no other is cut, in one round.
@@ -73,6 +74,7 @@ class Prune(Pass):
     threshold: float | None = None
     rounds: int = 1
     reconstruct: bool = True
+    jointly: bool = True
     multiple: int = 2
     least: float = 0.1
     parts: Parts = ()
@@ -123,7 +125,7 @@ class Prune(Pass):
         ]
         pruned = cuts[-1].model if cuts else model
         if cuts and self.reconstruct and traced is not None:
-            skips |= dict.fromkeys(reconstruct(traced, pruned, together(cuts), data, context))
+            skips |= dict.fromkeys(reconstruct(traced, pruned, together(cuts), data, context, jointly=self.jointly))
         if cuts:
             remove_unused(pruned)  # the weights as they were before
         return Outcome(pruned, tuple(changes), tuple(skips), tuple(widths.values()))

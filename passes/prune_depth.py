@@ -43,6 +43,7 @@ class PruneDepth(Pass):
         remains: share of the cost that is to remain.
         cost: which cost.
         reconstruct: fit every layer again that comes after.
+        jointly: also fit the layers of a row together, which takes longer than all else.
         parts: by the name of a sum, which of its operands goes, 0 or 1; where any is named, no other goes.
 
     Raises:
@@ -55,6 +56,7 @@ class PruneDepth(Pass):
     remains: float = 0.9
     cost: Cost = Cost.FLOPS
     reconstruct: bool = True
+    jointly: bool = False
     parts: Parts = ()
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class PruneDepth(Pass):
         note = ", fitted on made-up inputs" if context.data is None and self.reconstruct else ""
         changes = [Change(branch.join, f"without a branch of {len(branch.nodes) - 1} nodes{note}") for branch in gone]
         if self.reconstruct:
-            skips += reconstruct(found.model, made, {}, found.data, context)
+            skips += reconstruct(found.model, made, {}, found.data, context, jointly=self.jointly)
         return Outcome(made, tuple(changes), tuple(skips))
 
     def options(self, model: ir.Model, context: Context) -> Iterator[Option]:

@@ -23,7 +23,7 @@ LAYERS = (
      "reconstruction", "pruning"},
     {"passes"},
     {"registry", "settings", "recipe", "record", "explanation", "verification",
-     "placement", "sensitivity", "judges", "report", "candidates", "drafts", "search",
+     "placement", "planning", "sensitivity", "judges", "report", "candidates", "drafts", "search",
      "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package",
      "wording", "anatomy", "invocation", "plots", "page"},
     {"console", "options", "shell", "viewing", "cli", "__main__", "__init__"},

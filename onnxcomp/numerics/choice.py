@@ -1,4 +1,4 @@
-"""One option for each part, with the least summed error that several limits allow.
+"""One option for each part, with the least of one sum that limits on others allow.
 
 Where each part's costs are its own, that is a multiple-choice knapsack. Where a cost depends on the options of several
 parts together (a layer's time on the widths on both its sides and on its precision), there is a variable for each
@@ -27,7 +27,7 @@ class Term:
 
     Attributes:
         parts: their numbers, each once.
-        costs: (options of the first, options of the second, ..., limits).
+        costs: (options of the first, options of the second, ..., sums).
     """
 
     parts: tuple[int, ...]
@@ -41,7 +41,7 @@ class Clash:
     Attributes:
         first: number of the part, and (options,) whether each counts.
         others: the same of the others.
-        costs: (limits,), not negative.
+        costs: (sums,), not negative.
     """
 
     first: tuple[int, NDArray[np.bool_]]
@@ -58,50 +58,53 @@ def choose(errors: Sequence[Floats], costs: Sequence[Floats], limits: Floats) ->
         limits: (limits,) of the sums of costs.
 
     Returns:
-        As `choose_together`.
+        For each part the number of its option, within 1e-4 of the least error; None where no choice keeps the limits.
     """
     kept = [undominated(*part) for part in zip(errors, costs, strict=True)]
-    terms = [Term((part,), cost[numbers]) for part, (cost, numbers) in enumerate(zip(costs, kept, strict=True))]
-    found = choose_together([error[numbers] for error, numbers in zip(errors, kept, strict=True)], terms, (), limits)
+    tables = [np.column_stack(part) for part in zip(errors, costs, strict=True)]
+    terms = [Term((part,), tables[part][numbers]) for part, numbers in enumerate(kept)]
+    found = choose_together([len(numbers) for numbers in kept], terms, (), limits)
     return found and [int(numbers[number]) for numbers, number in zip(kept, found, strict=True)]
 
 
 def choose_together(
-    errors: Sequence[Floats], terms: Sequence[Term], clashes: Sequence[Clash], limits: Floats
+    options: Sequence[int], terms: Sequence[Term], clashes: Sequence[Clash], limits: Floats, gap: float = _GAP
 ) -> list[int] | None:
     """The options to take, by branch and bound (HiGHS; Huangfu and Hall 2018).
 
     Args:
-        errors: of each part (options,).
-        terms: costs that are added up.
-        clashes: costs that are added to them.
-        limits: (limits,) of the sums.
+        options: of each part, how many.
+        terms: what is added up. The first sum is to be least, the others have limits.
+        clashes: what is added to them.
+        limits: (sums - 1,) infinite for none.
+        gap: share of the least sum that the answer's may be above it.
 
     Returns:
-        For each part the number of its option, within 1e-4 of the least error; None where no choice keeps the limits.
+        For each part the number of its option; None where no choice keeps the limits.
     """
-    if not errors:
-        return [] if np.all(np.asarray(limits) >= 0) else None
-    problem = _Problem([len(error) for error in errors], len(limits))
+    bounds = np.asarray(limits, np.float64)
+    if not options:
+        return [] if np.all(bounds >= 0) else None
+    problem = _Problem(options, len(bounds) + 1)
     for term in terms:
         problem.add(term)
     for clash in clashes:
         problem.clash(clash)
-    objective = np.zeros(problem.size)
-    own = np.concatenate([np.asarray(error, np.float64) for error in errors])
-    objective[: len(own)] = own / (np.abs(own).max() or 1.0)
-    scale = np.maximum(np.abs(limits), np.finfo(float).tiny)
+    objective, *rows = problem.costs()
     whole = np.zeros(problem.size, np.int64)
-    whole[: len(own)] = 1
+    whole[: problem.starts[-1]] = 1
+    scale = np.maximum(np.abs(bounds), np.finfo(float).tiny)
+    limited = np.flatnonzero(np.isfinite(bounds))
+    constraints = [*problem.constraints()]
+    if len(limited):
+        shares = csr_array(np.stack([rows[number] / scale[number] for number in limited]))
+        constraints.append(LinearConstraint(shares, -np.inf, bounds[limited] / scale[limited]))
     found = milp(
-        objective,
+        objective / (np.abs(objective).max() or 1.0),
         integrality=whole,
         bounds=Bounds(0, np.where(whole, 1, np.inf)),
-        constraints=[
-            *problem.constraints(),
-            LinearConstraint(csr_array(problem.costs() / scale[:, None]), -np.inf, np.asarray(limits) / scale),
-        ],
-        options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
+        constraints=constraints,
+        options={"mip_rel_gap": gap, "time_limit": _SECONDS},
     )
     if found.x is None:
         return None
@@ -113,14 +116,14 @@ class _Problem:
 
     Args:
         options: of each part.
-        limits: how many.
+        sums: how many.
     """
 
-    def __init__(self, options: Sequence[int], limits: int) -> None:
+    def __init__(self, options: Sequence[int], sums: int) -> None:
         self.starts = np.cumsum([0, *options])
         self.size = int(self.starts[-1])
-        self._limits = limits
-        self._costs: list[tuple[NDArray[np.int64], Floats]] = []  # columns, and (columns, limits)
+        self._sums = sums
+        self._costs: list[tuple[NDArray[np.int64], Floats]] = []  # columns, and (columns, sums)
         self._equal: list[tuple[list[int], list[float], float]] = [
             (list(range(start, stop)), [1.0] * (stop - start), 1.0) for start, stop in pairwise(self.starts.tolist())
         ]
@@ -135,7 +138,7 @@ class _Problem:
             if len(parts) > 1 and np.all(costs == first):
                 costs = first.squeeze(axis)
                 del parts[axis]
-        flat = costs.reshape(-1, self._limits)
+        flat = costs.reshape(-1, self._sums)
         if len(parts) == 1:
             self._costs.append((np.arange(self.starts[parts[0]], self.starts[parts[0] + 1]), flat))
             return
@@ -163,8 +166,8 @@ class _Problem:
         return np.arange(self.size - count, self.size)
 
     def costs(self) -> NDArray[np.float64]:
-        """(limits, columns)."""
-        result = np.zeros((self._limits, self.size))
+        """(sums, columns)."""
+        result = np.zeros((self._sums, self.size))
         for columns, costs in self._costs:  # no column twice in one of them
             result[:, columns] += costs.T
         return result

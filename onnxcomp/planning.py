@@ -1,0 +1,351 @@
+"""What to do to each part of a model, all decided together: branches, widths and precision under one limit on time.
+
+1. The model is profiled in every precision that the target has kernels for, and again with more and more channels gone:
+   the time of each unit, by its precision and by the widths on both its sides.
+2. What the outputs lose is measured: without each branch, at a few widths of each group whose narrowing saves time, and
+   in each precision, where every unit is taken for an equal part of the loss.
+3. One program chooses (`numerics.choice`): a branch that goes takes its units' time with it, whatever their widths; a
+   unit's time depends on its precision and its groups' widths together; a tensor between two precisions is converted
+   once, however many read it.
+4. What a plan really takes and loses is told back (`learn`), and the next one is made with both rescaled.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from onnxcomp.branches import Branch, branches, without_branches
+from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
+from onnxcomp.core import Context, Parts, Pass
+from onnxcomp.effects import Answers
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.latency import LatencyModel
+from onnxcomp.numerics.choice import Clash, Term, choose_together
+from onnxcomp.passes.prune import Prune
+from onnxcomp.passes.prune_depth import PruneDepth
+from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
+from onnxcomp.passes.quantize_static import QuantizeStatic
+from onnxcomp.placement import Crossing
+from onnxcomp.profiling import profiles
+from onnxcomp.pruning import Pruner
+from onnxcomp.runtime import Feeds
+from onnxcomp.saliency import Aggregate, Criterion
+from onnxcomp.samples import Dataset
+from onnxcomp.units import Units
+from onnxcomp.widths import Counts, may_go
+
+FLOAT = "float"
+_LEAST = 0.25
+"""Share of its channels that every group keeps: fewer lose too much for what they save."""
+_MULTIPLE = 4
+"""Widths are multiples of this."""
+_SAVES = 0.02
+"""Share of a unit's time that a width must save to be worth measuring its loss."""
+_GAP = 5e-3
+"""Of a plan's time, that is given away for a quick answer: times are not known better."""
+_LAYOUT = 2.0
+"""What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself."""
+_ROUNDS = 2
+"""Of profiles of models with fewer channels, of five runs each."""
+_PROBES = 2
+"""Widths of each group at which it is measured what the outputs lose."""
+_TIMING_SAMPLES = 8
+"""Samples that INT8 is calibrated on, where only its time is wanted."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do.
+
+    Attributes:
+        branches: sums that lose an operand, and which.
+        widths: channels left by group.
+        forms: the precision of each unit.
+        error: predicted relative squared error of the outputs.
+        time: predicted, as a share of the float model's.
+        floats: names of nodes that stay in float although they need not.
+    """
+
+    branches: Parts
+    widths: Parts
+    forms: Mapping[str, str] = field(hash=False)
+    error: float
+    time: float
+
+    floats: tuple[str, ...] = ()
+
+    def passes(self, *, jointly: bool) -> tuple[Pass, ...]:
+        """That make the model shallower and narrower.
+
+        Args:
+            jointly: fit the layers of a row together.
+        """
+        return (
+            *([PruneDepth(parts=self.branches)] if self.branches else []),
+            *([Prune(parts=self.widths, jointly=jointly)] if self.widths else []),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """A precision.
+
+    Attributes:
+        technique: the pass that gives it; None for float.
+        times: microseconds by unit.
+        changed: the units that it changes.
+        errors: of the outputs, by unit.
+    """
+
+    technique: QuantizeStatic | QuantizeDynamic | None
+    times: Mapping[str, float]
+    changed: Set[str]
+    errors: Mapping[str, float]
+
+
+class Planner:
+    """Measures a model once, and plans as often as asked.
+
+    Args:
+        model: cleaned up, in float.
+        quantizers: by name, with weights rounded to the nearest; the one that a model is best quantized with first.
+        data: to learn from.
+        context: target, exclusions, batch.
+        feeds: one run at the batch size that counts.
+        crossing: conversion times between precisions.
+        prune: whether channels may go.
+        prune_depth: whether branches may go.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        quantizers: Mapping[str, QuantizeStatic | QuantizeDynamic],
+        data: Dataset,
+        context: Context,
+        feeds: Feeds,
+        crossing: Crossing | None,
+        *,
+        prune: bool,
+        prune_depth: bool,
+    ) -> None:
+        self._model, self._context, self._crossing = model, context, crossing
+        self._timing = replace(context, data=data.at_most(_TIMING_SAMPLES, context.seed), cache={})
+        self._answers = Answers(model, data, context)
+        self._units = Units(model)
+        self._scale = 1.0
+        self.forms = self._precisions(quantizers, feeds, data)
+        self._groups = self._traced(data)
+        self._branches = self._found_branches() if prune_depth else []
+        self._branch_errors = [self._answers.error(_without(model, [branch])) for branch in self._branches]
+        self._widths = list(self._measured_widths(data, feeds, quantizers)) if prune and self._groups else []
+
+    # -- what is measured -------------------------------------------------------------------------------------------
+
+    def _precisions(
+        self, quantizers: Mapping[str, QuantizeStatic | QuantizeDynamic], feeds: Feeds, data: Dataset
+    ) -> dict[str, Form]:
+        outcomes = {name: technique(self._model, self._timing) for name, technique in quantizers.items()}
+        outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
+        models = [self._model, *(outcome.model for outcome in outcomes.values())]
+        found = profiles(models, self._context.target, feeds)
+        self.elements = found[0].elements
+        forms = {FLOAT: Form(None, self._units.times(found[0]), set(), {})}
+        for (name, outcome), profile in zip(outcomes.items(), found[1:], strict=True):
+            changed = {self._units.of(change.node) for change in outcome.changes} & set(self._units.members)
+            whole = self._answers.error(quantizers[name](self._model, replace(self._context, data=data)).model)
+            errors = dict.fromkeys(changed, whole / max(len(changed), 1))
+            forms[name] = Form(quantizers[name], self._units.times(profile), changed, errors)
+        return forms
+
+    def _traced(self, data: Dataset) -> ChannelGroups | None:
+        try:
+            return channel_groups(self._model, next(iter(data.batches(1))).feeds)
+        except OnnxcompError:
+            return None
+
+    def _found_branches(self) -> list[Branch]:
+        if self._groups is None:
+            return []
+        names = {value.name: shape for value, shape in self._groups.facts.shapes.items()}
+        shapes = {v: names[v.name] for node in self._model.graph for v in node.outputs if v.name in names}
+        shapes |= {value: names[value.name] for value in self._model.graph.inputs if value.name in names}
+        nodes = {node.name or "": node for node in self._model.graph}
+        return [
+            branch
+            for branch in branches(self._model, shapes)
+            if not any(self._context.excludes(nodes[name]) for name in branch.nodes)
+        ]
+
+    def _measured_widths(self, data: Dataset, feeds: Feeds, quantizers: Mapping[str, Pass]) -> Iterator["_Widths"]:
+        """The groups whose narrowing saves time in the precision that the model will mostly have."""
+        groups = self._groups
+        assert groups is not None
+        best = min(self.forms, key=lambda name: sum(self.forms[name].times.values()))
+        technique = self.forms[best].technique
+
+        def convert(model: ir.Model) -> ir.Model:
+            return model if technique is None else technique(model, self._timing).model
+
+        pruner = Pruner(groups, data, self._context, refit=True)
+        cuttable = [
+            may_go(group.size, _LEAST, _MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
+            for group in groups
+        ]
+        clock = LatencyModel(groups, cuttable, self._context, feeds, convert, rounds=_ROUNDS)
+        useful: dict[ChannelGroup, tuple[Counts, NDArray[np.float64], set[str]]] = {}
+        for index, (group, counts) in enumerate(zip(groups, clock.counts, strict=True)):
+            shares = np.array([clock.share(index, int(count)) for count in counts])
+            best_so_far = np.minimum.accumulate(np.append(1.0, shares[:-1]))
+            keep = np.flatnonzero((shares < best_so_far - _SAVES) | (counts == 0))
+            if len(keep) > 1:
+                touched = {self._units.of(name) for name in clock.touched[index]}
+                useful[group] = counts[keep], shares[keep], touched
+        names = {group.name for group in useful}
+        rankings = pruner.rank(Criterion.OBS, Aggregate.MEAN, normalised=True, only=names)
+        for group, ranking in rankings.items():
+            counts, shares, touched = useful[group]
+            curve = pruner.curve(group, ranking, int(counts[-1]), _PROBES)
+            if curve is not None:
+                yield _Widths(group.name, group.size - counts, curve.errors[counts], shares, touched)
+
+    # -- the program ------------------------------------------------------------------------------------------------
+
+    def plan(self, error: float) -> Plan | None:
+        """The least time for an error of the outputs; None where nothing keeps that."""
+        floats = self.forms[FLOAT].times
+        total = sum(floats.values())
+        errors: list[NDArray[np.float64]] = []
+        errors += [np.array([0.0, error]) for error in self._branch_errors]
+        widths = {row.group: len(errors) + place for place, row in enumerate(self._widths)}
+        errors += [row.errors for row in self._widths]
+        units: dict[str, int] = {}
+        options: dict[str, list[str]] = {}
+        for unit in self._units.members:
+            options[unit] = [name for name, form in self.forms.items() if name == FLOAT or unit in form.changed]
+            units[unit] = len(errors)
+            errors.append(np.array([self.forms[name].errors.get(unit, 0.0) for name in options[unit]]))
+        goes = self._gone_with()
+        terms = [Term((part,), np.column_stack([np.zeros(len(own)), own])) for part, own in enumerate(errors)]
+        terms += [
+            Term(
+                (units[unit], *goes[unit], *(widths[row.group] for row in self._widths if unit in row.touched)),
+                self._costs(unit, options[unit], len(goes[unit])),
+            )
+            for unit in units
+        ]
+        clashes = self._clashes(units, options)
+        found = choose_together([len(own) for own in errors], terms, clashes, np.array([error]), gap=_GAP)
+        if found is None:
+            return None
+        forms = {unit: options[unit][found[place]] for unit, place in units.items()}
+        gone = tuple((branch.join, branch.operand) for place, branch in enumerate(self._branches) if found[place])
+        nodes = {name for place, branch in enumerate(self._branches) if found[place] for name in branch.nodes}
+        narrow = tuple(
+            (row.group, int(row.left[found[widths[row.group]]]))
+            for row in self._widths
+            if found[widths[row.group]] and not row.touched & {self._units.of(name) for name in nodes}
+        )
+        loss = sum(float(own[number]) for own, number in zip(errors, found, strict=True))
+        in_float = tuple(
+            node.name or ""
+            for unit, form in forms.items()
+            if form == FLOAT and len(options[unit]) > 1
+            for node in self._units.members[unit]
+        )
+        return Plan(gone, narrow, forms, loss, self._predicted(found, terms, clashes, total), in_float)
+
+    def _predicted(self, found: Sequence[int], terms: Sequence[Term], clashes: Sequence[Clash], total: float) -> float:
+        """Share of the float model's time."""
+        taken = sum(float(np.asarray(term.costs)[tuple(found[part] for part in term.parts)][0]) for term in terms)
+        for clash in clashes:
+            part, counts = clash.first
+            if counts[found[part]] and any(own[found[other]] for other, own in clash.others):
+                taken += float(np.asarray(clash.costs)[0])
+        return taken / total * self._scale
+
+    def _gone_with(self) -> dict[str, list[int]]:
+        """Numbers of the branches that take a unit with them."""
+        found: dict[str, list[int]] = defaultdict(list)
+        for unit, members in self._units.members.items():
+            heads = {node.name for node in members[:1]}
+            found[unit] = [place for place, branch in enumerate(self._branches) if heads & branch.nodes]
+        return found
+
+    def _costs(self, unit: str, options: Sequence[str], going: int) -> NDArray[np.float64]:
+        """(precisions, *[stays, goes] for each branch, *widths of each group, 2) microseconds, and no error."""
+        costs = np.array([self.forms[name].times.get(unit, 0.0) for name in options])
+        for _ in range(going):
+            costs = costs[..., None] * np.array([1.0, 0.0])
+        for row in self._widths:
+            if unit in row.touched:
+                costs = costs[..., None] * row.shares
+        return np.stack([costs, np.zeros_like(costs)], axis=-1)
+
+    def _clashes(self, units: Mapping[str, int], options: Mapping[str, list[str]]) -> list[Clash]:
+        """Conversions between static INT8 and the rest; other precisions convert within their nodes."""
+        static = next((name for name, form in self.forms.items() if isinstance(form.technique, QuantizeStatic)), None)
+        if static is None or self._crossing is None:
+            return []
+        found = []
+        is_static = {unit: np.array([name == static for name in names]) for unit, names in options.items()}
+        for value in (value for members in self._units.members.values() for value in members[-1].outputs):
+            maker = value.producer()
+            assert maker is not None
+            origin = self._units.of(maker.name or "")
+            readers = dict.fromkeys(self._units.of(use.node.name or "") for use in value.uses())
+            readers = {unit: None for unit in readers if unit in units and unit != origin}
+            size = self.elements.get(maker.name or "", 0) or self.elements.get(origin, 0)
+            for inside, integers in ((is_static, False), (None, True)):
+                cost = np.array([_LAYOUT * self._crossing.cost(size, to_integers=integers), 0.0])
+                first = is_static[origin] if inside is not None else ~is_static[origin]
+                others = tuple(
+                    (units[unit], ~is_static[unit] if inside is not None else is_static[unit]) for unit in readers
+                )
+                others = tuple(other for other in others if other[1].any())
+                if first.any() and others:
+                    found.append(Clash((units[origin], first), others, cost))
+        return found
+
+    # -- what was learnt --------------------------------------------------------------------------------------------
+
+    def share(self, form: str) -> float:
+        """Predicted time of the model in one precision, as a share of the float model's."""
+        whole, floats = (sum(self.forms[name].times.values()) for name in (form, FLOAT))
+        return self._scale * whole / floats
+
+    def learn(self, predicted: float, taken: float) -> None:
+        """Rescale by what something took, as shares of the float model's time."""
+        self._scale *= taken / predicted
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether anything can go."""
+        return bool(self._branches or self._widths)
+
+
+@dataclass(frozen=True, eq=False)
+class _Widths:
+    """The widths of a group that are worth a thought.
+
+    Attributes:
+        group: its name.
+        left: (options,) channels left, all of them first.
+        errors: (options,) of the outputs.
+        shares: (options,) of the time of the units that it touches.
+        touched: these.
+    """
+
+    group: str
+    left: NDArray[np.int64]
+    errors: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    touched: set[str]
+
+
+def _without(model: ir.Model, gone: Sequence[Branch]) -> ir.Model:
+    return without_branches(model, [(branch.join, branch.operand) for branch in gone])

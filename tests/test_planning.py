@@ -1,0 +1,151 @@
+"""Plans: branches, widths and precision chosen together, on made-up times."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcomp import latency, planning
+from onnxcomp.candidates import NEAREST
+from onnxcomp.core import node_pattern
+from onnxcomp.cost import node_costs
+from onnxcomp.layers import layers
+from onnxcomp.passes.prune import Prune
+from onnxcomp.passes.prune_depth import PruneDepth
+from onnxcomp.passes.quantize_static import QuantizeStatic
+from onnxcomp.placement import Crossing
+from onnxcomp.planning import FLOAT, Planner
+from onnxcomp.profiling import Profile
+from tests.passes.small import context
+from tests.passes.test_prune_depth import joins, residual
+
+STRENGTHS = (1.0, 0.05, 0.5)
+CROSSING = Crossing((1, 10), (1.0, 1.0), (1.0, 1.0))
+INT8 = QuantizeStatic(rounding=NEAREST)
+
+
+def flops(model: ir.Model) -> dict[str, float]:
+    return {cost.name: float(cost.flops or 0) for cost in node_costs(model, 1, {"batch": 1})}
+
+
+def made_up(models: Sequence[ir.Model], *_: Any, **__: Any) -> list[Profile]:
+    """A microsecond for a thousand FLOPs, a third of that where weights are integers."""
+    found = []
+    for model in models:
+        integers = any(node.op_type == "DequantizeLinear" for node in model.graph)
+        sized = model.clone()
+        ir.passes.common.ShapeInferencePass()(sized)
+        names = {node.name for node in model.graph if node.op_type in {"Conv", "Gemm"}}
+        times = {name: taken / (3e3 if integers else 1e3) for name, taken in flops(sized).items() if name in names}
+        found.append(Profile(times, {}))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (planning, latency):
+        monkeypatch.setattr(module, "profiles", made_up)
+
+
+def planner(
+    model: ir.Model, *, quantize: bool = True, prune: bool = True, prune_depth: bool = True, **settings: Any
+) -> Planner:
+    given = context(64, **settings)
+    assert given.data is not None
+    feeds = next(iter(given.data.batches(1))).feeds
+    quantizers = {"INT8": INT8} if quantize else {}
+    return Planner(model, quantizers, given.data, given, feeds, CROSSING, prune=prune, prune_depth=prune_depth)
+
+
+@pytest.fixture(scope="module")
+def model() -> ir.Model:
+    return residual(*STRENGTHS)
+
+
+def test_more_error_buys_less_time(model: ir.Model) -> None:
+    found = planner(model)
+    plans = [found.plan(error) for error in (0.01, 0.05, 0.2, 0.5)]
+    times = [plan.time for plan in plans if plan is not None]
+    assert len(times) == 4
+    assert times == sorted(times, reverse=True)
+    assert len(set(times)) > 1
+    for plan, error in zip(plans, (0.01, 0.05, 0.2, 0.5), strict=True):
+        assert plan is not None
+        assert plan.error <= error * (1 + 1e-6)
+    assert found.plan(-1.0) is None
+
+
+def test_everything_that_gains_by_it_is_quantized_and_the_weakest_branch_goes_first(model: ir.Model) -> None:
+    plan = planner(model, prune=False).plan(0.02)
+    assert plan is not None
+    assert [name for name, _ in plan.branches] == [joins(model)[1]]
+    assert all(plan.forms[layer.name] == "INT8" for layer in layers(model))
+    assert plan.floats == ()
+    assert isinstance(plan.passes(jointly=False)[0], PruneDepth)
+
+
+def test_the_groups_of_a_branch_that_goes_are_left_alone(model: ir.Model) -> None:
+    plan = planner(model).plan(0.3)
+    assert plan is not None
+    gone = {name for name, _ in plan.branches}
+    assert gone
+    narrow = dict(plan.widths)
+    inside = {joins(model)[place]: list(layers(model))[1 + 2 * place].name for place in range(3)}
+    assert not any(inside[name] in narrow for name in gone)
+
+
+def test_a_plan_can_be_carried_out(model: ir.Model) -> None:
+    plan = planner(model).plan(0.2)
+    assert plan is not None
+    made = model
+    for technique in plan.passes(jointly=False):
+        outcome = technique(made, context())
+        assert outcome.modified
+        made = outcome.model
+    assert sum(flops(_sized(made)).values()) < sum(flops(_sized(model)).values())
+    widths = [
+        kept for technique in plan.passes(jointly=False) if isinstance(technique, Prune) for _, kept in technique.parts
+    ]
+    assert all(kept % 4 == 0 for kept in widths)
+
+
+def _sized(model: ir.Model) -> ir.Model:
+    sized = model.clone()
+    ir.passes.common.ShapeInferencePass()(sized)
+    return sized
+
+
+def test_what_is_not_allowed_is_not_planned(model: ir.Model) -> None:
+    floats = planner(model, quantize=False, prune_depth=False).plan(0.3)
+    assert floats is not None
+    assert not floats.branches
+    assert set(floats.forms.values()) == {FLOAT}
+    names = "|".join(f"^{node.name}$" for node in model.graph)
+    nothing = planner(model, quantize=False, exclude=node_pattern(names))
+    assert not nothing.has_choices
+
+
+def test_dear_conversions_keep_neighbours_in_one_precision(model: ir.Model) -> None:
+    found = planner(model, prune=False, prune_depth=False)
+    cheap = found.plan(np.inf)
+    assert cheap is not None
+    assert "INT8" in cheap.forms.values()
+    found._crossing = Crossing((1, 10), (1e6, 1e6), (1e6, 1e6))
+    dear = found.plan(np.inf)
+    assert dear is not None
+    assert len({dear.forms[layer.name] for layer in layers(model)}) == 1
+
+
+def test_what_was_measured_rescales_what_is_predicted(model: ir.Model) -> None:
+    found = planner(model)
+    before = found.plan(0.1)
+    assert before is not None
+    found.learn(before.time, 2 * before.time)
+    after = found.plan(0.1)
+    assert after is not None
+    assert after.time == pytest.approx(2 * before.time)
+    assert replace(after, time=0.0) == replace(before, time=0.0)
+    assert found.share(FLOAT) == pytest.approx(2.0)
