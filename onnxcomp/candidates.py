@@ -5,7 +5,7 @@ from enum import StrEnum
 
 import onnx_ir as ir
 
-from onnxcomp import metrics, runtime
+from onnxcomp import metrics, stopwatch
 from onnxcomp import model as models
 from onnxcomp.core import Context, Pass
 from onnxcomp.errors import OnnxcompError
@@ -187,8 +187,8 @@ class Workbench:
     def time(self, *candidates: Candidate) -> None:
         """Time candidates beside the original."""
         self._tell("timing side by side")
-        sessions = [Session(candidate.model, self.context.target) for candidate in candidates]
-        timings = runtime.compare([self.original, *sessions], self.batch.feeds, self._protocol)
+        timed = [self.model, *(candidate.model for candidate in candidates)]
+        timings = stopwatch.time_apart(timed, self.context.target, self.batch.feeds, self._protocol)
         for candidate, timing in zip(candidates, timings[1:], strict=True):
             candidate.timing = timing
 

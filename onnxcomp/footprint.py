@@ -4,15 +4,12 @@ A fresh process, since in one that has loaded other models their memory is reuse
 """
 
 import contextlib
-import json
-import pickle
 import re
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.fresh import fresh
 from onnxcomp.runtime import Feeds, Session, Target
 
 _RUNS = 2  # ONNX Runtime plans its memory in the first run
@@ -37,19 +34,10 @@ def footprint(path: Path, target: Target, feeds: Feeds) -> Footprint:
     Raises:
         OnnxcompError: the process failed, for want of memory perhaps.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "onnxcomp.footprint"],
-        input=pickle.dumps((path, target, dict(feeds))),
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise OnnxcompError(
-            f"a fresh process could not load and run '{path}' (exit code {done.returncode})",
-            *last,
-        )
-    return Footprint(**json.loads(done.stdout))
+    try:
+        return fresh(measured, path, target, dict(feeds))
+    except OnnxcompError as error:
+        raise OnnxcompError(f"'{path}' could not be loaded and run: {error.fact}", error.cause) from error
 
 
 def _memory(key: str) -> int | None:
@@ -59,8 +47,8 @@ def _memory(key: str) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def _measure() -> None:
-    path, target, feeds = pickle.loads(sys.stdin.buffer.read())
+def measured(path: Path, target: Target, feeds: Feeds) -> Footprint:
+    """Load and run a model in this process."""
     before = _memory("VmRSS")
     with contextlib.suppress(OSError):  # not allowed everywhere; imports peak little above what they keep
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
@@ -69,8 +57,4 @@ def _measure() -> None:
         session.run(feeds)
     after = _memory("VmHWM")
     growth = None if before is None or after is None else max(after - before, 0)
-    sys.stdout.write(json.dumps(asdict(Footprint(session.load_seconds, growth))))
-
-
-if __name__ == "__main__":
-    _measure()
+    return Footprint(session.load_seconds, growth)

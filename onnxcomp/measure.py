@@ -22,7 +22,7 @@ from onnxcomp.footprint import Footprint, footprint
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.model import ModelSource
 from onnxcomp.report import Benchmark, Evaluation, Figures, Quality, Speed, Spread, environment, source_name
-from onnxcomp.runtime import Feeds, Protocol, Session, Target
+from onnxcomp.runtime import Feeds, Protocol, Session, Target, Timing
 from onnxcomp.samples import Batch, Dataset
 from onnxcomp.scoring import LABEL
 from onnxcomp.synthetic import synthetic
@@ -283,6 +283,7 @@ def side_by_side(
     protocol: Protocol,
     metric: metrics.Metric,
     data: Dataset,
+    timings: Sequence[Timing] | None = None,
 ) -> tuple[Figures, Figures]:
     """Latency and score of a model and of what was made of it.
 
@@ -293,8 +294,9 @@ def side_by_side(
         protocol: how latency is measured.
         metric: what is scored.
         data: on which samples.
+        timings: of both, where they were taken elsewhere.
     """
-    timings = runtime.compare(sessions, feeds, protocol)
+    timings = timings or runtime.compare(sessions, feeds, protocol)
     baseline, score = (
         metrics.evaluate(metric, session.run, data, sessions[0].run, SCORING_ROWS) for session in sessions
     )

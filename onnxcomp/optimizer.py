@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onnxcomp import metrics, page
+from onnxcomp import metrics, page, stopwatch
 from onnxcomp import model as models
 from onnxcomp.anatomy import layer_rows
 from onnxcomp.budget import Budget
@@ -188,7 +188,8 @@ class _Proof:
         sizes = self.size, models.file_bytes(model)
         feeds = bench.batch.feeds
         protocol = paced(_PROOF, bench.original, feeds)
-        before, after = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final)
+        timings = stopwatch.time_apart([bench.model, model], bench.context.target, feeds, protocol)
+        before, after = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final, timings)
         if judges.gate is not judges.metric:
             own, made = (judges.score(session, bench.original, final=True) for session in sessions)
             after = replace(after, drop=metrics.compare(own, made).value)

@@ -4,9 +4,11 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
+from onnxcomp.fresh import files_of, fresh
 from onnxcomp.runtime import Feeds, NodeTime, Session, Target
 
 _DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed|/MatMul\w+Fusion/?)+$")
@@ -31,7 +33,7 @@ class Profile:
 def profiles(
     models: Sequence[ir.Model], target: Target, feeds: Feeds, rounds: int = 8, seconds: float = 20.0
 ) -> list[Profile]:
-    """Profile models in turn, so that a drift of the machine's speed hits all alike.
+    """Profile models in turn in a new process, so that a drift of the machine's speed hits all alike.
 
     ONNX Runtime renames what it fuses or moves to another layout; names are traced back through its suffixes and
     through the outputs that a fused node writes.
@@ -43,7 +45,15 @@ def profiles(
         rounds: turns, at most.
         seconds: begin no other turn after this long.
     """
-    sessions = [Session(model, target, profile=True) for model in models]
+    with files_of(models) as paths:
+        events = fresh(_events, paths, target, dict(feeds), rounds, seconds)
+    return [_traced(model, found) for model, found in zip(models, events, strict=True)]
+
+
+def _events(
+    paths: Sequence[Path], target: Target, feeds: Feeds, rounds: int, seconds: float
+) -> list[Mapping[str, NodeTime]]:
+    sessions = [Session(path, target, profile=True) for path in paths]
     start = time.perf_counter()
     for done in range(rounds):
         if done and time.perf_counter() - start > seconds:
@@ -51,7 +61,7 @@ def profiles(
         for session in sessions:
             for _ in range(_BLOCK):
                 session.run(feeds)
-    return [_traced(model, session.profile()) for model, session in zip(models, sessions, strict=True)]
+    return [session.profile() for session in sessions]
 
 
 def _traced(model: ir.Model, events: Mapping[str, NodeTime]) -> Profile:

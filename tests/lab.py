@@ -15,7 +15,7 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from onnxcomp import candidates, drafts, metrics, optimizer, placement, runtime, search
+from onnxcomp import candidates, drafts, metrics, optimizer, placement, search, stopwatch
 from onnxcomp.candidates import Effort
 from onnxcomp.metrics import Score
 from onnxcomp.placement import Crossing
@@ -91,9 +91,9 @@ class Lab:
         given: dict[str, Any] = {"calib": samples(), "effort": Effort.QUICK, "target": Target(threads=1)} | options
         return optimizer.optimize(network() if source is None else source, **given)
 
-    def compare(self, sessions: Sequence[Session], feeds: Any, protocol: Protocol) -> list[Timing]:
+    def time_apart(self, models: Sequence[ir.Model], target: Any, feeds: Any, protocol: Protocol) -> list[Timing]:
         self.protocols.append(protocol)
-        times = [self.latency(_model(session)) for session in sessions]
+        times = [self.latency(model) for model in models]
         ratios = [times[0] / time for time in times]
         return [Timing(time, time, time, ratio, ratio, ratio) for time, ratio in zip(times, ratios, strict=True)]
 
@@ -126,7 +126,7 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Lab:
         return [Profile(dict.fromkeys(names, time), {}) for time in (10.0, 1.0)]
 
     monkeypatch.setattr(Session, "__init__", remember)
-    monkeypatch.setattr(runtime, "compare", made.compare)
+    monkeypatch.setattr(stopwatch, "time_apart", made.time_apart)
     monkeypatch.setattr(metrics, "evaluate", made.evaluate)
     monkeypatch.setattr(search, "ranking", made.ranking)
     monkeypatch.setattr(drafts, "profiles", all_in_integers)

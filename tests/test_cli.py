@@ -333,7 +333,7 @@ def test_a_fresh_process_tells_load_time_and_memory(model: Path) -> None:
 
 
 def test_a_failing_fresh_process_is_an_error(model: Path) -> None:
-    with pytest.raises(onnxcomp.errors.OnnxcompError, match="fresh process could not load and run"):
+    with pytest.raises(onnxcomp.errors.OnnxcompError, match="could not be loaded and run: a fresh process failed"):
         footprint.footprint(model.with_name("missing.onnx"), Target(), {})
 
 
