@@ -287,6 +287,11 @@ def compare(sessions: Sequence[Session], feeds: Feeds, protocol: Protocol = Prot
         feeds: one batch, the same for all.
         protocol: how often, in which order.
     """
+    return summarised(block_seconds(sessions, feeds, protocol))
+
+
+def block_seconds(sessions: Sequence[Session], feeds: Feeds, protocol: Protocol) -> NDArray[np.float64]:
+    """(rounds, models) seconds per run, models in turn."""
     for session in sessions:
         for _ in range(protocol.warmup):
             session.run(feeds)
@@ -302,14 +307,18 @@ def compare(sessions: Sequence[Session], feeds: Feeds, protocol: Protocol = Prot
     finally:
         if collecting:
             gc.enable()
-    table = np.asarray(times)
+    return np.asarray(times)
+
+
+def summarised(table: NDArray[np.float64]) -> list[Timing]:
+    """From (rounds, models) seconds per run; ratios are to the first model."""
     ratios = table[:, :1] / table
     return [
         Timing(
             *(float(v) for v in np.quantile(table[:, i], (0.5, 0.025, 0.975))),
             *(float(v) for v in np.quantile(ratios[:, i], (0.5, 0.25, 0.75))),
         )
-        for i in range(len(sessions))
+        for i in range(table.shape[1])
     ]
 
 
