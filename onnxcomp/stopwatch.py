@@ -13,6 +13,8 @@ from onnxcomp.fresh import files_of, fresh
 from onnxcomp.runtime import Feeds, Protocol, Session, Target, Timing
 
 _PROCESSES = 3
+_LEAST_ROUNDS = 3
+"""In each of them."""
 
 
 def time_apart(candidates: Sequence[ir.Model], target: Target, feeds: Feeds, protocol: Protocol) -> list[Timing]:
@@ -24,11 +26,12 @@ def time_apart(candidates: Sequence[ir.Model], target: Target, feeds: Feeds, pro
     Raises:
         OnnxcompError: one of them failed.
     """
-    part = replace(protocol, rounds=-(-protocol.rounds // _PROCESSES), seconds=protocol.seconds / _PROCESSES)
+    processes = max(min(protocol.rounds // _LEAST_ROUNDS, _PROCESSES), 1)
+    part = replace(protocol, rounds=-(-protocol.rounds // processes), seconds=protocol.seconds / processes)
     order = np.arange(len(candidates))
     tables = []
     with files_of(candidates) as paths:
-        for number in range(_PROCESSES):
+        for number in range(processes):
             turn = order if number % 2 == 0 else order[::-1]
             table = fresh(timed, [paths[place] for place in turn], target, dict(feeds), part)
             tables.append(table[:, np.argsort(turn)])

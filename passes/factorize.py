@@ -174,7 +174,7 @@ def _form(layer: Layer, gram: Gram, setting: Setting) -> Factors:
     """
     kind, *ranks = str(setting).split()
     low = LowRank(kernel_of(layer), _moment(layer, gram))
-    known = {found.kind: len(found.ranks) for found in low.options(tuple(Method)[1:])}
+    known = low.kinds()
     if known.get(kind) != len(ranks) or not all(rank.isdecimal() and int(rank) for rank in ranks):
         raise OptionError(
             f"layer '{layer.name}' has no form '{setting}'",

@@ -123,6 +123,14 @@ class LowRank:
                 if found is not None and found.parameters < self.weight.size:
                     yield found
 
+    def kinds(self) -> dict[str, int]:
+        """The forms that the layer has, and how many ranks each takes."""
+        _, _, *kernel = self.weight.shape
+        found = {"svd": 1}
+        if len(kernel) == 2 and min(kernel) > 1:
+            found |= {"spatial": 1, "cp": 1}
+        return found | ({"tucker": 2} if int(np.prod(kernel)) > 1 else {})
+
     def _ranks(self, kind: str, share: float, step: int) -> tuple[int, ...] | None:
         """Ranks at which about a share of the weights is left."""
         out, inputs, *kernel = self.weight.shape
