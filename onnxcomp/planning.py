@@ -7,7 +7,7 @@
 3. One program chooses (`numerics.choice`): a branch that goes takes its units' time with it, whatever their widths; a
    unit's time depends on its precision and its groups' widths together; a tensor between two precisions is converted
    once, however many read it.
-4. What a plan really takes and loses is told back (`learn`), and the next one is made with both rescaled.
+4. What a plan really takes is told back (`learn`), and times are rescaled by it.
 """
 
 from collections import defaultdict
@@ -68,6 +68,7 @@ class Plan:
         error: predicted relative squared error of the outputs.
         time: predicted, as a share of the float model's.
         floats: names of nodes that stay in float although they need not.
+        lost: names of nodes that go with the branches.
     """
 
     branches: Parts
@@ -75,8 +76,8 @@ class Plan:
     forms: Mapping[str, str] = field(hash=False)
     error: float
     time: float
-
     floats: tuple[str, ...] = ()
+    lost: frozenset[str] = frozenset()
 
     def passes(self, *, jointly: bool) -> tuple[Pass, ...]:
         """That make the model shallower and narrower.
@@ -220,7 +221,7 @@ class Planner:
         floats = self.forms[FLOAT].times
         total = sum(floats.values())
         errors: list[NDArray[np.float64]] = []
-        errors += [np.array([0.0, error]) for error in self._branch_errors]
+        errors += [np.array([0.0, lost]) for lost in self._branch_errors]
         widths = {row.group: len(errors) + place for place, row in enumerate(self._widths)}
         errors += [row.errors for row in self._widths]
         units: dict[str, int] = {}
@@ -245,10 +246,11 @@ class Planner:
         forms = {unit: options[unit][found[place]] for unit, place in units.items()}
         gone = tuple((branch.join, branch.operand) for place, branch in enumerate(self._branches) if found[place])
         nodes = {name for place, branch in enumerate(self._branches) if found[place] for name in branch.nodes}
+        lost = {self._units.of(name) for name in nodes}
         narrow = tuple(
             (row.group, int(row.left[found[widths[row.group]]]))
             for row in self._widths
-            if found[widths[row.group]] and not row.touched & {self._units.of(name) for name in nodes}
+            if found[widths[row.group]] and not row.touched <= lost
         )
         loss = sum(float(own[number]) for own, number in zip(errors, found, strict=True))
         in_float = tuple(
@@ -257,7 +259,9 @@ class Planner:
             if form == FLOAT and len(options[unit]) > 1
             for node in self._units.members[unit]
         )
-        return Plan(gone, narrow, forms, loss, self._predicted(found, terms, clashes, total), in_float)
+        return Plan(
+            gone, narrow, forms, loss, self._predicted(found, terms, clashes, total), in_float, frozenset(nodes)
+        )
 
     def _predicted(self, found: Sequence[int], terms: Sequence[Term], clashes: Sequence[Clash], total: float) -> float:
         """Share of the float model's time."""

@@ -162,7 +162,7 @@ class Search:
         last = best.passes[-1] if best.passes else None
         quantizers: dict[str, QuantizeStatic | QuantizeDynamic] = {}
         if isinstance(last, QuantizeStatic | QuantizeDynamic):
-            quantizers["INT8"] = replace(last, rounding=NEAREST, keep=())
+            quantizers["INT8"] = replace(last, rounding=NEAREST)
         crossing = placement.measure_crossing(self._bench.context.target)
         planner = Planner(
             self.clean.model, quantizers, data, self._bench.context, self._bench.batch.feeds, crossing,
@@ -174,10 +174,7 @@ class Search:
         """The plan, and then the passes that the best candidate without it has."""
         passes = plan.passes(jointly=self._effort is Effort.EXTENSIVE)
         if behind and isinstance(last := behind[-1], QuantizeStatic | QuantizeDynamic):
-            model, _ = self._bench.applied(passes)
-            there = {node.name for node in model.graph}
-            keep = tuple(sorted(name for name in plan.floats if name in there))
-            behind = (*behind[:-1], replace(last, keep=keep))
+            behind = (*behind[:-1], replace(last, keep=tuple(sorted({*last.keep, *plan.floats} - plan.lost))))
         passes = (*passes, *behind)
         name = f"{len(plan.branches)} branches gone and {len(plan.widths)} groups narrower, plan {turn + 1}"
         return self._bench.make(name, passes)
