@@ -68,7 +68,6 @@ class Plan:
         error: predicted relative squared error of the outputs.
         time: predicted, as a share of the float model's.
         floats: names of nodes that stay in float although they need not.
-        lost: names of nodes that go with the branches.
     """
 
     branches: Parts
@@ -77,7 +76,6 @@ class Plan:
     error: float
     time: float
     floats: tuple[str, ...] = ()
-    lost: frozenset[str] = frozenset()
 
     def passes(self, *, jointly: bool) -> tuple[Pass, ...]:
         """That make the model shallower and narrower.

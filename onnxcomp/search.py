@@ -10,6 +10,7 @@
    sparse or binary, where the user asked for it.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -174,7 +175,10 @@ class Search:
         """The plan, and then the passes that the best candidate without it has."""
         passes = plan.passes(jointly=self._effort is Effort.EXTENSIVE)
         if behind and isinstance(last := behind[-1], QuantizeStatic | QuantizeDynamic):
-            behind = (*behind[:-1], replace(last, keep=tuple(sorted({*last.keep, *plan.floats} - plan.lost))))
+            keep = {*last.keep, *plan.floats}
+            with contextlib.suppress(OnnxcompError):  # `make` says why
+                keep &= {node.name or "" for node in self._bench.applied(passes)[0].graph}
+            behind = (*behind[:-1], replace(last, keep=tuple(sorted(keep))))
         passes = (*passes, *behind)
         name = f"{len(plan.branches)} branches gone and {len(plan.widths)} groups narrower, plan {turn + 1}"
         return self._bench.make(name, passes)
