@@ -257,9 +257,7 @@ class Planner:
             if form == FLOAT and len(options[unit]) > 1
             for node in self._units.members[unit]
         )
-        return Plan(
-            gone, narrow, forms, loss, self._predicted(found, terms, clashes, total), in_float, frozenset(nodes)
-        )
+        return Plan(gone, narrow, forms, loss, self._predicted(found, terms, clashes, total), in_float)
 
     def _predicted(self, found: Sequence[int], terms: Sequence[Term], clashes: Sequence[Clash], total: float) -> float:
         """Share of the float model's time."""
