@@ -42,8 +42,8 @@ def branches(model: ir.Model, shapes: Shapes) -> list[Branch]:
         if join.op_type != "Add" or join.domain or join.outputs[0].is_graph_output():
             continue
         for operand in (0, 1):
-            other = join.inputs[1 - operand]
-            if other is None or constant_of(other) is not None or shapes.get(other) != shapes.get(join.outputs[0]):
+            other, whole = join.inputs[1 - operand], shapes.get(join.outputs[0])
+            if other is None or constant_of(other) is not None or whole is None or shapes.get(other) != whole:
                 continue
             nodes = _only_for(join, operand, order)
             if any(layer_of(node) for node in nodes):

@@ -13,6 +13,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 
 import numpy as np
 import onnx_ir as ir
@@ -230,6 +231,11 @@ class Planner:
             errors.append(np.array([self.forms[name].errors.get(unit, 0.0) for name in options[unit]]))
         goes = self._gone_with()
         terms = [Term((part,), np.column_stack([np.zeros(len(own)), own])) for part, own in enumerate(errors)]
+        terms += [
+            Term((first, second), np.array([[[0.0, 0.0]] * 2, [[0.0, 0.0], [0.0, 2 * abs(error) + 1]]]))  # not both
+            for first, second in combinations(range(len(self._branches)), 2)
+            if self._branches[first].join == self._branches[second].join and np.isfinite(error)
+        ]
         terms += [
             Term(
                 (units[unit], *goes[unit], *(widths[row.group] for row in self._widths if unit in row.touched)),

@@ -62,6 +62,8 @@ class PruneDepth(Pass):
     def __post_init__(self) -> None:
         if not 0 < self.remains <= 1:
             raise OptionError(f"a target of {self.remains:.4g} makes no sense", remedy="give a share between 0 and 1")
+        if len({join for join, _ in self.parts}) < len(self.parts):
+            raise OptionError("a sum cannot lose both operands", remedy="name each sum once")
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Find, choose, remove; then fit."""

@@ -19,7 +19,7 @@ from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing
 from onnxcomp.planning import FLOAT, Planner
 from onnxcomp.profiling import Profile
-from tests.passes.small import context
+from tests.passes.small import context, network
 from tests.passes.test_prune_depth import joins, residual
 
 STRENGTHS = (1.0, 0.05, 0.5)
@@ -149,3 +149,12 @@ def test_what_was_measured_rescales_what_is_predicted(model: ir.Model) -> None:
     assert after.time == pytest.approx(2 * before.time)
     assert replace(after, time=0.0) == replace(before, time=0.0)
     assert found.share(FLOAT) == pytest.approx(2.0)
+
+
+def test_a_sum_of_two_branches_loses_one_at_most() -> None:
+    """The second sum of the small network has a convolution on both sides."""
+    plan = planner(network(), prune=False).plan(10.0)
+    assert plan is not None
+    joined = [name for name, _ in plan.branches]
+    assert len(joined) == len(set(joined)) == 2
+    PruneDepth(parts=plan.branches, reconstruct=False)(network(), context())

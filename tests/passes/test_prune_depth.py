@@ -120,3 +120,12 @@ def test_dynamic_shapes_stay() -> None:
     for rows in (1, 5):
         data = synthetic(models.input_specs(made), rows, 0)
         assert next(iter(Session(made).run(next(iter(data.batches(rows))).feeds).values())).shape[0] == rows
+
+
+def test_a_sum_keeps_one_operand() -> None:
+    with pytest.raises(OptionError, match="both operands"):
+        PruneDepth(parts=(("sum", 0), ("sum", 1)))
+
+
+def test_without_known_shapes_nothing_can_go() -> None:
+    assert branches(residual(1), {}) == []
