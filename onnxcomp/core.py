@@ -138,6 +138,10 @@ def no_progress(done: int, total: int, what: str) -> None:
     """Report nothing."""
 
 
+_MADE_UP = 64
+"""Samples that stand for data where there are none."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a pass may use beside the model.
@@ -173,6 +177,10 @@ class Context:
         if data is None:
             data = synthetic(input_specs(model), count * self.batch, self.seed, vocabularies(model))
         return (batch.feeds for batch in islice(data.batches(self.batch), count))
+
+    def samples(self, model: ir.Model) -> Dataset:
+        """Samples to learn from: the data, or a few made-up ones."""
+        return self.data or synthetic(input_specs(model), _MADE_UP, self.seed, vocabularies(model))
 
     def excludes(self, node: ir.Node) -> bool:
         """Whether the user asked to leave this node alone."""

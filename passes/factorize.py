@@ -26,7 +26,7 @@ from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.facts import observe
 from onnxcomp.graph import prepared, remove_unused
 from onnxcomp.layers import Layer, layers
-from onnxcomp.model import free_inputs, input_specs, opset, spec_of, vocabularies
+from onnxcomp.model import free_inputs, opset, spec_of
 from onnxcomp.numerics.choice import choose
 from onnxcomp.numerics.feedback import layer_error
 from onnxcomp.numerics.lowrank import Factors, LowRank
@@ -35,11 +35,9 @@ from onnxcomp.reconstruction import reconstruct
 from onnxcomp.runtime import Protocol, Session, compare
 from onnxcomp.samples import Dataset, Feeds
 from onnxcomp.splitting import Clock, alone, kernel_of, merge_into_followers, split
-from onnxcomp.synthetic import synthetic
 from onnxcomp.widths import Cost, totals
 
 _OPSET = 13
-_MADE_UP = 64
 _PROBES = 4
 """Forms of each layer at which it is measured what its error does to the outputs."""
 _TIMED = 3
@@ -110,7 +108,7 @@ class Factorize(Pass):
         chosen, skips = _factorable(original, context, self.method)
         if not chosen:
             return Outcome(model, (), tuple(skips))
-        data = _data(original, context)
+        data = context.samples(original)
         try:
             if self.parts:
                 forms = self._named(original, chosen, data, context)
@@ -145,7 +143,7 @@ class Factorize(Pass):
             return
         name_nodes(original)
         chosen, _ = _factorable(original, context, self.method)
-        data = _data(original, context)
+        data = context.samples(original)
         grams = calibrate(original, data, context, layers=chosen).grams
         shapes = observe(original, _first(data, context)).shapes
         clock = Clock(original, context)
@@ -187,10 +185,6 @@ def _moment(layer: Layer, gram: Gram) -> NDArray[np.float64]:
     """H of the layer's inputs, centred where its bias takes up their mean."""
     moments = gram.covariance if layer.adds_bias else gram.second_moment
     return np.asarray(moments[0])
-
-
-def _data(model: ir.Model, context: Context) -> Dataset:
-    return context.data or synthetic(input_specs(model), _MADE_UP, context.seed, vocabularies(model))
 
 
 def _first(data: Dataset, context: Context) -> Feeds:

@@ -22,16 +22,13 @@ from onnxcomp.core import Change, Context, Outcome, Parts, Pass, Skip, Width, wh
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.graph import remove_unused
 from onnxcomp.latency import LatencyModel
-from onnxcomp.model import free_inputs, input_specs, spec_of, vocabularies
+from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.numerics.saliency import penalised
 from onnxcomp.pruning import Cut, Pruner, Ranking, together
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset, Feeds
-from onnxcomp.synthetic import synthetic
 from onnxcomp.widths import Cost, CostModel, Curve, Priced, Rates, allocate, below, by_score, by_share, may_go
-
-_MADE_UP = 64
 
 _TIMED = 3
 """Times that a latency is measured and the widths chosen again."""
@@ -91,7 +88,7 @@ class Prune(Pass):
         """Trace, choose, cut; then fit."""
         if any(spec_of(value) is None for value in free_inputs(model)):
             return Outcome(model, (), (Skip("model", "an input is no tensor, so that shapes cannot be observed"),))
-        data = context.data or synthetic(input_specs(model), _MADE_UP, context.seed, vocabularies(model))
+        data = context.samples(model)
         cuts: list[Cut] = []
         skips: dict[Skip, None] = {}
         widths: dict[str, Width] = {}

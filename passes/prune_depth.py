@@ -23,14 +23,12 @@ from onnxcomp.cost import node_costs
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.facts import observe
-from onnxcomp.model import free_inputs, input_specs, spec_of, vocabularies
+from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.profiling import profiles
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.samples import Dataset
-from onnxcomp.synthetic import synthetic
 from onnxcomp.widths import Cost
 
-_MADE_UP = 64
 _SHORTLIST = 6
 """Branches that are measured again when others are gone."""
 
@@ -113,7 +111,7 @@ class _Found:
         """Find them, or say why not."""
         if any(spec_of(value) is None for value in free_inputs(model)):
             return "an input is no tensor, so that shapes cannot be observed"
-        data = context.data or synthetic(input_specs(model), _MADE_UP, context.seed, vocabularies(model))
+        data = context.samples(model)
         try:
             shapes = observe(model, next(iter(data.batches(1))).feeds).shapes
             nodes = {node.name or "": node for node in model.graph}
