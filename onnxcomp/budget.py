@@ -1,10 +1,53 @@
-"""What a result may cost: accuracy, latency and size, as a user writes them."""
+"""What a result may cost: accuracy, latency, size and memory, as a user writes them; and what keeps which limit."""
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from onnxcomp.errors import OptionError
+
+
+class Measured(Protocol):
+    """What a model was found to cost; None where that was not measured."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes by which a process grows that loads and runs it."""
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds per run."""
+
+    @property
+    def speedup(self) -> float | None:
+        """The original's latency over this one's."""
+
+    @property
+    def drop(self) -> float | None:
+        """Loss of the metric."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One limit and what was measured against it.
+
+    Attributes:
+        limit: its option: `max-drop`, `min-speedup`, `max-latency`, `max-size` or `max-memory`.
+        bound: what it is; of sizes and memory in bytes.
+        value: what was measured, in the same unit; NaN where nothing was.
+        passed: whether it holds.
+    """
+
+    limit: str
+    bound: float
+    value: float
+    passed: bool
 
 
 @dataclass(frozen=True)
@@ -17,6 +60,8 @@ class Budget:
         min_speedup: ratio of the original's latency to the result's.
         max_size: bytes.
         max_size_share: of the original's bytes.
+        max_memory: bytes by which a process may grow that loads and runs the result.
+        max_memory_share: of what it grows by with the original.
     """
 
     max_drop: float | None = None
@@ -24,12 +69,41 @@ class Budget:
     min_speedup: float | None = None
     max_size: int | None = None
     max_size_share: float | None = None
+    max_memory: int | None = None
+    max_memory_share: float | None = None
 
     def size_limit(self, original: int) -> int | None:
         """The limit in bytes for an original of that many bytes."""
-        share = None if self.max_size_share is None else int(self.max_size_share * original)
-        limits = [limit for limit in (self.max_size, share) if limit is not None]
-        return min(limits, default=None)
+        return _tighter(self.max_size, self.max_size_share, original)
+
+    def memory_limit(self, original: int) -> int | None:
+        """The limit in bytes for an original that takes that many."""
+        return _tighter(self.max_memory, self.max_memory_share, original)
+
+    @property
+    def limits_memory(self) -> bool:
+        """Whether memory must be measured."""
+        return self.max_memory is not None or self.max_memory_share is not None
+
+    def checks(self, original: Measured, result: Measured) -> Iterator[Check]:
+        """Every limit, and whether it holds; none does where nothing was measured."""
+        values = (result.drop, result.latency, result.speedup, result.memory)
+        drop, latency, speedup, memory = (math.nan if value is None else value for value in values)
+        if self.max_drop is not None:
+            yield Check("max-drop", self.max_drop, drop, within(drop, self.max_drop))
+        if self.max_latency is not None:
+            yield Check("max-latency", self.max_latency, latency, latency <= self.max_latency)
+        if self.min_speedup is not None:
+            yield Check("min-speedup", self.min_speedup, speedup, speedup >= self.min_speedup)
+        if (size := self.size_limit(original.size)) is not None:
+            yield Check("max-size", size, result.size, result.size <= size)
+        if (most := self.memory_limit(original.memory or 0)) is not None:
+            yield Check("max-memory", most, memory, memory <= most)
+
+
+def _tighter(limit: int | None, share: float | None, original: int) -> int | None:
+    limits = [limit, None if share is None else int(share * original)]
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def within(drop: float, limit: float) -> bool:
@@ -82,6 +156,16 @@ def parse_latency(text: str) -> float:
     return number * _UNITS[unit.lower()]
 
 
+def parse_duration(text: str) -> float:
+    """`90s`, `3min` or `2h` in seconds.
+
+    Raises:
+        OptionError: not a time, or no unit.
+    """
+    number, unit = _number(text, "s|min|h", "a time", "90s or 3min")
+    return number * {"s": 1.0, "min": 60.0, "h": 3600.0}[unit.lower()]
+
+
 def parse_speedup(text: str) -> float:
     """`2x` or `2` as a ratio.
 
@@ -101,12 +185,14 @@ def parse_bytes(text: str) -> int:
     return int(number * _BYTES[unit.upper()])
 
 
-def parse_size(text: str) -> Budget:
-    """`25%` of the original's size, or `10MB`.
+def parse_size(text: str, of: Literal["size", "memory"] = "size") -> Budget:
+    """`25%` of the original's size or memory, or `10MB`.
 
     Raises:
         OptionError: neither a share nor a size.
     """
     if text.strip().endswith("%"):
-        return Budget(max_size_share=parse_share(text))
-    return Budget(max_size=parse_bytes(text))
+        share = parse_share(text)
+        return Budget(max_size_share=share) if of == "size" else Budget(max_memory_share=share)
+    most = parse_bytes(text)
+    return Budget(max_size=most) if of == "size" else Budget(max_memory=most)

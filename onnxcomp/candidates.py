@@ -1,19 +1,27 @@
 """Candidates of one model: made by passes, run, timed and judged beside the original."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
+from typing import TypeVar
 
 import onnx_ir as ir
 
 from onnxcomp import metrics, stopwatch
 from onnxcomp import model as models
-from onnxcomp.core import Context, Pass
+from onnxcomp.core import Context, Outcome, Pass
+from onnxcomp.deadline import Deadline
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.footprint import memory_of
 from onnxcomp.judges import Judges, must_run
 from onnxcomp.measure import paced
-from onnxcomp.report import Figures, Step
+from onnxcomp.report import Figures, Step, Trial
 from onnxcomp.runtime import Protocol, Session, Timing
 from onnxcomp.weights import Rounding
+
+Found = TypeVar("Found")
 
 NEAREST = Rounding(gptq=False, sweeps=0, bias_correction=False)
 
@@ -67,6 +75,7 @@ class Candidate:
     drop: float | None = None
     verdict: str = ""
     predicted: float | None = None
+    memory: int | None = None
 
     @property
     def changed(self) -> tuple[str, ...]:
@@ -93,8 +102,13 @@ class Candidate:
     def figures(self) -> Figures:
         """For the report."""
         if self.timing is None:
-            return Figures(self.size, drop=self.drop)
-        return Figures(self.size, self.timing.median, speedup=self.timing.speedup, drop=self.drop)
+            return Figures(self.size, drop=self.drop, memory=self.memory)
+        timing = self.timing
+        return Figures(self.size, timing.median, speedup=timing.speedup, drop=self.drop, memory=self.memory)
+
+    def trial(self) -> Trial:
+        """For the report."""
+        return Trial(self.name, self.figures(), self.verdict, self.predicted)
 
 
 class Workbench:
@@ -107,6 +121,7 @@ class Workbench:
         judges: the data in their roles, and the metric.
         effort: how long to measure.
         prefix: passes that all candidates begin with.
+        deadline: when to stop.
 
     Attributes:
         model: the original.
@@ -126,13 +141,18 @@ class Workbench:
         judges: Judges,
         effort: Effort,
         prefix: tuple[Pass, ...],
+        deadline: Deadline | None = None,
     ) -> None:
         self.model, self._prefix = model, prefix
-        self.original, self.context, self.judges = original, context, judges
+        self.original, self.judges, self.deadline = original, judges, deadline or Deadline()
+        self.context = replace(context, progress=self.deadline.watching(context.progress))
         self.batch = judges.run_of(context.batch)
         self.rows = self.batch.valid + self.batch.padding
         must_run(original, self.batch.feeds, invented=context.data is None)
-        self._protocol = paced(effort.protocol, original, self.batch.feeds)
+        self._protocol = context.recall(
+            "pace", (model, self.batch.feeds, effort), lambda: paced(effort.protocol, original, self.batch.feeds)
+        )
+        self._timing_seconds = self._scoring_seconds = 0.0
         self._baseline: metrics.Score | None = None
         self._applied: dict[tuple[Pass, ...], tuple[ir.Model, tuple[Step, ...]]] = {}
         self.trials: list[Candidate] = []
@@ -168,9 +188,13 @@ class Workbench:
             return self.model, ()
         if passes not in self._applied:
             model, steps = self._apply(passes[:-1])
-            outcome = passes[-1](model, self.context)
+            outcome = self._called(passes[-1], model)
             self._applied[passes] = (outcome.model, (*steps, Step.of(passes[-1], outcome)))
         return self._applied[passes]
+
+    def _called(self, technique: Pass, model: ir.Model) -> Outcome:
+        outcome = self.context.recall("pass", (technique, model, self.context), lambda: technique(model, self.context))
+        return outcome if outcome.modified else replace(outcome, model=model)
 
     def works(self, candidate: Candidate) -> bool:
         """Whether the last pass changed anything and the result runs; else the verdict says why."""
@@ -188,9 +212,37 @@ class Workbench:
         """Time candidates beside the original."""
         self._tell("timing side by side")
         timed = [self.model, *(candidate.model for candidate in candidates)]
-        timings = stopwatch.time_apart(timed, self.context.target, self.batch.feeds, self._protocol)
+        measure = partial(stopwatch.time_apart, timed, self.context.target, self.batch.feeds, self._protocol)
+        timings, seconds = self.context.recall(
+            "timings", (timed, self.batch.feeds, self._protocol), partial(_clocked, measure)
+        )
+        self._timing_seconds = max(self._timing_seconds, seconds)
+        self._reserve()
         for candidate, timing in zip(candidates, timings[1:], strict=True):
             candidate.timing = timing
+
+    def memory(self, candidate: Candidate) -> float:
+        """Bytes by which a process grows that loads and runs it; infinite where it fails or nobody knows."""
+        if candidate.memory is None:
+            self._tell(f"measuring the memory of: {candidate.name}")
+            candidate.memory = self._footprint(candidate.model)
+        return float("inf") if candidate.memory is None else candidate.memory
+
+    def _footprint(self, model: ir.Model) -> int | None:
+        target, feeds = self.context.target, self.batch.feeds
+        try:
+            return self.context.recall("memory", (model, feeds), lambda: memory_of(model, target, feeds))
+        except OnnxcompError:
+            return None
+
+    def original_figures(self, size: int, *, memory: bool) -> Figures:
+        """The original's, as far as limits depend on them.
+
+        Args:
+            size: bytes of its file.
+            memory: measure that too.
+        """
+        return Figures(size, memory=self._footprint(self.model) if memory else None)
 
     def drop(self, candidate: Candidate) -> float:
         """How much worse than the original it judges; infinite where it fails."""
@@ -202,15 +254,37 @@ class Workbench:
     def _judge(self, candidate: Candidate) -> float:
         if candidate.model is self.model:
             return 0.0
+        judges, compare = self.judges, partial(self._compared, candidate.model)
+        (drop, failure), seconds = self.context.recall(
+            "drop", (candidate.model, self.model, judges.judge, judges.gate), partial(_clocked, compare)
+        )
+        self._scoring_seconds = max(self._scoring_seconds, seconds)
+        self._reserve()
+        candidate.verdict = failure or candidate.verdict
+        return drop
+
+    def _compared(self, model: ir.Model) -> tuple[float, str]:
+        """The drop, and why it is infinite."""
         if self._baseline is None:
             self._baseline = self.judges.score(self.original, self.original)
         try:
-            score = self.judges.score(Session(candidate.model, self.context.target), self.original)
+            score = self.judges.score(Session(model, self.context.target), self.original)
         except OnnxcompError as error:  # the original gave a score, so it is the candidate's fault
-            candidate.verdict = error.fact
-            return float("inf")
-        return metrics.compare(self._baseline, score).value
+            return float("inf"), error.fact
+        return metrics.compare(self._baseline, score).value, ""
+
+    def _reserve(self) -> None:
+        """Leave time to time the result once more, and to score it and the original on the final data."""
+        share = self.judges.final.samples / max(self.judges.judge.samples, 1)
+        self.deadline.reserve = self._timing_seconds + 2 * share * self._scoring_seconds
 
     def _tell(self, what: str) -> None:
         """Progress without an end: how many candidates there will be depends on what is measured."""
         self.context.progress(len(self.trials), 0, what)
+
+
+def _clocked(compute: Callable[[], Found]) -> tuple[Found, float]:
+    """What comes of it, and the seconds that it took."""
+    start = time.perf_counter()
+    found = compute()
+    return found, time.perf_counter() - start

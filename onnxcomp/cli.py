@@ -58,6 +58,19 @@ for _command in vars(viewing).values():
     "--effort", type=click.Choice(["quick", "default", "extensive"]), default="default", show_default=True,
     help="How long to search.",
 )  # fmt: skip
+@click.option(
+    "--time-limit",
+    metavar="3min",
+    type=options.Parsed("TIME", budget.parse_duration),
+    help="Then the search ends with the best so far.",
+)
+@options.cache
+@click.option(
+    "--pareto",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Also write every result that is worth a choice between accuracy, latency and size.",
+)
 @options.seed
 @options.memory
 @options.picturing

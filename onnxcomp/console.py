@@ -22,12 +22,14 @@ from rich.text import Text
 
 from onnxcomp.core import Width, no_progress
 from onnxcomp.explanation import Explanation, LayerRow
+from onnxcomp.family import Family
 from onnxcomp.model import write_text
 from onnxcomp.package import Packed
 from onnxcomp.report import (
     Benchmark,
     Document,
     Evaluation,
+    Figures,
     FrozenRow,
     GroupRow,
     Inspection,
@@ -39,11 +41,12 @@ from onnxcomp.report import (
     Trial,
     WeightRow,
 )
-from onnxcomp.verification import Verification, in_words
+from onnxcomp.verification import Verification
 from onnxcomp.wording import (
     between,
     budget_in_words,
     byte_count,
+    check_in_words,
     count,
     digits,
     grouped,
@@ -175,6 +178,8 @@ def render(document: Document, verbose: bool = False) -> Iterator[RenderableType
             yield from _explanation(document, verbose)
         case Verification():
             yield from _verification(document)
+        case Family():
+            yield from _family(document)
 
 
 def _package(packed: Packed) -> Iterator[RenderableType]:
@@ -252,6 +257,9 @@ def _figures(report: Report | Verification) -> Iterator[tuple[str, str, str, str
     if before.latency is not None and after.latency is not None:
         speedup = ratio(after.speedup, "faster", "slower") if after.speedup else ""
         yield "latency", latency_of(before), latency_of(after), speedup
+    if before.memory and after.memory:
+        smaller = ratio(before.memory / after.memory, "less", "more")
+        yield "memory", byte_count(before.memory), byte_count(after.memory), smaller
     if after.score is not None:
 
         def form(value: float) -> str:
@@ -309,11 +317,12 @@ def _widths(widths: Sequence[Width]) -> Iterator[RenderableType]:
 
 def _trial(trial: Trial, metric: str) -> tuple[str, ...]:
     figures = trial.figures
+    foretold = "" if trial.predicted is None else f" ({trial.predicted:.2f}x foretold)"
     return (
         f"  {trial.name}",
         byte_count(figures.size),
         latency_of(figures),
-        "-" if figures.speedup is None else f"{figures.speedup:.2f}x",
+        "-" if figures.speedup is None else f"{figures.speedup:.2f}x{foretold}",
         loss(metric, figures.drop),
         trial.verdict,
     )
@@ -553,9 +562,26 @@ def _verification(verification: Verification) -> Iterator[RenderableType]:
     yield from _measured(verification)
     yield from _heading("Limits")
     for check in verification.checks:
-        words = f"  {'passed' if check.passed else 'FAILED'}  {check.limit}: {in_words(check, verification.metric)}"
+        words = (
+            f"  {'passed' if check.passed else 'FAILED'}  {check.limit}: {check_in_words(check, verification.metric)}"
+        )
         yield _line(words, "green" if check.passed else "bold red")
     yield from _notes(verification.notes)
+
+
+def _family(family: Family) -> Iterator[RenderableType]:
+    yield from _heading("Worth a choice")
+    rows = [("original", "", *_cost(family.original, family.metric), "")]
+    rows += [
+        (member.file, member.name, *_cost(member.figures, family.metric), "the result" if member.chosen else "")
+        for member in family.members
+    ]
+    yield _table(["file", "candidate", "size", "latency", "speed-up", "drop", ""], rows)
+
+
+def _cost(figures: Figures, metric: str) -> tuple[str, ...]:
+    speedup = "-" if figures.speedup is None else f"{figures.speedup:.2f}x"
+    return byte_count(figures.size), latency_of(figures), speedup, loss(metric, figures.drop)
 
 
 def pass_list(passes: Mapping[str, str], groups: Mapping[str, Sequence[str]]) -> Iterator[RenderableType]:

@@ -318,7 +318,8 @@ class _Loss:
         sessions = Session(original, context.target), Session(made, context.target)
         feeds = next(iter(self.data.batches(context.batch))).feeds
         protocol = paced(_PROTOCOL, sessions[0], feeds)
-        return *side_by_side(sessions, sizes, feeds, protocol, self.metric, self.data), str(protocol)
+        before, after = side_by_side(sessions, sizes, feeds, protocol, self.metric, self.data)
+        return before, after, str(protocol)
 
     def notes(self, result: Figures) -> list[str]:
         """What the figures do not say by themselves."""

@@ -18,6 +18,7 @@ from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.model import all_nodes, free_inputs, input_specs, spec_of, vocabularies
 from onnxcomp.runtime import Target
 from onnxcomp.samples import Dataset, Feeds
+from onnxcomp.store import Store
 from onnxcomp.synthetic import synthetic
 
 
@@ -142,6 +143,9 @@ _MADE_UP = 64
 """Samples that stand for data where there are none."""
 
 
+Found = TypeVar("Found")
+
+
 @dataclass(frozen=True)
 class Context:
     """What a pass may use beside the model.
@@ -155,6 +159,7 @@ class Context:
         exclude: nodes whose name matches are left alone.
         progress: called with (done, total, what) during long work.
         cache: what passes computed for a model and may need again, by key; shared by all that use this context.
+        store: the same for longer, on disk.
     """
 
     data: Dataset | None = None
@@ -163,8 +168,19 @@ class Context:
     seed: int = 0
     memory: int = 2 * 10**9
     exclude: re.Pattern[str] | None = None
-    progress: Callable[[int, int, str], None] = no_progress
+    progress: Callable[[int, int, str], None] = field(default=no_progress, compare=False)
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    store: Store | None = field(default=None, repr=False, compare=False)
+
+    def recall(self, what: str, parts: object, compute: Callable[[], Found]) -> Found:
+        """What is in the store, else what is computed now; see `Store.recall`.
+
+        Args:
+            what: is computed.
+            parts: all that it depends on, beside the machine, the code and the target.
+            compute: how.
+        """
+        return compute() if self.store is None else self.store.recall(what, (self.target, parts), compute)
 
     def examples(self, model: ir.Model, count: int = 2) -> Iterator[Feeds]:
         """A few batches of the model's inputs: of the data, or synthetic where there are none.

@@ -11,8 +11,8 @@ from onnxcomp.passes.equalize import Equalize
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.smooth import Smooth
-from onnxcomp.profiling import profiles
 from onnxcomp.registry import STORING, passes
+from onnxcomp.timing import profiles
 
 Recipe = tuple[str, tuple[Pass, ...]]
 
@@ -63,13 +63,12 @@ def _upon(bench: Workbench, base: Candidate, name: str, technique: Pass) -> Cand
 
 def _static(bench: Workbench, base: Candidate, effort: Effort) -> list[Candidate]:
     """Static INT8 wherever it can be and, on the CPU, where measured times say."""
-    target = bench.context.target
     everywhere = replace(QuantizeStatic.for_provider(bench.provider), rounding=NEAREST)
     full = _upon(bench, base, "static INT8", everywhere)
     if bench.provider != "cpu" or not bench.works(full):
         return [full]
-    floats, integers = profiles([base.model, full.model], target, bench.batch.feeds)
-    crossing = placement.measure_crossing(target)
+    floats, integers = profiles([base.model, full.model], bench.context, bench.batch.feeds)
+    crossing = placement.crossing(bench.context)
     names = set(full.changed)
     found: dict[tuple[str, ...], Candidate] = {(): full}
     for factor in effort.crossings:

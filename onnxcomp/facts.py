@@ -85,6 +85,15 @@ def observe(model: ir.Model, feeds: Feeds) -> Facts:
     return Facts(shapes, contents, opset(model))
 
 
+def sized(model: ir.Model, shapes: Shapes) -> ir.Model:
+    """A copy that declares the shapes that were observed, of this model or of a clone."""
+    names = {value.name: shape for value, shape in shapes.items()}
+    copy = model.clone()
+    for value in (value for node in copy.graph for value in node.outputs if value.name in names):
+        value.shape = ir.Shape(names[value.name])
+    return copy
+
+
 def made_up(model: ir.Model) -> Feeds:
     """Inputs of one run that the model accepts."""
     return next(iter(synthetic(input_specs(model), 1, vocabulary=vocabularies(model)).batches(1))).feeds

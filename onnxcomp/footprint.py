@@ -8,8 +8,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx_ir as ir
+
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.fresh import fresh
+from onnxcomp.fresh import files_of, fresh
 from onnxcomp.runtime import Feeds, Session, Target
 
 _RUNS = 2  # ONNX Runtime plans its memory in the first run
@@ -38,6 +40,16 @@ def footprint(path: Path, target: Target, feeds: Feeds) -> Footprint:
         return fresh(measured, path, target, dict(feeds))
     except OnnxcompError as error:
         raise OnnxcompError(f"'{path}' could not be loaded and run: {error.fact}", error.cause) from error
+
+
+def memory_of(model: ir.Model, target: Target, feeds: Feeds) -> int | None:
+    """Bytes by which a fresh process grows that loads and runs a model.
+
+    Raises:
+        OnnxcompError: the process failed.
+    """
+    with files_of([model]) as paths:
+        return footprint(paths[0], target, feeds).memory
 
 
 def _memory(key: str) -> int | None:

@@ -33,6 +33,7 @@ class Invocation:
     images: ImageOptions | None
     best_effort: bool
     keep_overridable: bool
+    time_limit: float | None
 
     def __str__(self) -> str:
         """The command, for a POSIX shell. What came as an object of Python stands as `<its type>`."""
@@ -52,12 +53,15 @@ class Invocation:
         yield "--min-speedup", _number(limits.min_speedup, "x")
         yield "--max-size", _number(limits.max_size, "B")
         yield "--max-size", _number(None if limits.max_size_share is None else 100 * limits.max_size_share, "%")
+        yield "--max-memory", _number(limits.max_memory, "B")
+        yield "--max-memory", _number(None if limits.max_memory_share is None else 100 * limits.max_memory_share, "%")
         yield "--passes", None if self.passes is None else ",".join(self.passes)
         yield "--exclude", self.exclude
         yield "--provider", _unless("cpu", self.target.provider)
         yield "--threads", _unless("0", str(self.target.threads))
         yield "--batch", _unless("1", str(self.batch))
         yield "--effort", _unless("default", str(self.effort))
+        yield "--time-limit", _number(self.time_limit, "s")
         yield "--seed", _unless("0", str(self.seed))
         yield "--memory", _unless("2000000000B", f"{self.memory}B")
         yield "--image-size", None if images.size is None else "{}x{}".format(*images.size)

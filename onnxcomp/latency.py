@@ -15,12 +15,10 @@ import onnx_ir as ir
 
 from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context
-from onnxcomp.profiling import profiles
-from onnxcomp.runtime import Feeds, Protocol, Session, compare
+from onnxcomp.runtime import Feeds
 from onnxcomp.surgery import SurgeryError, without
+from onnxcomp.timing import profiles, ratio
 from onnxcomp.widths import Counts, Floats
-
-_PROTOCOL = Protocol(block=5, rounds=9, warmup=2, seconds=5)
 
 _ROUNDS = 4
 _LEVELS = 8
@@ -53,7 +51,7 @@ class LatencyModel:
         rounds: int = _ROUNDS,
     ) -> None:
         self.groups = tuple(groups)
-        self._model, self._target, self._feeds = groups.model, context.target, feeds
+        self._model, self._context, self._feeds = groups.model, context, feeds
         self.touched = [_touched(group) for group in self.groups]
         self.counts = [_levels(group, counts) for group, counts in zip(self.groups, cuttable, strict=True)]
         self._shares: list[dict[int, float]] = [{0: 1.0} for _ in self.groups]
@@ -61,7 +59,7 @@ class LatencyModel:
         for members in self._apart():
             variants = list(self._variants(groups, members))
             made = [convert(model) for model in (groups.model, *(model for _, model in variants))]
-            found = profiles(made, context.target, feeds, rounds=rounds)
+            found = profiles(made, context, feeds, rounds)
             whole, *cut = (profile.times for profile in found)
             self._times = dict(whole)
             for (removed, _), times in zip(variants, cut, strict=True):
@@ -101,8 +99,7 @@ class LatencyModel:
 
     def measured(self, model: ir.Model) -> float:
         """What another model takes, as a share of what this one does, timed side by side."""
-        sessions = [Session(each, self._target) for each in (self._model, model)]
-        return 1 / compare(sessions, self._feeds, _PROTOCOL)[1].speedup
+        return ratio(self._model, model, self._context, self._feeds)
 
     def share(self, group: int, count: int) -> float:
         """What is left of the time of a group's nodes with so many of its channels gone."""

@@ -277,14 +277,14 @@ def paced(protocol: Protocol, session: Session, feeds: Feeds) -> Protocol:
 
 
 def side_by_side(
-    sessions: tuple[Session, Session],
-    sizes: tuple[int, int],
+    sessions: Sequence[Session],
+    sizes: Sequence[int],
     feeds: Feeds,
     protocol: Protocol,
     metric: metrics.Metric,
     data: Dataset,
     timings: Sequence[Timing] | None = None,
-) -> tuple[Figures, Figures]:
+) -> list[Figures]:
     """Latency and score of a model and of what was made of it.
 
     Args:
@@ -294,18 +294,17 @@ def side_by_side(
         protocol: how latency is measured.
         metric: what is scored.
         data: on which samples.
-        timings: of both, where they were taken elsewhere.
+        timings: of all, where they were taken elsewhere.
     """
     timings = timings or runtime.compare(sessions, feeds, protocol)
-    baseline, score = (
+    baseline, *others = (
         metrics.evaluate(metric, session.run, data, sessions[0].run, SCORING_ROWS) for session in sessions
     )
-    drops = 0.0, metrics.compare(baseline, score).value
-    before, after = (
+    drops = [0.0, *(metrics.compare(baseline, score).value for score in others)]
+    return [
         Figures(size, timing.median, (timing.low, timing.high), timing.speedup, score.value, score.interval, drop)
-        for size, timing, score, drop in zip(sizes, timings, (baseline, score), drops, strict=True)
-    )
-    return before, after
+        for size, timing, score, drop in zip(sizes, timings, (baseline, *others), drops, strict=True)
+    ]
 
 
 def usual_metric(session: Session, data: Dataset) -> tuple[metrics.Metric, str]:

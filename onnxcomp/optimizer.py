@@ -10,14 +10,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from onnxcomp import metrics, page, stopwatch
+import onnx_ir as ir
+
+from onnxcomp import family, metrics, page, stopwatch
 from onnxcomp import model as models
 from onnxcomp.anatomy import layer_rows
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Context, Pass, chosen, no_progress, node_pattern
 from onnxcomp.data import ImageOptions
+from onnxcomp.deadline import Deadline
 from onnxcomp.errors import BudgetError, OnnxcompError, OptionError
+from onnxcomp.family import Family, Member
+from onnxcomp.footprint import memory_of
 from onnxcomp.invocation import Invocation
 from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
@@ -26,9 +31,12 @@ from onnxcomp.passes.simplify import Simplify
 from onnxcomp.recipe import Recipe
 from onnxcomp.record import Record, stamped
 from onnxcomp.registry import GROUPS, resolve
-from onnxcomp.report import Figures, Report, Result, Trial, source_name
+from onnxcomp.report import Figures, Report, Result, source_name
 from onnxcomp.runtime import Protocol, Session, Target
 from onnxcomp.search import Search
+from onnxcomp.store import Store
+from onnxcomp.tradeoffs import giving_way, undominated
+from onnxcomp.wording import check_in_words
 
 __all__ = ["Effort", "Result", "optimize"]
 
@@ -37,6 +45,9 @@ _GROWTH = 1.01
 
 _PROOF = Protocol(rounds=15)
 """Timing of the result."""
+
+_FAMILY = 12
+"""Results that are offered for a choice, at most."""
 
 _SAMPLES = 8
 """On which the error of each layer's output is measured."""
@@ -61,6 +72,9 @@ def optimize(
     images: ImageOptions | None = None,
     overwrite: bool = False,
     best_effort: bool = False,
+    time_limit: float | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    pareto: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     keep_overridable: bool = False,
     progress: Callable[[int, int, str], None] = no_progress,
@@ -86,6 +100,10 @@ def optimize(
         images: how image files become inputs.
         overwrite: replace an existing output and page.
         best_effort: write the best found even where it breaks the budget.
+        time_limit: seconds after which the search ends with the best so far.
+        cache: folder of what was made and measured before, see `store`; None for none. The same call with the same
+            cache goes on where another was cut short, and gives the same bytes.
+        pareto: folder for every result that is worth a choice between accuracy, latency and size.
         dry_run: decide and measure, but write no model.
         keep_overridable: leave weights that are also graph inputs overridable.
         progress: called with (done, total, what).
@@ -107,6 +125,8 @@ def optimize(
             raise OptionError(
                 f"the model and the page are both to be '{report}'", remedy="give another name to --report"
             )
+    if pareto is not None and not dry_run:
+        family.check_folder(pareto, overwrite=overwrite)
     about = circumstances(target, batch)
     names = ["simplify", *GROUPS] if passes is None else list(passes)
     if not names:
@@ -117,28 +137,34 @@ def optimize(
     refuse_broken_weights(model)
     original = Session(model, target)
     judges = Judges.of(model, original, calib, evaluation, metric, images, seed, effort.judged)
-    context = Context(judges.tune, target, batch, seed, memory, pattern, progress)
+    store = None if cache is None else Store(cache)
+    context = Context(judges.tune, target, batch, seed, memory, pattern, progress, store=store)
     prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
-    bench = Workbench(model, original, context, judges, effort, prefix)
-    size = file_size(source, model)
-    search = Search(bench, budget, effort, allowed, size, tuple(name for name in names if name not in GROUPS))
+    bench = Workbench(model, original, context, judges, effort, prefix, Deadline(time_limit))
+    figures = bench.original_figures(file_size(source, model), memory=budget.limits_memory)
+    search = Search(bench, budget, effort, allowed, figures, tuple(name for name in names if name not in GROUPS))
     about |= {"batch": bench.rows, "seed": seed}
     command = Invocation(
         source, output, calib, evaluation, metric, budget, passes, exclude, target, batch, effort, seed, memory, images,
-        best_effort, keep_overridable,
+        best_effort, keep_overridable, time_limit,
     )  # fmt: skip
     fingerprint = models.fingerprint(source)
-    proof = _Proof(bench, search, size, source, fingerprint, budget, output, about, prefix, str(command))
+    proof = _Proof(bench, search, figures, source, fingerprint, budget, output, about, prefix, str(command))
     best = search.run()
     result = proof.of(best)
     fallbacks = search.fallbacks(best)
     while not search.holds(result.report.result.drop) and (fallback := next(fallbacks, None)) is not None:
-        result = proof.of(fallback)
+        best, result = fallback, proof.of(fallback)
+    if pareto is not None:
+        others, made = proof.family(best)
+        result = Result(result.model, result.report, others)
+        if not dry_run:
+            family.write(others, made, pareto)
     refused = not result.report.met and not best_effort
     if output is not None and not dry_run and not refused:
         models.save(result.model, output, overwrite=overwrite)
     if report is not None:
-        result = Result(result.model, _with_layers(result, bench))
+        result = replace(result, report=_with_layers(result, bench))
         models.write_text(page.html_of(result.report), report)
     if refused:
         error = BudgetError(
@@ -168,7 +194,7 @@ class _Proof:
 
     bench: Workbench
     search: Search
-    size: int
+    original: Figures
     source: models.ModelSource
     fingerprint: str
     budget: Budget
@@ -181,38 +207,74 @@ class _Proof:
         """The candidate as a result."""
         bench, judges = self.bench, self.bench.judges
         best.verdict = "chosen"
-        trials = tuple(Trial(trial.name, trial.figures(), trial.verdict) for trial in bench.trials)
-        record = Record(best.steps, trials, judges.gate.name)
-        model = stamped(best.model, self._recipe(best), record, self.fingerprint, self.size)
-        sessions = bench.original, Session(model, bench.context.target)
-        sizes = self.size, models.file_bytes(model)
-        feeds = bench.batch.feeds
-        protocol = paced(_PROOF, bench.original, feeds)
-        timings = stopwatch.time_apart([bench.model, model], bench.context.target, feeds, protocol)
-        before, after = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final, timings)
-        if judges.gate is not judges.metric:
-            own, made = (judges.score(session, bench.original, final=True) for session in sessions)
-            after = replace(after, drop=metrics.compare(own, made).value)
-        unmet = self.search.unmet(after)
+        trials = tuple(trial.trial() for trial in bench.trials)
+        model = self._stamped(best)
+        before, after = self._measured([model])
+        broken = self.search.unmet(before, after)
+        conflicts = giving_way(self.search.asked, before, trials, judges.gate.name) if broken else ()
         report = Report(
             source=source_name(self.source),
             output=None if self.output is None else str(self.output),
             fingerprint=self.fingerprint,
             environment=self.about,
-            protocol=str(protocol),
+            protocol=str(self._protocol()),
             metric=judges.metric.name,
             data=judges.description,
             budget=self.budget,
-            met=not unmet,
-            unmet=tuple(unmet),
+            met=not broken,
+            unmet=tuple(check_in_words(check, judges.gate.name) for check in broken),
             original=before,
             result=after,
             steps=best.steps,
             trials=trials,
-            notes=(*judges.notes, *self._notes(best, before, after)),
+            notes=(*judges.notes, *self._notes(best, before, after), *conflicts),
             command=self.command,
         )
         return Result(model, report)
+
+    def family(self, best: Candidate) -> tuple[Family, list[ir.Model]]:
+        """All that is worth a choice beside the result."""
+        judges = self.bench.judges
+        candidates = [best, *(trial for trial in self.search.others() if trial is not best)]
+        kept = [candidates[place] for place in undominated([each.figures() for each in candidates])]
+        kept = [best, *(each for each in kept if each is not best)][:_FAMILY]
+        made = [self._stamped(each) for each in kept]
+        original, *figures = self._measured(made)
+        order = undominated(figures)
+        members = tuple(
+            Member(f"{number:02d}.onnx", kept[place].name, figures[place], kept[place] is best)
+            for number, place in enumerate(order, 1)
+        )
+        family = Family(
+            source_name(self.source), original, members, judges.metric.name, judges.description,
+            str(self._protocol()), self.about,
+        )  # fmt: skip
+        return family, [made[place] for place in order]
+
+    def _stamped(self, best: Candidate) -> ir.Model:
+        trials = tuple(trial.trial() for trial in self.bench.trials)
+        record = Record(best.steps, trials, self.bench.judges.gate.name)
+        return stamped(best.model, self._recipe(best), record, self.fingerprint, self.original.size)
+
+    def _protocol(self) -> Protocol:
+        return paced(_PROOF, self.bench.original, self.bench.batch.feeds)
+
+    def _measured(self, made: Sequence[ir.Model]) -> list[Figures]:
+        """Figures of the original and of results, side by side."""
+        bench, judges, feeds, target = self.bench, self.bench.judges, self.bench.batch.feeds, self.bench.context.target
+        protocol = self._protocol()
+        sessions = [bench.original, *(Session(model, target) for model in made)]
+        sizes = [self.original.size, *map(models.file_bytes, made)]
+        timings = stopwatch.time_apart([bench.model, *made], target, feeds, protocol)
+        figures = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final, timings)
+        if judges.gate is not judges.metric:
+            own, *scores = (judges.score(session, bench.original, final=True) for session in sessions)
+            drops = [0.0, *(metrics.compare(own, score).value for score in scores)]
+            figures = [replace(each, drop=drop) for each, drop in zip(figures, drops, strict=True)]
+        if self.original.memory is not None:
+            memory = [self.original.memory, *(memory_of(model, target, feeds) for model in made)]
+            figures = [replace(each, memory=used) for each, used in zip(figures, memory, strict=True)]
+        return figures
 
     def _recipe(self, best: Candidate) -> Recipe:
         """What made the candidate: where even the clean-up failed, nothing did."""
@@ -230,6 +292,8 @@ class _Proof:
             notes.append("The original answers differently each time, so that errors say little.")
         if self.bench.rows != self.bench.context.batch:
             notes.append(f"Runs have {self.bench.rows} rows: the model or its data fix that.")
+        if self.bench.deadline.passed:
+            notes.append("The time limit ended the search before all that might help was tried.")
         if not best.passes and self.search.drafted:
             notes.append("No quantization was both faster and within the budget: the cleaned-up model is the result.")
         elif not best.passes and self.search.allows_more:

@@ -117,9 +117,13 @@ def _limits(
     max_latency: float | None,
     min_speedup: float | None,
     max_size: budget.Budget | None,
+    max_memory: budget.Budget | None,
 ) -> budget.Budget:
-    size = max_size or budget.Budget()
-    return budget.Budget(max_drop, max_latency, min_speedup, size.max_size, size.max_size_share)
+    size, memory = max_size or budget.Budget(), max_memory or budget.Budget()
+    return budget.Budget(
+        max_drop, max_latency, min_speedup, size.max_size, size.max_size_share, memory.max_memory,
+        memory.max_memory_share,
+    )  # fmt: skip
 
 
 def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
@@ -208,6 +212,12 @@ limits = _as_one(
     click.option("--max-latency", metavar="5ms", type=Parsed("TIME", budget.parse_latency), help="Per run."),
     click.option("--min-speedup", metavar="2x", type=Parsed("RATIO", budget.parse_speedup), help="Over the original."),
     click.option("--max-size", metavar="25%|10MB", type=Parsed("SIZE", budget.parse_size), help="Of the file."),
+    click.option(
+        "--max-memory",
+        metavar="50%|1GB",
+        type=Parsed("SIZE", functools.partial(budget.parse_size, of="memory")),
+        help="By which a process grows that loads and runs it.",
+    ),
 )
 best_effort = click.option("--best-effort", is_flag=True, help="Write the result even if it breaks the budget.")
 overridable = click.option(
@@ -257,6 +267,29 @@ learning = together(
 
 repeating = together(calib, evaluation_, metric, max_drop, best_effort, running, batch, memory, picturing, showing)
 """The same without what a recipe says."""
+
+
+def _cache(cache: Path | None, no_cache: bool) -> Path | None:
+    if no_cache:
+        return None
+    from platformdirs import user_cache_path
+
+    return cache or user_cache_path("onnxcomp")
+
+
+cache = _as_one(
+    "cache",
+    _cache,
+    click.option(
+        "--cache",
+        metavar="DIR",
+        envvar="ONNXCOMP_CACHE",
+        type=click.Path(path_type=Path),
+        help="Where to keep what was made and measured.  [default: the user's folder for caches]",
+    ),
+    click.option("--no-cache", is_flag=True, envvar="ONNXCOMP_NO_CACHE", help="Make and measure all anew."),
+)
+"""Work that was cut short goes on where it was."""
 
 goal = click.option(
     "--target",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
+from onnxcomp.core import Context
 from onnxcomp.graph import single_consumer
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Session, Target
@@ -47,6 +48,11 @@ class Crossing:
         largest = self.sizes[-1]
         scale = max(1.0, elements / largest)
         return scale * float(np.interp(min(elements, largest), self.sizes, times))
+
+
+def crossing(context: Context) -> Crossing:
+    """What `measure_crossing` found on the target, now or before."""
+    return context.recall("crossing", (), lambda: measure_crossing(context.target))
 
 
 def measure_crossing(target: Target, runs: int = 20) -> Crossing:

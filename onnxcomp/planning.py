@@ -31,11 +31,11 @@ from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing
-from onnxcomp.profiling import profiles
 from onnxcomp.pruning import Pruner
 from onnxcomp.runtime import Feeds
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset
+from onnxcomp.timing import profiles
 from onnxcomp.units import Units
 from onnxcomp.widths import Counts, may_go
 
@@ -152,7 +152,7 @@ class Planner:
         outcomes = {name: technique(self._model, self._timing) for name, technique in quantizers.items()}
         outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
         models = [self._model, *(outcome.model for outcome in outcomes.values())]
-        found = profiles(models, self._context.target, feeds)
+        found = profiles(models, self._context, feeds)
         self.elements = found[0].elements
         forms = {FLOAT: Form(None, self._units.times(found[0]), set(), {})}
         for (name, outcome), profile in zip(outcomes.items(), found[1:], strict=True):

@@ -55,6 +55,7 @@ class Figures:
         score: value of the metric, or None where it was not measured.
         score_interval: 95% interval of the metric.
         drop: loss against the original, in the metric's unit; positive is worse.
+        memory: bytes by which a fresh process grew that loaded and ran it, or None where there is no limit on that.
     """
 
     size: int
@@ -64,15 +65,24 @@ class Figures:
     score: float | None = None
     score_interval: Interval | None = None
     drop: float | None = None
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate that the search looked at, and its verdict."""
+    """One candidate that the search looked at.
+
+    Attributes:
+        name: what it is.
+        figures: on the data that judge.
+        verdict: what became of it, and why.
+        predicted: the speed-up that was foretold, where it was planned.
+    """
 
     name: str
     figures: Figures
     verdict: str
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -179,10 +189,17 @@ class Report(Document):
 
 @dataclass(frozen=True)
 class Result:
-    """A model that was made from another, and its proof."""
+    """A model that was made from another, and its proof.
+
+    Attributes:
+        model: the result.
+        report: the proof.
+        family: what else is worth a choice, where it was asked for.
+    """
 
     model: ir.Model
     report: Report
+    family: Document | None = None
 
 
 def environment(target: Target, batch: int, seed: int = 0) -> dict[str, str | int]:

@@ -10,32 +10,31 @@
    sparse or binary, where the user asked for it.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
-from onnxcomp import placement, registry
-from onnxcomp.budget import Budget, within
+import onnx_ir as ir
+
+from onnxcomp import registry
+from onnxcomp.budget import Budget, Check, within
 from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
 from onnxcomp.drafts import drafts, variants
-from onnxcomp.errors import OnnxcompError
 from onnxcomp.metrics import Metric
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.quantize_weights import QuantizeWeights
-from onnxcomp.planning import FLOAT, Plan, Planner
+from onnxcomp.plans import PLANNED, Plans
 from onnxcomp.report import Figures
 from onnxcomp.sensitivity import ranking
 
-_PLANNED = ("prune", "prune-depth")
-"""Passes whose choices are made together, with those of precision."""
-_FIRST_ERROR = 0.05
-"""Relative squared error of the outputs, before what is left makes up for it, that the first plan may have."""
-_STEP = 2.5
-"""The most by which the error of the next plan differs from the last one's."""
-_AIM = 0.7
-"""Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
+_BITS = (8, 4)
+"""In which weights are stored that are still float."""
+_RUNGS = (0.25, 0.5)
+"""Shares of the nodes in INT8 that return to float, for a choice."""
+_ERRORS = (0.003, 0.01, 0.03, 0.1, 0.3)
+"""Of outputs, at which plans are made for a choice."""
 
 
 def accepted_drop(metric: Metric, budget: Budget) -> float:
@@ -49,6 +48,9 @@ class Search:
 
     Attributes:
         clean: the cleaned-up model, the reference for all others.
+        best: the best candidate so far.
+        plans: what made candidates of plans, if anything did.
+        asked: the budget, with a limit on the drop in any case.
         drafted: whether anything beside it could be tried.
         allows_more: whether anything beside it was allowed.
     """
@@ -59,135 +61,134 @@ class Search:
         budget: Budget,
         effort: Effort,
         allowed: frozenset[str],
-        original_bytes: int,
+        original: Figures,
         named: Sequence[str] = (),
     ) -> None:
         self._bench, self._budget, self._effort, self._allowed, self._named = bench, budget, effort, allowed, named
-        self._limit = self._max_drop = accepted_drop(bench.judges.gate, budget)
-        self._original_bytes = original_bytes
+        self._max_drop = accepted_drop(bench.judges.gate, budget)
+        self.asked = replace(budget, max_drop=self._max_drop)
+        self._original = original
         self._has_data = bench.context.data is not None
-        self.clean = bench.make("clean-up", ())
+        self.best = self.clean = bench.make("clean-up", ())
+        self.plans: Plans | None = None
         self._unplanned: Candidate | None = None
         self.drafted, self.allows_more = False, bool(allowed - {"simplify"})
 
     def run(self) -> Candidate:
-        """The best candidate."""
-        made = drafts(self._bench, self.clean, self._allowed, self._effort, self._named)
-        self.drafted = bool(made)
-        self._bench.time(self.clean, *made)
-        self._bench.drop(self.clean)
-        self.clean.verdict = "the reference for all others"
-        best = self.clean
-        for draft in sorted(made, key=lambda draft: -draft.speedup):
-            refined = self._refine(draft) if self._gains(draft, best) else draft
-            if refined is not None and self._gains(refined, best):
-                best = refined
-            elif refined is not None:
-                refined.verdict = "not faster beyond noise" if refined.speedup > best.speedup else "not faster"
-        planned = self._together(best)
-        self._unplanned = None if planned is best else best
-        return self._shrink(planned)
+        """The best candidate that the time allows."""
+        with self._bench.deadline:
+            self._draft()
+            self._plan()
+            for smaller in self._smaller(self.best):
+                self.best = smaller
+        return self.best
 
-    def fallbacks(self, best: Candidate) -> Iterator[Candidate]:
+    def fallbacks(self, failed: Candidate) -> Iterator[Candidate]:
         """What to take instead of a candidate that fails on unseen data.
 
         The best without a plan, one that loses half as much, then clean-up.
         Not more: the final data would become one more judge.
         """
-        if best is self.clean:
-            return
-        best.verdict = "over the budget on the final data"
-        if self._unplanned is not None:
-            best = self._shrink(self._unplanned)
-            yield best
-            if best is self.clean:
+        for make in (self._without_plan, self._careful):
+            if failed is self.clean:
                 return
-            best.verdict = "over the budget on the final data"
-        self._max_drop /= 2
-        quantized = max((i for i, p in enumerate(best.passes) if _has_nodes(p)), default=None)
-        careful = self.clean
-        if quantized is not None:
-            before = best.passes[: quantized + 1]
-            draft = best if before == best.passes else self._bench.make(f"{best.name}, before that", before)
-            careful = self._back_off(draft) or self.clean
-        careful = self._shrink(careful)
-        if careful.passes not in {(), best.passes}:
-            yield careful
-            careful.verdict = "over the budget on the final data"
+            failed.verdict = "over the budget on the final data"
+            best = None
+            with self._bench.deadline:
+                best = make()
+                if best is not None:
+                    best = self._shrink(best)
+            if best is not None and best.passes not in {(), failed.passes}:
+                yield best
+                failed = best
+        failed.verdict = "over the budget on the final data"
         yield self.clean
 
-    def _gains(self, candidate: Candidate, best: Candidate) -> bool:
-        """Whether it is faster; of what the user asked for by name, as fast and smaller is enough."""
-        return candidate.faster(best) or (candidate.name in self._named and candidate.smaller(best))
+    def _without_plan(self) -> Candidate | None:
+        return self._unplanned
 
-    # -- less to compute --------------------------------------------------------------------------------------------
+    def _careful(self) -> Candidate | None:
+        """One that loses half as much: the best without a plan, with nodes back in float."""
+        self._max_drop /= 2
+        passes = self._unplanned.passes if self._unplanned is not None else self.best.passes
+        quantized = max((place for place, technique in enumerate(passes) if _has_nodes(technique)), default=None)
+        if quantized is None:
+            return None
+        before = passes[: quantized + 1]
+        known = next((trial for trial in self._bench.trials if trial.passes == before), None)
+        return self._back_off(known or self._bench.make("before what followed", before))
 
-    def _together(self, best: Candidate) -> Candidate:
-        """Branches, widths and precision planned together, ever nearer to the loss that the budget allows."""
-        try:
-            planner = self._planner(best)
-        except OnnxcompError as failure:
-            self._bench.trials.append(Candidate("plans", (), best.model, (), verdict=f"not possible: {failure.fact}"))
-            return best
-        if planner is None:
-            return best
-        behind = best.passes
-        form = "INT8" if "INT8" in planner.forms else FLOAT
-        planner.learn(planner.share(form), self.clean.speedup / best.speedup)
-        loss = max(self._bench.drop(best), 0.0)
-        error, known = _FIRST_ERROR, list[tuple[float, float]]()
-        for turn in range(max(self._effort.plans, any(ways in self._named for ways in _PLANNED))):
-            plan = planner.plan(error)
-            if plan is None or not (plan.branches or plan.widths):
-                break
-            trial = self._planned(plan, behind, turn)
+    def _draft(self) -> None:
+        """Every quantization as a draft, and the fastest refined."""
+        made = drafts(self._bench, self.clean, self._allowed, self._effort, self._named)
+        self.drafted = bool(made)
+        self._bench.time(self.clean, *made)
+        self._bench.drop(self.clean)
+        self.clean.verdict = "the reference for all others"
+        for draft in sorted(made, key=lambda draft: -draft.speedup):
+            refined = self._refine(draft) if self._gains(draft, self.best) else draft
+            if refined is not None and self._gains(refined, self.best):
+                self.best = refined
+            elif refined is not None:
+                refined.verdict = "not faster beyond noise" if refined.speedup > self.best.speedup else "not faster"
+
+    def _plan(self) -> None:
+        """Branches, widths and precision together."""
+        most = max(self._effort.plans, any(way in self._named for way in PLANNED))
+        if not most or not self._allowed & {*PLANNED}:
+            return
+        unplanned = self.best
+        self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort)
+        for trial in self.plans.towards(self._max_drop, most):
             if not self._bench.works(trial):
-                break
-            self._bench.time(*dict.fromkeys([self.clean, best, trial]))
-            planner.learn(plan.time, self.clean.speedup / trial.speedup)
-            trial.predicted = plan.time
-            known.append((plan.error, max(self._bench.drop(trial) - loss, 0.0)))
-            if self._within(trial) and trial.faster(best):
-                best = trial
+                return
+            self._bench.time(*dict.fromkeys([self.best, trial]))
+            if self._within(trial) and self._gains(trial, self.best):
+                self.best, self._unplanned = trial, unplanned
             elif trial.verdict == "within the budget":
                 trial.verdict = "not faster beyond noise"
-            error = self._next_error(known, self._max_drop - loss)
-        return best
 
-    def _planner(self, best: Candidate) -> Planner | None:
-        """Measured, if there is anything to choose."""
-        data = self._bench.context.data
-        ways = {name: name in self._allowed for name in _PLANNED}
-        if data is None or not any(ways.values()) or best.speedup <= 0:
-            return None
-        last = best.passes[-1] if best.passes else None
-        quantizers: dict[str, QuantizeStatic | QuantizeDynamic] = {}
+    def others(self) -> list[Candidate]:
+        """All candidates that run and were timed and judged, more of them made for a choice."""
+        with self._bench.deadline:
+            more = [trial for trial in self._more() if self._bench.works(trial)]
+            self._bench.time(*more)
+            for trial in more:
+                self._within(trial)
+        return [trial for trial in self._bench.trials if trial.timing is not None and trial.drop is not None]
+
+    def _more(self) -> Iterator[Candidate]:
+        """Plans of other errors, fewer nodes in INT8, and weights in fewer bits."""
+        known = {trial.passes for trial in self._bench.trials}
+        quantized = next((trial for trial in (self._unplanned, self.best) if trial is not None), self.clean)
+        *before, last = quantized.passes or (None,)
         if isinstance(last, QuantizeStatic | QuantizeDynamic):
-            quantizers["INT8"] = replace(last, rounding=NEAREST)
-        crossing = placement.measure_crossing(self._bench.context.target)
-        planner = Planner(
-            self.clean.model, quantizers, data, self._bench.context, self._bench.batch.feeds, crossing,
-            prune=ways["prune"], prune_depth=ways["prune-depth"],
-        )  # fmt: skip
-        return planner if planner.has_choices else None
+            base, _ = self._bench.applied(tuple(before))
+            order = self._order(base, quantized)
+            for share in _RUNGS:
+                keep = tuple(sorted({*last.keep, *order[: round(share * len(order))]}))
+                yield self._bench.make(
+                    f"{quantized.name}, {share:.0%} of its nodes in float", (*before, replace(last, keep=keep))
+                )
+        if "quantize-weights" in self._allowed:
+            for basis, bits in product((self.best, self.clean), _BITS):
+                passes = (*basis.passes, self._storage(bits))
+                if passes not in known:
+                    yield self._bench.make(f"{basis.name}, weights stored in {bits} bits", passes)
+        if self.plans is not None:
+            yield from self.plans.beyond(_ERRORS)
 
-    def _planned(self, plan: Plan, behind: tuple[Pass, ...], turn: int) -> Candidate:
-        """The plan, and then the passes that the best candidate without it has."""
-        passes = plan.passes(jointly=self._effort is Effort.EXTENSIVE)
-        if behind and isinstance(last := behind[-1], QuantizeStatic | QuantizeDynamic):
-            keep = {*last.keep, *plan.floats}
-            with contextlib.suppress(OnnxcompError):  # `make` says why
-                keep &= {node.name or "" for node in self._bench.applied(passes)[0].graph}
-            behind = (*behind[:-1], replace(last, keep=tuple(sorted(keep))))
-        passes = (*passes, *behind)
-        name = f"{len(plan.branches)} branches gone and {len(plan.widths)} groups narrower, plan {turn + 1}"
-        return self._bench.make(name, passes)
+    def _gains(self, candidate: Candidate, best: Candidate) -> bool:
+        """Whether it is faster; of what the user asked for by name, as fast and smaller is enough.
 
-    def _next_error(self, known: Sequence[tuple[float, float]], allowed: float) -> float:
-        """The error of a plan that is to lose most of what is allowed, by what others lost for theirs."""
-        error, lost = known[-1]
-        wanted = _AIM * allowed
-        return error * min(max(wanted / max(lost, wanted / _STEP), 1 / _STEP), _STEP)
+        Under a limit on memory, what keeps it comes before what does not.
+        """
+        limit = self._budget.memory_limit(self._original.memory or 0)
+        if limit is not None:
+            used, known = (self._bench.memory(each) for each in (candidate, best))
+            if (used <= limit) != (known <= limit):
+                return used < known
+        return candidate.faster(best) or (candidate.name in self._named and candidate.smaller(best))
 
     # -- refining ---------------------------------------------------------------------------------------------------
 
@@ -221,7 +222,7 @@ class Search:
             return None
         bench = self._bench
         base, _ = bench.applied(tuple(before))
-        order = ranking(base, candidate.model, candidate.changed, bench.context.target, bench.batch.feeds)
+        order = self._order(base, candidate)
         low, high = 0, len(order)
         found: Candidate | None = None
         while high - low > 1:
@@ -238,40 +239,48 @@ class Search:
             bench.time(found)
         return found
 
+    def _order(self, base: ir.Model, candidate: Candidate) -> list[str]:
+        """The quantized nodes, the most sensitive first."""
+        return ranking(base, candidate.model, candidate.changed, self._bench.context.target, self._bench.batch.feeds)
+
     # -- shrinking --------------------------------------------------------------------------------------------------
 
     def _shrink(self, best: Candidate) -> Candidate:
-        """Store weights in fewer bits, where that costs no budget; nor time, unless size has a limit.
+        """The smallest that is made of a candidate."""
+        return [best, *self._smaller(best)][-1]
+
+    def _smaller(self, best: Candidate) -> Iterator[Candidate]:
+        """Weights stored in fewer bits, where that costs no budget; nor time, unless size has a limit.
 
         What is still float becomes integers; then come the ways that the user asked for by name.
         """
-        limit = self._budget.size_limit(self._original_bytes)
+        limit = self._budget.size_limit(self._original.size)
         if "quantize-weights" in self._allowed:
-            rounding = self._effort.rounding if self._has_data else NEAREST
-            storages = {
-                f"remaining weights stored in {bits} bits": QuantizeWeights(bits=bits, rounding=rounding)
-                for bits in (8, 4)
-            }
-            best = self._stored(best, best, storages, limit, slower=False)
-            if limit is not None and best.size > limit:
-                best = self._stored(self.clean, best, storages, limit, slower=True)
+            storages = {f"remaining weights stored in {bits} bits": self._storage(bits) for bits in _BITS}
+            for base, slower in ((best, False), (self.clean, True)):
+                if not slower or (limit is not None and best.size > limit):
+                    for smaller in self._stored(base, best, storages, limit, slower=slower):
+                        yield (best := smaller)
         for name in (name for name in self._named if name in registry.STORING):
             technique = registry.passes()[name]()
             # Sessions decode what these store, and then run the same kernels: a difference in time is noise.
-            best = self._stored(best, best, {name: technique}, limit, slower=True)
-        return best
+            for smaller in self._stored(best, best, {name: technique}, limit, slower=True):
+                yield (best := smaller)
+
+    def _storage(self, bits: int) -> QuantizeWeights:
+        return QuantizeWeights(bits=bits, rounding=self._effort.rounding if self._has_data else NEAREST)
 
     def _stored(
         self, base: Candidate, best: Candidate, storages: Mapping[str, Pass], limit: int | None, *, slower: bool
-    ) -> Candidate:
-        """The best of `base` with its weights stored in one of several ways, as small as the limit on size asks."""
+    ) -> Iterator[Candidate]:
+        """Ever smaller forms of `base` with its weights stored in one of several ways, as small as a limit asks."""
         for how, technique in storages.items():
             name = f"{base.name}, {how}"
             trial = self._bench.make(name, (*base.passes, technique))
             fits = limit is not None and trial.size <= limit
             if not self._bench.works(trial):
                 continue
-            small = trial.size <= best.size * (1 - NOISE) and trial.size < self._original_bytes
+            small = trial.size <= best.size * (1 - NOISE) and trial.size < self._original.size
             if not small and not (fits and trial.size < best.size):
                 trial.verdict = "not smaller"
                 continue
@@ -282,30 +291,19 @@ class Search:
                 trial.verdict = "slower"
                 continue
             trial.verdict, best = "smaller", trial
+            yield best
             if limit is None or fits:
-                break
-        return best
+                return
 
     # -- the budget -------------------------------------------------------------------------------------------------
 
     def holds(self, drop: float | None) -> bool:
         """Whether the loss on the final data is within the budget."""
-        return drop is not None and within(drop, self._limit)
+        return drop is not None and within(drop, self.asked.max_drop or 0.0)
 
-    def unmet(self, result: Figures) -> list[str]:
-        """The limits that a result breaks, in words."""
-        budget, unmet = self._budget, []
-        latency, speedup = result.latency or 0.0, result.speedup or 0.0
-        if not self.holds(result.drop):
-            unmet.append(f"{self._bench.judges.gate.name} drops by {result.drop:.4g}, more than {self._limit:.4g}")
-        if budget.max_latency is not None and latency > budget.max_latency:
-            unmet.append(f"latency {latency * 1e3:.3g} ms is above {budget.max_latency * 1e3:.3g} ms")
-        if budget.min_speedup is not None and speedup < budget.min_speedup:
-            unmet.append(f"speed-up {speedup:.2f}x is below {budget.min_speedup:.2f}x")
-        limit = budget.size_limit(self._original_bytes)
-        if limit is not None and result.size > limit:
-            unmet.append(f"size {result.size:,} bytes is above {limit:,}")
-        return unmet
+    def unmet(self, original: Figures, result: Figures) -> list[Check]:
+        """The limits that a result breaks."""
+        return [check for check in self.asked.checks(original, result) if not check.passed]
 
 
 def _has_nodes(technique: object) -> bool:

@@ -78,7 +78,7 @@ def convert(
     settings: dict[str, Any],
 ) -> None:
     """Run a conversion, show its report, and say where the file went."""
-    from onnxcomp.console import wrote
+    from onnxcomp.console import render, wrote
     from onnxcomp.report import Result
 
     if not model.name:
@@ -101,6 +101,8 @@ def convert(
             terminal.print(*([] if page is None else [wrote(page)]))
         raise
     terminal.show(result.report)
+    if result.family is not None:
+        terminal.print(*render(result.family))
     terminal.print("\nDry run: no model was written." if dry_run else wrote(output))
     terminal.print(*([] if page is None else [wrote(page)]))
     _refuse_unmet(result.report)

@@ -12,7 +12,8 @@ from onnxcomp.graph import Builder, single_consumer
 from onnxcomp.layers import Layer, layer_of, layers
 from onnxcomp.model import opset
 from onnxcomp.numerics.lowrank import Factors, Stage
-from onnxcomp.runtime import Protocol, Session, compare
+from onnxcomp.runtime import Protocol
+from onnxcomp.timing import ratio
 
 _PROTOCOL = Protocol(block=10, rounds=7, warmup=2, seconds=0.3)
 
@@ -127,10 +128,10 @@ class Clock:
         missing = [form for form in forms if (same, form.title) not in self._known]
         if missing:
             feeds = {"data": np.random.default_rng(context.seed).normal(size=shape).astype(np.float32)}
-            whole = Session(alone(layer, shape, self._opset), context.target)
+            whole = alone(layer, shape, self._opset)
         for form in missing:
-            session = Session(alone(layer, shape, self._opset, form), context.target)
-            self._known[same, form.title] = 1 / compare([whole, session], feeds, _PROTOCOL)[1].speedup
+            split_up = alone(layer, shape, self._opset, form)
+            self._known[same, form.title] = ratio(whole, split_up, context, feeds, _PROTOCOL)
         return np.array([self._known[same, form.title] for form in forms])
 
 

@@ -1,8 +1,8 @@
 """The command `verify`: whether a model is fit to take the place of another, as the gate of a deployment pipeline."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
@@ -10,38 +10,23 @@ import onnx_ir as ir
 
 from onnxcomp import metrics
 from onnxcomp import model as models
-from onnxcomp.budget import Budget, within
+from onnxcomp.budget import Budget, Check
 from onnxcomp.core import no_progress
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import ModelError, OptionError
+from onnxcomp.footprint import memory_of
 from onnxcomp.judges import gate_of, must_run, one_run
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import Progress, circumstances, file_size, paced, side_by_side, usual_metric
 from onnxcomp.model import ModelSource, TensorSpec
 from onnxcomp.report import Document, Figures, source_name
 from onnxcomp.runtime import Protocol, Session, Target
+from onnxcomp.wording import check_in_words
 
 JUNIT = '<?xml version="1.0" encoding="UTF-8"?>\n<testsuites'
 """How `junit` begins."""
 
 _PROTOCOL = Protocol(rounds=15)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One limit and what was measured against it.
-
-    Attributes:
-        limit: its option: `max-drop`, `min-speedup`, `max-latency` or `max-size`.
-        bound: what it is; of `max-size` in bytes.
-        value: what was measured, in the same unit.
-        passed: whether it holds.
-    """
-
-    limit: str
-    bound: float
-    value: float
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -106,7 +91,8 @@ def verify(
     """
     if budget == Budget():
         raise OptionError(
-            "no limit was given", remedy="give one or more of --max-drop, --min-speedup, --max-latency, --max-size"
+            "no limit was given",
+            remedy="one or more of --max-drop, --min-speedup, --max-latency, --max-size, --max-memory",
         )
     target = Target.of(target)
     about = circumstances(target, batch)
@@ -133,7 +119,10 @@ def verify(
     sizes = file_size(against, original), file_size(source, made)
     protocol = paced(_PROTOCOL, sessions[0], run.feeds)
     before, after = side_by_side(sessions, sizes, run.feeds, protocol, gate, data)
-    checks = tuple(_checks(budget, before, after))
+    if budget.limits_memory:
+        memory = [memory_of(model, target, run.feeds) for model in (original, made)]
+        before, after = replace(before, memory=memory[0]), replace(after, memory=memory[1])
+    checks = tuple(budget.checks(before, after))
     return Verification(
         source=names[1],
         against=names[0],
@@ -147,19 +136,6 @@ def verify(
         environment=about | {"batch": rows},
         notes=tuple(notes),
     )
-
-
-def _checks(budget: Budget, before: Figures, after: Figures) -> Iterator[Check]:
-    nothing = float("nan")  # fails every comparison
-    drop, latency, speedup = (nothing if v is None else v for v in (after.drop, after.latency, after.speedup))
-    if budget.max_drop is not None:
-        yield Check("max-drop", budget.max_drop, drop, within(drop, budget.max_drop))
-    if budget.max_latency is not None:
-        yield Check("max-latency", budget.max_latency, latency, latency <= budget.max_latency)
-    if budget.min_speedup is not None:
-        yield Check("min-speedup", budget.min_speedup, speedup, speedup >= budget.min_speedup)
-    if (size := budget.size_limit(before.size)) is not None:
-        yield Check("max-size", size, after.size, after.size <= size)
 
 
 def _refuse_unlike(what: str, names: tuple[str, str], first: list[ir.Value], second: list[ir.Value]) -> None:
@@ -204,17 +180,6 @@ def _words(specs: Mapping[str, TensorSpec | None]) -> str:
 # --- for other tools ------------------------------------------------------------------------------------------------
 
 
-def in_words(check: Check, metric: str) -> str:
-    """What a check found, in one line."""
-    amount = {
-        "max-drop": f"{metric} drops by {check.value:.4g}, the limit is {check.bound:.4g}",
-        "max-latency": f"latency is {check.value * 1e3:.4g} ms, the limit is {check.bound * 1e3:.4g} ms",
-        "min-speedup": f"speed-up is {check.value:.3g}x, the limit is {check.bound:.3g}x",
-        "max-size": f"size is {check.value:,.0f} bytes, the limit is {check.bound:,.0f}",
-    }
-    return amount[check.limit]
-
-
 def junit(verification: Verification) -> str:
     """JUnit XML with one test case for each limit, as build servers read it."""
     checks = verification.checks
@@ -228,7 +193,7 @@ def junit(verification: Verification) -> str:
         ElementTree.SubElement(properties, "property", {"name": name, "value": _xml(str(value))})
     for check in checks:
         case = ElementTree.SubElement(suite, "testcase", {"classname": "onnxcomp.verify", "name": check.limit})
-        words = _xml(in_words(check, verification.metric))
+        words = _xml(check_in_words(check, verification.metric))
         if check.passed:
             ElementTree.SubElement(case, "system-out").text = words
         else:

@@ -115,9 +115,10 @@ def verify(
     Exit codes: 0 all hold, 3 one does not, 2 usage or bad input, 1 failed.
     """
     from onnxcomp.model import write_text
-    from onnxcomp.verification import JUNIT, in_words
+    from onnxcomp.verification import JUNIT
     from onnxcomp.verification import junit as as_junit
     from onnxcomp.verification import verify as work
+    from onnxcomp.wording import check_in_words
 
     if junit is not None:
         options.check_report(junit, JUNIT.encode(), inputs=(model, against, evaluation), option="--junit")
@@ -129,7 +130,7 @@ def verify(
     if junit is not None:
         write_text(as_junit(result), junit)
     if not result.passed:
-        broken = (in_words(check, result.metric) for check in result.checks if not check.passed)
+        broken = (check_in_words(check, result.metric) for check in result.checks if not check.passed)
         raise BudgetError("the gate failed: " + "; ".join(broken))
 
 

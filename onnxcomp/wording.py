@@ -1,10 +1,11 @@
 """Numbers, names and limits in words, alike on the terminal and on the page."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from onnxcomp.budget import Budget
+from onnxcomp.budget import Budget, Check
 from onnxcomp.report import Figures, Interval
 
 
@@ -95,7 +96,27 @@ def budget_in_words(budget: Budget, metric: str) -> str:
         limits.append(f"at most {byte_count(budget.max_size)}")
     if budget.max_size_share is not None:
         limits.append(f"at most {budget.max_size_share:.0%} of the size")
+    if budget.max_memory is not None:
+        limits.append(f"at most {byte_count(budget.max_memory)} of memory")
+    if budget.max_memory_share is not None:
+        limits.append(f"at most {budget.max_memory_share:.0%} of the memory")
     return ", ".join(limits)
+
+
+def check_in_words(check: Check, metric: str) -> str:
+    """What a check found, in one line."""
+    value, bound = check.value, check.bound
+    match check.limit:
+        case "max-drop":
+            return f"{metric} drops by {value:.4g}, the limit is {bound:.4g}"
+        case "max-latency":
+            return f"latency is {value * 1e3:.4g} ms, the limit is {bound * 1e3:.4g} ms"
+        case "min-speedup":
+            return f"speed-up is {value:.3g}x, the limit is {bound:.3g}x"
+        case "max-memory" if math.isnan(value):
+            return f"memory is not known on this system, the limit is {bound:,.0f} bytes"
+        case _:
+            return f"{check.limit.removeprefix('max-')} is {value:,.0f} bytes, the limit is {bound:,.0f}"
 
 
 def where(environment: Mapping[str, str | int]) -> str:

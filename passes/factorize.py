@@ -23,18 +23,17 @@ from onnxcomp.core import NOT_NAMED, Change, Choice, Context, Option, Outcome, P
 from onnxcomp.cost import Totals
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
-from onnxcomp.facts import observe
+from onnxcomp.facts import observe, sized
 from onnxcomp.graph import prepared, remove_unused
 from onnxcomp.layers import Layer, layers
 from onnxcomp.model import free_inputs, opset, spec_of
 from onnxcomp.numerics.choice import choose
 from onnxcomp.numerics.feedback import layer_error
 from onnxcomp.numerics.lowrank import Factors, LowRank
-from onnxcomp.profiling import profiles
 from onnxcomp.reconstruction import reconstruct
-from onnxcomp.runtime import Protocol, Session, compare
 from onnxcomp.samples import Dataset, Feeds
 from onnxcomp.splitting import Clock, alone, kernel_of, merge_into_followers, split
+from onnxcomp.timing import profiles, ratio
 from onnxcomp.widths import Cost, totals
 
 _OPSET = 13
@@ -42,7 +41,6 @@ _PROBES = 4
 """Forms of each layer at which it is measured what its error does to the outputs."""
 _TIMED = 3
 """Times that a latency is measured and the forms chosen again."""
-_PROTOCOL = Protocol(block=5, rounds=9, warmup=2, seconds=5)
 
 
 class Method(Choice):
@@ -285,7 +283,7 @@ class _Plan:
         shapes = observe(self._model, self._one).shapes
         if timed:
             observed = observe(self._model, self._run).shapes
-            times = profiles([self._model], self._context.target, self._run)[0].times
+            times = profiles([self._model], self._context, self._run)[0].times
         clock = Clock(self._model, self._context)
         for name, layer in self._layers.items():
             shape = shapes[layer.data]
@@ -299,11 +297,8 @@ class _Plan:
                 self._forms[name] = [self._forms[name][number] for number in kept]
                 self._errors[name], costs = self._errors[name][kept], costs[np.append(0, kept + 1)]
             self._costs[name] = costs
-        whole = self._model.clone()
-        sizes = {value.name: shape for value, shape in shapes.items()}
-        for value in (value for node in whole.graph for value in node.outputs if value.name in sizes):
-            value.shape = ir.Shape(sizes[value.name])
-        self._total = sum(times.values()) if settings.cost is Cost.LATENCY else self._static(totals(whole))
+        whole = totals(sized(self._model, shapes))
+        self._total = sum(times.values()) if settings.cost is Cost.LATENCY else self._static(whole)
 
     def _static(self, whole: Totals) -> float:
         match self._settings.cost:
@@ -324,10 +319,9 @@ class _Plan:
             return found
         tried = {}
         for _ in range(_TIMED):
-            sessions = [Session(each, self._context.target) for each in (self._model, _split(self._model, found))]
-            ratio = 1 / compare(sessions, self._run, _PROTOCOL)[1].speedup
-            tried[abs(ratio - settings.remains)] = found
-            goal *= settings.remains / ratio
+            share = ratio(self._model, _split(self._model, found), self._context, self._run)
+            tried[abs(share - settings.remains)] = found
+            goal *= settings.remains / share
             found = self._choose(goal)
         return tried[min(tried)]
 

@@ -22,11 +22,11 @@ from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Parts, Pa
 from onnxcomp.cost import node_costs
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
-from onnxcomp.facts import observe
+from onnxcomp.facts import observe, sized
 from onnxcomp.model import free_inputs, spec_of
-from onnxcomp.profiling import profiles
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.samples import Dataset
+from onnxcomp.timing import profiles
 from onnxcomp.widths import Cost
 
 _SHORTLIST = 6
@@ -145,18 +145,10 @@ class _Found:
         if which is Cost.LATENCY:
             rows = self.data.select(row % len(self.data) for row in range(self.context.batch))
             feeds = next(iter(rows.batches(self.context.batch))).feeds
-            return profiles([self.model], self.context.target, feeds)[0].times
-        values = {"flops": "flops", "params": "parameters", "size": "bytes"}[which]
-        return {cost.name: float(getattr(cost, values) or 0) for cost in node_costs(self._sized())}
-
-    def _sized(self) -> ir.Model:
-        """The model with the shapes of one run."""
+            return profiles([self.model], self.context, feeds)[0].times
         shapes = observe(self.model, next(iter(self.data.batches(1))).feeds).shapes
-        named = {value.name: shape for value, shape in shapes.items()}
-        copy = self.model.clone()
-        for value in (value for node in copy.graph for value in node.outputs if value.name in named):
-            value.shape = ir.Shape(named[value.name])
-        return copy
+        values = {"flops": "flops", "params": "parameters", "size": "bytes"}[which]
+        return {cost.name: float(getattr(cost, values) or 0) for cost in node_costs(sized(self.model, shapes))}
 
     def chosen(self, remains: float, costs: Mapping[str, float]) -> list[Branch]:
         """The branches that go so that a share of the cost remains, or all that save anything."""

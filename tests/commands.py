@@ -14,11 +14,12 @@ from onnxruntime import InferenceSession
 from onnxcomp.cli import main
 
 CLASSES = 4
+NO_CACHE = {"ONNXCOMP_NO_CACHE": "1"}
 
 
 def run(*arguments: object, code: int = 0) -> Result:
     """Run a command; a traceback, or another exit code, is a failure."""
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    result = CliRunner(env=NO_CACHE).invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception

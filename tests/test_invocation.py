@@ -18,7 +18,7 @@ from tests.commands import run
 USUAL: dict[str, Any] = {
     "source": "m.onnx", "output": None, "calib": None, "evaluation": None, "metric": None, "budget": Budget(),
     "passes": None, "exclude": None, "target": Target(), "batch": 1, "effort": Effort.DEFAULT, "seed": 0,
-    "memory": 2 * 10**9, "images": None, "best_effort": False, "keep_overridable": False,
+    "memory": 2 * 10**9, "images": None, "best_effort": False, "keep_overridable": False, "time_limit": None,
 }  # fmt: skip
 
 
@@ -31,14 +31,16 @@ def test_objects_stand_as_their_type() -> None:
     assert shlex.split(text)[2:] == ["<bytes>", "--calib", "<dict>", "--metric", "<builtin_function_or_method>"]
 
 
-@pytest.mark.parametrize("size", [{"max_size": 12345}, {"max_size_share": 0.3}])
+@pytest.mark.parametrize(
+    "size", [{"max_size": 12345}, {"max_size_share": 0.3}, {"max_memory": 5}, {"max_memory_share": 0.3}]
+)
 def test_every_option_reads_back(monkeypatch: pytest.MonkeyPatch, size: dict[str, Any]) -> None:
     asked: dict[str, Any] = {
         "output": Path("out dir/o.onnx"), "calib": Path("c.npz"), "evaluation": Path("it's.npz"), "metric": "top5",
         "budget": Budget(0.015, 1.5e-5, 1.25, **size), "passes": ("simplify", "quantize"), "exclude": "a|b $x",
         "target": Target("cpu", 2), "batch": 4, "effort": Effort.QUICK, "seed": 3, "memory": 10**8,
         "images": ImageOptions((20, 30), (0.5, 0.25, 0.125), (2.0,), "NHWC"), "best_effort": True,
-        "keep_overridable": True,
+        "keep_overridable": True, "time_limit": 90.0,
     }  # fmt: skip
     given: dict[str, Any] = {}
 

@@ -153,9 +153,9 @@ def test_four_bits_only_where_eight_do_not_suffice(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
-        (Budget(min_speedup=3), "speed-up 2.50x is below 3.00x"),
-        (Budget(max_latency=0.25), "latency 400 ms is above 250 ms"),
-        (Budget(max_size=100), r"size [\d,]+ bytes is above 100"),
+        (Budget(min_speedup=3), "speed-up is 2.5x, the limit is 3x"),
+        (Budget(max_latency=0.25), "latency is 400 ms, the limit is 250 ms"),
+        (Budget(max_size=100), r"size is [\d,]+ bytes, the limit is 100"),
     ],
 )
 def test_the_error_says_which_limit_is_broken_and_carries_the_best_effort(

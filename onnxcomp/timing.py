@@ -1,0 +1,29 @@
+"""Times on the target, measured once: what the context's store knows is not measured again."""
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from onnxcomp import profiling
+from onnxcomp.core import Context
+from onnxcomp.profiling import Profile
+from onnxcomp.runtime import Feeds, Protocol, Session, compare
+
+_PROTOCOL = Protocol(block=5, rounds=9, warmup=2, seconds=5)
+
+
+def profiles(models: Sequence[ir.Model], context: Context, feeds: Feeds, rounds: int = 8) -> list[Profile]:
+    """What each node of some models takes, as `profiling.profiles` has it."""
+    return context.recall(
+        "profiles", (models, feeds, rounds), lambda: profiling.profiles(models, context.target, feeds, rounds)
+    )
+
+
+def ratio(model: ir.Model, other: ir.Model, context: Context, feeds: Feeds, protocol: Protocol = _PROTOCOL) -> float:
+    """What another model takes, as a share of what the first one does, timed side by side in this process."""
+
+    def measured() -> float:
+        sessions = [Session(each, context.target) for each in (model, other)]
+        return 1 / compare(sessions, feeds, protocol)[1].speedup
+
+    return context.recall("ratio", (model, other, feeds, protocol), measured)
