@@ -81,6 +81,11 @@ class Budget:
         return _tighter(self.max_memory, self.max_memory_share, original)
 
     @property
+    def limits_time(self) -> bool:
+        """Whether a run has a limit."""
+        return self.max_latency is not None or self.min_speedup is not None
+
+    @property
     def limits_memory(self) -> bool:
         """Whether memory must be measured."""
         return self.max_memory is not None or self.max_memory_share is not None

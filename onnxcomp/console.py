@@ -33,6 +33,7 @@ from onnxcomp.report import (
     FrozenRow,
     GroupRow,
     Inspection,
+    LatencyTable,
     OptionRow,
     Report,
     Speed,
@@ -431,7 +432,56 @@ def _inspection(model: Inspection, verbose: bool) -> Iterator[RenderableType]:
         yield from _weights(model.weights)
     if model.options:
         yield from _options(model.options)
+    if model.latency is not None:
+        yield from _latency(model.latency)
     yield from _notes(model.notes)
+
+
+def _latency(table: LatencyTable) -> Iterator[RenderableType]:
+    """The latency table."""
+
+    def micros(value: float | None) -> str:
+        return "-" if value is None else "fused" if value == 0 else seconds(value * 1e-6)
+
+    def shape(sizes: Sequence[int] | None) -> str:
+        return "-" if sizes is None else "x".join(map(str, sizes)) or "scalar"
+
+    forms = list(table.layouts)
+    yield from _heading("What chains of nodes take")
+    rows = [
+        (
+            row.operators,
+            row.first,
+            f"{row.count}",
+            shape(row.input),
+            shape(row.weight),
+            *tuple(micros(row.microseconds.get(form)) for form in forms),
+        )
+        for row in table.chains
+    ]
+    rows.append(("changes of layout", "", "", "", "", *(micros(table.layouts[form]) for form in forms)))
+    yield _table(["op", "node", "times", "input", "weight", *forms], rows)
+    if table.widths:
+        yield from _heading("What is left of the time with fewer channels")
+        yield _table(
+            ["node", "times", "channels", "left", *forms],
+            [
+                (
+                    row.group,
+                    f"{row.count}",
+                    f"{row.size}",
+                    f"{row.width}",
+                    *tuple(f"{row.shares[form]:.0%}" for form in forms),
+                )
+                for row in table.widths
+            ],
+        )
+    if table.crossings:
+        yield from _heading("Into integers and out of them")
+        yield _table(
+            ["elements", "QuantizeLinear", "DequantizeLinear"],
+            [(f"{row.elements:,}", micros(row.quantize), micros(row.dequantize)) for row in table.crossings],
+        )
 
 
 def _weights(rows: Sequence[WeightRow]) -> Iterator[RenderableType]:

@@ -89,7 +89,8 @@ def sized(model: ir.Model, shapes: Shapes) -> ir.Model:
     """A copy that declares the shapes that were observed, of this model or of a clone."""
     names = {value.name: shape for value, shape in shapes.items()}
     copy = model.clone()
-    for value in (value for node in copy.graph for value in node.outputs if value.name in names):
+    values = [*copy.graph.inputs, *(value for node in copy.graph for value in node.outputs)]
+    for value in (value for value in values if value.name in names):
         value.shape = ir.Shape(names[value.name])
     return copy
 

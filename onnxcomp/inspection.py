@@ -1,6 +1,8 @@
 """The command `inspect`: a model, node by node."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -16,9 +18,21 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.measure import circumstances, file_size, inputs_for
 from onnxcomp.members import readers
 from onnxcomp.model import ModelSource
-from onnxcomp.profiling import profiles
-from onnxcomp.report import FrozenRow, GroupRow, Inspection, NodeRow, OptionRow, WeightRow, source_name
+from onnxcomp.passes.simplify import Simplify
+from onnxcomp.report import (
+    FrozenRow,
+    GroupRow,
+    Inspection,
+    LatencyTable,
+    NodeRow,
+    OptionRow,
+    WeightRow,
+    source_name,
+)
 from onnxcomp.runtime import Feeds, Session, Target
+from onnxcomp.store import Store
+from onnxcomp.table import latency_table
+from onnxcomp.timing import profiles
 from onnxcomp.tolerance import weight_rows
 
 
@@ -33,6 +47,8 @@ def inspect(
     groups: bool = False,
     weights: bool = False,
     options: Sequence[str] = (),
+    latency: bool = False,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Inspection:
     """What each node stores, computes, and takes of the time.
 
@@ -48,6 +64,9 @@ def inspect(
         groups: also find the channels that only go together, and those that cannot go.
         weights: also what each layer's weights bear: ranks and bits, by the covariance of its inputs on `calib`.
         options: names of passes; also what each could do to each part, and at what error, bytes and latency.
+        latency: also the latency table, of the model after clean-up: what each kind of chain of nodes takes in every
+            precision, and with fewer channels.
+        cache: folder that keeps what was measured, see `store`; None for none.
 
     Raises:
         InputError: the model, the data or an option cannot be used.
@@ -56,6 +75,7 @@ def inspect(
     about = circumstances(target, batch)
     model = models.load(source)
     name_nodes(model)
+    whole = model.clone()
     ShapeInferencePass()(model)
     notes: list[str] = []
     times: Mapping[str, float] = {}
@@ -64,14 +84,16 @@ def inspect(
     coupled: ChannelGroups | None = None
     borne: tuple[WeightRow, ...] = ()
     offered: tuple[OptionRow, ...] = ()
+    table: LatencyTable | None = None
     techniques = [registry.named(name)() for name in options]
     if all(models.spec_of(value) is not None for value in models.free_inputs(model)):
         data = inputs_for(model, calib, batch, seed, images)
         feeds = next(iter(data.batches(batch))).feeds
         sizes = _axes(model, feeds)
+        context = Context(None, target, batch, seed, store=None if cache is None else Store(cache))
         if weights or techniques:
             learn = None if calib is None else open_dataset(calib, models.input_specs(model), images)
-            context = Context(learn, target, batch, seed)
+            context = replace(context, data=learn)
             try:
                 borne = tuple(weight_rows(model, context)) if weights else ()
                 offered = tuple(_offered(model, context, techniques, notes))
@@ -81,8 +103,9 @@ def inspect(
             coupled = _traced(model, feeds, notes)
         try:
             _observe_shapes(model, target, feeds)
-            times = profiles([model], target, feeds)[0].times
+            times = profiles([model], context, feeds)[0].times
             protocol = f"profiled on {data.origin}"
+            table = _table(whole, replace(context, data=data), feeds, notes) if latency else None
         except OnnxcompError as error:
             notes.append(f"Not timed. {error.fact}")
     else:
@@ -108,7 +131,14 @@ def inspect(
         frozen=() if coupled is None else tuple(FrozenRow(frozen.name, frozen.reason) for frozen in coupled.frozen),
         weights=borne,
         options=offered,
+        latency=table,
     )
+
+
+def _table(model: ir.Model, context: Context, feeds: Feeds, notes: list[str]) -> LatencyTable:
+    """The table of the cleaned-up model."""
+    clean = Simplify()(model, context).model
+    return latency_table(clean, context, feeds, _traced(clean, feeds, notes))
 
 
 def _offered(model: ir.Model, context: Context, techniques: Sequence[Pass], notes: list[str]) -> Iterator[OptionRow]:

@@ -8,16 +8,16 @@ attributes and shapes count as one seen more often: each gets their median.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.channels import ChannelGroup, ChannelGroups
-from onnxcomp.core import Context
+from onnxcomp.core import Context, Pass
 from onnxcomp.runtime import Feeds
 from onnxcomp.surgery import SurgeryError, without
-from onnxcomp.timing import profiles, ratio
+from onnxcomp.timing import for_timing, profiles, ratio
 from onnxcomp.widths import Counts, Floats
 
 _ROUNDS = 4
@@ -33,7 +33,7 @@ class LatencyModel:
         cuttable: for each group, how many channels may go, ascending from 0.
         context: target.
         feeds: one run at the batch size that counts.
-        convert: what is made of each model before it is timed, e.g. INT8.
+        technique: what makes of each model what is timed, e.g. INT8; None for the models as they are.
         rounds: of profiles of each model.
 
     Attributes:
@@ -47,26 +47,45 @@ class LatencyModel:
         cuttable: Sequence[Counts],
         context: Context,
         feeds: Feeds,
-        convert: Callable[[ir.Model], ir.Model] = lambda model: model,
+        technique: Pass | None = None,
         rounds: int = _ROUNDS,
     ) -> None:
         self.groups = tuple(groups)
         self._model, self._context, self._feeds = groups.model, context, feeds
         self.touched = [_touched(group) for group in self.groups]
         self.counts = [_levels(group, counts) for group, counts in zip(self.groups, cuttable, strict=True)]
-        self._shares: list[dict[int, float]] = [{0: 1.0} for _ in self.groups]
-        self._times: dict[str, float] = {}
+        timing = for_timing(context)
+        self._shares: list[dict[int, float]]
+        self._times: Mapping[str, float]
+        self._shares, self._times = context.recall(
+            "widths",
+            (groups.model, self.counts, technique, timing, feeds, rounds),
+            lambda: self._measured(groups, timing, technique, rounds),
+        )
+
+    def _measured(
+        self, groups: ChannelGroups, context: Context, technique: Pass | None, rounds: int
+    ) -> tuple[list[dict[int, float]], Mapping[str, float]]:
+        """Of each group, what is left of the time of its nodes by how many channels are gone; and the whole's times."""
+        shares: list[dict[int, float]] = [{0: 1.0} for _ in self.groups]
+        whole: Mapping[str, float] = {}
         for members in self._apart():
             variants = list(self._variants(groups, members))
-            made = [convert(model) for model in (groups.model, *(model for _, model in variants))]
-            found = profiles(made, context, feeds, rounds)
-            whole, *cut = (profile.times for profile in found)
-            self._times = dict(whole)
+            made = [groups.model, *(model for _, model in variants)]
+            if technique is not None:
+                made = [technique(model, context).model for model in made]
+            whole, *cut = (profile.times for profile in profiles(made, context, self._feeds, rounds))
             for (removed, _), times in zip(variants, cut, strict=True):
-                self._learn(groups, removed, whole, times)
+                self._learn(groups.model, removed, whole, times, shares)
+        return shares, whole
 
     def _learn(
-        self, groups: ChannelGroups, removed: Mapping[int, int], whole: Mapping[str, float], cut: Mapping[str, float]
+        self,
+        model: ir.Model,
+        removed: Mapping[int, int],
+        whole: Mapping[str, float],
+        cut: Mapping[str, float],
+        shares: list[dict[int, float]],
     ) -> None:
         """What is left of the time of each group's nodes, the median over groups of the same nodes and shapes.
 
@@ -76,11 +95,11 @@ class LatencyModel:
         for group, count in removed.items():
             before, after = (sum(each.get(name, 0.0) for name in self.touched[group]) for each in (whole, cut))
             if before:
-                alike[count, _form(groups.model, self.touched[group])].append((group, after / before))
+                alike[count, form_of(model, self.touched[group])].append((group, after / before))
         for members in alike.values():
             share = statistics.median(share for _, share in members)
             for group, _ in members:
-                self._shares[group][removed[group]] = share
+                shares[group][removed[group]] = share
 
     def total(self, removed: Floats | None = None) -> float:
         """Microseconds per run with so many channels gone from each group."""
@@ -138,7 +157,7 @@ class LatencyModel:
         return [members for members, _ in sets]
 
 
-def _form(model: ir.Model, names: Set[str]) -> Hashable:
+def form_of(model: ir.Model, names: Set[str]) -> Hashable:
     """What the time of some nodes depends on."""
     return tuple(
         (

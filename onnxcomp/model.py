@@ -4,6 +4,7 @@ The model is an `onnx_ir.Model` throughout. Its tensors are shared between clone
 """
 
 import contextlib
+import glob
 import hashlib
 import math
 import os
@@ -360,7 +361,8 @@ def _holds(source: object, target: Path) -> bool:
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside `target` that takes its place at the end, or is removed on any error."""
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        _remove_leftovers(target)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent)
     except OSError as error:
         raise ModelError(f"cannot write to '{target.parent}': {error.strerror}", remedy="give another -o") from error
     os.close(handle)
@@ -375,6 +377,27 @@ def replacing(target: Path) -> Iterator[Path]:
         raise ModelError(f"cannot write '{target}': {error.strerror}", "the disk is full or read-only") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what processes that were killed on this machine left of their temporary files."""
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.*"):
+        process = path.name.removeprefix(f".{target.name}.").partition(".")[0]
+        if process.isdecimal() and not _runs(int(process)):
+            path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process; elsewhere than on POSIX, where asking may end it, there is."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it is somebody else's
+    return True
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:

@@ -11,7 +11,7 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
@@ -35,11 +35,10 @@ from onnxcomp.pruning import Pruner
 from onnxcomp.runtime import Feeds
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset
-from onnxcomp.timing import profiles
+from onnxcomp.table import FLOAT, best_form, form_times
 from onnxcomp.units import Units
 from onnxcomp.widths import Counts, may_go
 
-FLOAT = "float"
 _LEAST = 0.25
 """Share of its channels that every group keeps: fewer lose too much for what they save."""
 _MULTIPLE = 4
@@ -54,8 +53,6 @@ _ROUNDS = 2
 """Of profiles of models with fewer channels, of five runs each."""
 _PROBES = 2
 """Widths of each group at which it is measured what the outputs lose."""
-_TIMING_SAMPLES = 8
-"""Samples that INT8 is calibrated on, where only its time is wanted."""
 
 
 @dataclass(frozen=True)
@@ -90,23 +87,6 @@ class Plan:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Form:
-    """A precision.
-
-    Attributes:
-        technique: the pass that gives it; None for float.
-        times: microseconds by unit.
-        changed: the units that it changes.
-        errors: of the outputs, by unit.
-    """
-
-    technique: QuantizeStatic | QuantizeDynamic | None
-    times: Mapping[str, float]
-    changed: Set[str]
-    errors: Mapping[str, float]
-
-
 class Planner:
     """Measures a model once, and plans as often as asked.
 
@@ -134,33 +114,26 @@ class Planner:
         prune_depth: bool,
     ) -> None:
         self._model, self._context, self._crossing = model, context, crossing
-        self._timing = replace(context, data=data.at_most(_TIMING_SAMPLES, context.seed), cache={})
         self._answers = Answers(model, data, context)
         self._units = Units(model)
         self._scale = 1.0
-        self.forms = self._precisions(quantizers, feeds, data)
+        self.forms, self.elements = form_times(model, self._units, quantizers, replace(context, data=data), feeds)
+        self._form_errors = self._measured_errors(data)
         self._groups = self._traced(data)
         self._branches = self._found_branches() if prune_depth else []
         self._branch_errors = [self._answers.error(_without(model, [branch])) for branch in self._branches]
-        self._widths = list(self._measured_widths(data, feeds, quantizers)) if prune and self._groups else []
+        self._widths = list(self._measured_widths(data, feeds)) if prune and self._groups else []
 
     # -- what is measured -------------------------------------------------------------------------------------------
 
-    def _precisions(
-        self, quantizers: Mapping[str, QuantizeStatic | QuantizeDynamic], feeds: Feeds, data: Dataset
-    ) -> dict[str, Form]:
-        outcomes = {name: technique(self._model, self._timing) for name, technique in quantizers.items()}
-        outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
-        models = [self._model, *(outcome.model for outcome in outcomes.values())]
-        found = profiles(models, self._context, feeds)
-        self.elements = found[0].elements
-        forms = {FLOAT: Form(None, self._units.times(found[0]), set(), {})}
-        for (name, outcome), profile in zip(outcomes.items(), found[1:], strict=True):
-            changed = {self._units.of(change.node) for change in outcome.changes} & set(self._units.members)
-            whole = self._answers.error(quantizers[name](self._model, replace(self._context, data=data)).model)
-            errors = dict.fromkeys(changed, whole / max(len(changed), 1))
-            forms[name] = Form(quantizers[name], self._units.times(profile), changed, errors)
-        return forms
+    def _measured_errors(self, data: Dataset) -> dict[str, dict[str, float]]:
+        """Of the outputs, by unit in each precision: of what the whole loses, every unit takes an equal part."""
+        found: dict[str, dict[str, float]] = {FLOAT: {}}
+        for name, form in self.forms.items():
+            if form.technique is not None:
+                made = form.technique(self._model, replace(self._context, data=data)).model
+                found[name] = dict.fromkeys(form.changed, self._answers.error(made) / max(len(form.changed), 1))
+        return found
 
     def _traced(self, data: Dataset) -> ChannelGroups | None:
         try:
@@ -181,22 +154,17 @@ class Planner:
             if not any(self._context.excludes(nodes[name]) for name in branch.nodes)
         ]
 
-    def _measured_widths(self, data: Dataset, feeds: Feeds, quantizers: Mapping[str, Pass]) -> Iterator["_Widths"]:
+    def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator["_Widths"]:
         """The groups whose narrowing saves time in the precision that the model will mostly have."""
         groups = self._groups
         assert groups is not None
-        best = min(self.forms, key=lambda name: sum(self.forms[name].times.values()))
-        technique = self.forms[best].technique
-
-        def convert(model: ir.Model) -> ir.Model:
-            return model if technique is None else technique(model, self._timing).model
-
+        technique = self.forms[best_form(self.forms)].technique
         pruner = Pruner(groups, data, self._context, refit=True)
         cuttable = [
             may_go(group.size, _LEAST, _MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
             for group in groups
         ]
-        clock = LatencyModel(groups, cuttable, self._context, feeds, convert, rounds=_ROUNDS)
+        clock = LatencyModel(groups, cuttable, replace(self._context, data=data), feeds, technique, rounds=_ROUNDS)
         useful: dict[ChannelGroup, tuple[Counts, NDArray[np.float64], set[str]]] = {}
         for index, (group, counts) in enumerate(zip(groups, clock.counts, strict=True)):
             shares = np.array([clock.share(index, int(count)) for count in counts])
@@ -228,7 +196,7 @@ class Planner:
         for unit in self._units.members:
             options[unit] = [name for name, form in self.forms.items() if name == FLOAT or unit in form.changed]
             units[unit] = len(errors)
-            errors.append(np.array([self.forms[name].errors.get(unit, 0.0) for name in options[unit]]))
+            errors.append(np.array([self._form_errors[name].get(unit, 0.0) for name in options[unit]]))
         goes = self._gone_with()
         terms = [Term((part,), np.column_stack([np.zeros(len(own)), own])) for part, own in enumerate(errors)]
         terms += [

@@ -9,7 +9,8 @@ from onnxcomp.candidates import NEAREST, Candidate, Effort, Workbench
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
-from onnxcomp.planning import FLOAT, Plan, Planner
+from onnxcomp.planning import Plan, Planner
+from onnxcomp.table import FLOAT
 
 PLANNED = ("prune", "prune-depth")
 """Passes whose choices are made together, with those of precision."""

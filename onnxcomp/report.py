@@ -427,6 +427,76 @@ class OptionRow:
 
 
 @dataclass(frozen=True)
+class LatencyRow:
+    """What a kind of chain of nodes takes.
+
+    Attributes:
+        operators: of its nodes, in order.
+        input, weight: shapes of what comes in and of the largest constant of its first node; None where there is none.
+        count: how many of them the model has.
+        first: name of the first one.
+        microseconds: that each takes, by precision; 0 where ONNX Runtime fused it into a neighbour.
+    """
+
+    operators: str
+    input: tuple[int, ...] | None
+    weight: tuple[int, ...] | None
+    count: int
+    first: str
+    microseconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class WidthRow:
+    """What is left of the time of the chains that read or write a kind of group, with fewer channels.
+
+    Attributes:
+        group: name of the first such group.
+        size: channels that it has.
+        width: channels that are left.
+        count: how many such groups the model has.
+        shares: of the time, by precision.
+    """
+
+    group: str
+    size: int
+    width: int
+    count: int
+    shares: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CrossingRow:
+    """What it takes to bring a tensor into integers, or out of them, with the change of layout that comes with it.
+
+    Attributes:
+        elements: of the tensor.
+        quantize, dequantize: microseconds.
+    """
+
+    elements: int
+    quantize: float
+    dequantize: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What the parts of a model take on a target.
+
+    Attributes:
+        chains: kinds of chains of nodes.
+        widths: kinds of groups of channels, with fewer of them.
+        crossings: between float and integers; empty where there are no integers.
+        layouts: microseconds of what ONNX Runtime puts in by itself to change layouts, by precision.
+    """
+
+    chains: tuple[LatencyRow, ...]
+    widths: tuple[WidthRow, ...]
+    crossings: tuple[CrossingRow, ...]
+    layouts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Inspection(Document):
     """A model's nodes and their sums.
 
@@ -444,6 +514,7 @@ class Inspection(Document):
         frozen: layers whose channels are in no group; empty where not asked for.
         weights: what each layer's weights bear; empty where not asked for.
         options: what passes could do to each part; empty where not asked for.
+        latency: the latency table; None where not asked for.
     """
 
     kind: ClassVar[str] = "inspection"
@@ -464,3 +535,4 @@ class Inspection(Document):
     frozen: tuple[FrozenRow, ...] = ()
     weights: tuple[WeightRow, ...] = ()
     options: tuple[OptionRow, ...] = ()
+    latency: LatencyTable | None = None

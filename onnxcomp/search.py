@@ -257,10 +257,14 @@ class Search:
         limit = self._budget.size_limit(self._original.size)
         if "quantize-weights" in self._allowed:
             storages = {f"remaining weights stored in {bits} bits": self._storage(bits) for bits in _BITS}
-            for base, slower in ((best, False), (self.clean, True)):
-                if not slower or (limit is not None and best.size > limit):
-                    for smaller in self._stored(base, best, storages, limit, slower=slower):
-                        yield (best := smaller)
+            for smaller in self._stored(best, best, storages, limit, slower=False):
+                yield (best := smaller)
+            if limit is not None and best.size > limit:
+                for smaller in self._stored(self.clean, best, storages, limit, slower=True):
+                    if smaller.size > limit and self._budget.limits_time:
+                        smaller.verdict = "slower, and still above the limit on size"
+                        continue
+                    yield (best := smaller)
         for name in (name for name in self._named if name in registry.STORING):
             technique = registry.passes()[name]()
             # Sessions decode what these store, and then run the same kernels: a difference in time is noise.

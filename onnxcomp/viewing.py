@@ -59,6 +59,8 @@ def evaluate(models: tuple[Path, ...], evaluation: Path, terminal: "Terminal", *
     "--options", metavar="A,B", type=options.Parsed("A,B", options.parse_names), default=(),
     help="Show what these passes could do to each layer: the error, bytes and time of every setting.",
 )  # fmt: skip
+@click.option("--latency", is_flag=True, help="Show what each kind of node takes by shape, precision and width.")
+@options.cache
 @options.calib
 @options.running
 @options.batch

@@ -23,7 +23,7 @@ LAYERS = (
      "reconstruction", "pruning"},
     {"passes"},
     {"registry", "settings", "recipe", "record", "explanation", "verification",
-     "placement", "planning", "sensitivity", "judges", "report", "deadline", "candidates", "drafts", "plans",
+     "placement", "table", "planning", "sensitivity", "judges", "report", "deadline", "candidates", "drafts", "plans",
      "search", "tradeoffs", "family",
      "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package",
      "wording", "anatomy", "invocation", "plots", "page"},

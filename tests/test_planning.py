@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import latency, planning
+from onnxcomp import latency, table
 from onnxcomp.candidates import NEAREST
 from onnxcomp.core import node_pattern
 from onnxcomp.cost import node_costs
@@ -17,8 +17,9 @@ from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing
-from onnxcomp.planning import FLOAT, Planner
+from onnxcomp.planning import Planner
 from onnxcomp.profiling import Profile
+from onnxcomp.table import FLOAT
 from tests.passes.small import context, network
 from tests.passes.test_prune_depth import joins, residual
 
@@ -46,7 +47,7 @@ def made_up(models: Sequence[ir.Model], *_: Any, **__: Any) -> list[Profile]:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (planning, latency):
+    for module in (table, latency):
         monkeypatch.setattr(module, "profiles", made_up)
 
 

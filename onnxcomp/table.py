@@ -1,0 +1,158 @@
+"""The latency table of a model on a target: what each chain of nodes takes, by shape, width and precision.
+
+Chains are units (`units`): a node with the element-wise nodes that run with it. Those of the same operators,
+attributes and shapes are one entry. They are timed inside whole models, whose layouts and fusions they are part of;
+what enters and leaves integers, and what ONNX Runtime puts in to change layouts, stand by themselves. All of it is kept
+in the context's store by the content of the models that were timed.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.candidates import NEAREST
+from onnxcomp.channels import ChannelGroups
+from onnxcomp.core import Context
+from onnxcomp.facts import observe, sized
+from onnxcomp.latency import LatencyModel, form_of
+from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
+from onnxcomp.passes.quantize_static import QuantizeStatic
+from onnxcomp.placement import Crossing, crossing
+from onnxcomp.report import CrossingRow, LatencyRow, LatencyTable, WidthRow
+from onnxcomp.runtime import Feeds
+from onnxcomp.timing import for_timing, profiles
+from onnxcomp.units import Units
+from onnxcomp.widths import may_go
+
+FLOAT = "float"
+_LEAST, _MULTIPLE = 0.25, 4
+"""Share of its channels that a group keeps, and what widths are multiples of."""
+
+Technique = QuantizeStatic | QuantizeDynamic
+
+
+@dataclass(frozen=True, eq=False)
+class FormTimes:
+    """A model's times in one precision.
+
+    Attributes:
+        technique: the pass that gives it; None for float.
+        times: microseconds by unit.
+        changed: the units that it changes.
+        layouts: microseconds of what ONNX Runtime put in by itself.
+    """
+
+    technique: Technique | None
+    times: Mapping[str, float]
+    changed: Set[str]
+    layouts: float = 0.0
+
+
+def form_times(
+    model: ir.Model, units: Units, techniques: Mapping[str, Technique], context: Context, feeds: Feeds
+) -> tuple[dict[str, FormTimes], Mapping[str, int]]:
+    """Times in float and in every other precision that changes anything.
+
+    Returns:
+        The times by the name of the precision, and the elements of each node's output.
+    """
+    outcomes = {name: technique(model, for_timing(context)) for name, technique in techniques.items()}
+    outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
+    whole, *found = profiles([model, *(outcome.model for outcome in outcomes.values())], context, feeds)
+    forms = {FLOAT: FormTimes(None, units.times(whole), frozenset(), whole.untraced)}
+    for (name, outcome), profile in zip(outcomes.items(), found, strict=True):
+        changed = {units.of(change.node) for change in outcome.changes} & set(units.members)
+        forms[name] = FormTimes(techniques[name], units.times(profile), changed, profile.untraced)
+    return forms, whole.elements
+
+
+def latency_table(model: ir.Model, context: Context, feeds: Feeds, groups: ChannelGroups | None) -> LatencyTable:
+    """Measure a model's table.
+
+    Args:
+        model: cleaned up.
+        context: target, batch, store; samples for the ranges of static INT8.
+        feeds: one run.
+        groups: whose widths are timed too.
+    """
+    provider = context.target.providers[0].removesuffix("ExecutionProvider").lower()
+    techniques: dict[str, Technique] = {
+        "static INT8": replace(QuantizeStatic.for_provider(provider), rounding=NEAREST),
+        "dynamic INT8": replace(QuantizeDynamic.for_provider(provider), rounding=NEAREST),
+    }
+    units = Units(model)
+    context = replace(context, data=context.samples(model))
+    forms, _ = form_times(model, units, techniques, context, feeds)
+    shaped = sized(model, observe(model, feeds).shapes)
+    return LatencyTable(
+        tuple(_chains(shaped, Units(shaped), forms)),
+        () if groups is None else tuple(_widths(groups, forms, context, feeds)),
+        tuple(_crossings(crossing(context))) if len(forms) > 1 else (),
+        {name: form.layouts for name, form in forms.items()},
+    )
+
+
+def _chains(model: ir.Model, units: Units, forms: Mapping[str, FormTimes]) -> Iterator[LatencyRow]:
+    """An entry for each kind of chain, the slowest first."""
+    alike: dict[Hashable, list[str]] = defaultdict(list)
+    for unit, members in units.members.items():
+        if any(form.times.get(unit) for form in forms.values()):
+            alike[form_of(model, {node.name or "" for node in members})].append(unit)
+    rows = []
+    for names in alike.values():
+        members = units.members[names[0]]
+        weights = [value for value in members[0].inputs if value is not None and value.const_value is not None]
+        times = {
+            name: statistics.median(form.times.get(unit, 0.0) for unit in names)
+            for name, form in forms.items()
+            if name == FLOAT or set(names) & form.changed
+        }
+        rows.append(
+            LatencyRow(
+                " ".join(node.op_type for node in members),
+                _shape(next((v for v in members[0].inputs if v is not None and v.const_value is None), None)),
+                _shape(max(weights, key=lambda value: value.const_value.size, default=None)),  # type: ignore[union-attr]
+                len(names),
+                names[0],
+                times,
+            )
+        )
+    return iter(sorted(rows, key=lambda row: -row.count * row.microseconds[FLOAT]))
+
+
+def _shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    shape = value.const_value.shape if value.const_value is not None else value.shape
+    known = None if shape is None else tuple(shape)
+    return None if known is None or not all(isinstance(size, int) for size in known) else known  # type: ignore[return-value]
+
+
+def _widths(
+    groups: ChannelGroups, forms: Mapping[str, FormTimes], context: Context, feeds: Feeds
+) -> Iterator[WidthRow]:
+    """What is left of the time of a group's chains at each of its widths, an entry for each kind of group."""
+    cuttable = [may_go(group.size, _LEAST, _MULTIPLE) for group in groups]
+    clocks = {name: LatencyModel(groups, cuttable, context, feeds, form.technique) for name, form in forms.items()}
+    known: dict[Hashable, list[int]] = defaultdict(list)
+    for index in range(len(clocks[FLOAT].groups)):
+        known[form_of(groups.model, clocks[FLOAT].touched[index])].append(index)
+    for alike in known.values():
+        group, counts = clocks[FLOAT].groups[alike[0]], clocks[FLOAT].counts[alike[0]]
+        for count in counts[1:].tolist():
+            shares = {name: float(clock.share(alike[0], count)) for name, clock in clocks.items()}
+            yield WidthRow(group.name, group.size, group.size - count, len(alike), shares)
+
+
+def _crossings(costs: Crossing) -> Iterator[CrossingRow]:
+    for size, into, out in zip(costs.sizes, costs.quantize, costs.dequantize, strict=True):
+        yield CrossingRow(size, into, out)
+
+
+def best_form(forms: Mapping[str, FormTimes]) -> str:
+    """The precision in which the whole model takes least."""
+    return min(forms, key=lambda name: float(np.sum(list(forms[name].times.values()))))
