@@ -121,8 +121,14 @@ class Planner:
         self._form_errors = self._measured_errors(data)
         self._groups = self._traced(data)
         self._branches = self._found_branches() if prune_depth else []
-        self._branch_errors = [self._answers.error(_without(model, [branch])) for branch in self._branches]
-        self._widths = list(self._measured_widths(data, feeds)) if prune and self._groups else []
+        known = replace(context, data=data)
+        self._branch_errors = context.recall("branch errors", (model, known, prune_depth), self._measured_branches)
+        self._widths: list[_Widths] = []
+        if prune and self._groups:
+            technique = self.forms[best_form(self.forms)].technique
+            self._widths = context.recall(
+                "width errors", (model, known, technique, feeds), lambda: list(self._measured_widths(data, feeds))
+            )
 
     # -- what is measured -------------------------------------------------------------------------------------------
 
@@ -154,6 +160,13 @@ class Planner:
             if not any(self._context.excludes(nodes[name]) for name in branch.nodes)
         ]
 
+    def _measured_branches(self) -> list[float]:
+        found = []
+        for place, branch in enumerate(self._branches):
+            self._context.progress(place, len(self._branches), "measuring what branches are worth")
+            found.append(self._answers.error(_without(self._model, [branch])))
+        return found
+
     def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator["_Widths"]:
         """The groups whose narrowing saves time in the precision that the model will mostly have."""
         groups = self._groups
@@ -164,6 +177,7 @@ class Planner:
             may_go(group.size, _LEAST, _MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
             for group in groups
         ]
+        self._context.progress(0, 0, "timing widths")
         clock = LatencyModel(groups, cuttable, replace(self._context, data=data), feeds, technique, rounds=_ROUNDS)
         useful: dict[ChannelGroup, tuple[Counts, NDArray[np.float64], set[str]]] = {}
         for index, (group, counts) in enumerate(zip(groups, clock.counts, strict=True)):
@@ -174,9 +188,11 @@ class Planner:
                 touched = {self._units.of(name) for name in clock.touched[index]}
                 useful[group] = counts[keep], shares[keep], touched
         names = {group.name for group in useful}
+        self._context.progress(0, 0, "ranking channels")
         rankings = pruner.rank(Criterion.OBS, Aggregate.MEAN, normalised=True, only=names)
         for group, ranking in rankings.items():
             counts, shares, touched = useful[group]
+            self._context.progress(0, 0, "measuring what channels are worth")
             curve = pruner.curve(group, ranking, int(counts[-1]), _PROBES)
             if curve is not None:
                 yield _Widths(group.name, group.size - counts, curve.errors[counts], shares, touched)
