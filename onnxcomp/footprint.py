@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from onnxcomp import model  # noqa: F401  (imported when a model needs it, it would count as that model's memory)
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.fresh import fresh
 from onnxcomp.runtime import Feeds, Session, Target

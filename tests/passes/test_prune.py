@@ -21,7 +21,7 @@ from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.prefix import part_between
 from onnxcomp.profiling import Profile
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, Target
 from onnxcomp.saliency import Criterion
 from onnxcomp.surgery import SurgeryError
 from onnxcomp.synthetic import synthetic
@@ -37,14 +37,14 @@ def digits() -> ir.Model:
 
 def context(model: ir.Model, count: int = 128, **settings: object) -> Context:
     data = open_dataset(SHIPPED / "digits_calib.npz", models.input_specs(model))
-    return Context(data.select(range(min(count, len(data)))), **settings)  # type: ignore[arg-type]
+    return Context(data.select(range(min(count, len(data)))), Target(threads=1), **settings)  # type: ignore[arg-type]
 
 
 def error(original: ir.Model, made: ir.Model) -> float:
     """Relative squared error of the outputs on the evaluation file."""
     x = np.load(SHIPPED / "digits_eval.npz")
     feeds = {spec.name: x[spec.name] for spec in models.input_specs(original)}
-    answers: list[Any] = [next(iter(Session(model).run(feeds).values())) for model in (original, made)]
+    answers: list[Any] = [next(iter(Session(model, Target(threads=1)).run(feeds).values())) for model in (original, made)]
     want, got = answers
     return float(np.square(want - got).sum() / np.square(want).sum())
 
@@ -289,6 +289,6 @@ def test_grouped_convolutions_make_up_for_the_channels_that_they_read() -> None:
         outcome = Prune(0.6, rates=Rates.LOCAL, reconstruct=reconstruct)(model, context)
         assert len(outcome.changes) == 3
         answers.append(next(iter(Session(outcome.model).run(feeds).values())))
-    want: Any = next(iter(Session(model).run(feeds).values()))
+    want: Any = next(iter(Session(model, Target(threads=1)).run(feeds).values()))
     fitted, plain = (np.square(want - answer).sum() for answer in answers)
     assert fitted < 0.1 * plain
