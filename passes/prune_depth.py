@@ -26,6 +26,7 @@ from onnxcomp.facts import observe
 from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.profiling import profiles
 from onnxcomp.reconstruction import reconstruct
+from onnxcomp.relations import Shapes
 from onnxcomp.samples import Dataset
 from onnxcomp.widths import Cost
 
@@ -72,7 +73,7 @@ class PruneDepth(Pass):
             gone = [found.named(join, whole(operand)) for join, operand in self.parts]
             reason = NOT_NAMED
         else:
-            gone = found.chosen(self.remains, found.costs(self.cost))
+            gone = found.chosen(self.remains, found.costs(self.cost)) if found.branches else []
             reason = "the target is met at less loss elsewhere"
         left = [branch for branch in found.branches if branch not in gone]
         skips = [Skip(branch.join, reason) for branch in left]
@@ -98,9 +99,10 @@ class PruneDepth(Pass):
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """The branches of a model."""
+    """The branches of a model, and the shapes of its tensors in a run of one sample."""
 
     model: ir.Model
+    shapes: Shapes
     branches: tuple[Branch, ...]
     data: Dataset
     context: Context
@@ -120,7 +122,7 @@ class _Found:
                 for branch in branches(model, shapes)
                 if not any(context.excludes(nodes[name]) for name in branch.nodes)
             ]
-            return cls(model, tuple(found), data, context, Answers(model, data, context))
+            return cls(model, shapes, tuple(found), data, context, Answers(model, data, context))
         except OnnxcompError as error:
             return f"it cannot be observed: {error.fact}"
 
@@ -151,8 +153,7 @@ class _Found:
 
     def _sized(self) -> ir.Model:
         """The model with the shapes of one run."""
-        shapes = observe(self.model, next(iter(self.data.batches(1))).feeds).shapes
-        named = {value.name: shape for value, shape in shapes.items()}
+        named = {value.name: shape for value, shape in self.shapes.items()}
         copy = self.model.clone()
         for value in (value for node in copy.graph for value in node.outputs if value.name in named):
             value.shape = ir.Shape(named[value.name])
