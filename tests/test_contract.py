@@ -16,6 +16,7 @@ from onnxcomp.core import Context, Outcome, Pass
 from onnxcomp.data import open_dataset
 from onnxcomp.equivalence import unequal
 from onnxcomp.errors import ModelError
+from onnxcomp.passes.sparsify import Choose
 from onnxcomp.registry import passes
 from onnxcomp.runtime import Session, Target
 from onnxcomp.weights import Rounding
@@ -26,8 +27,8 @@ RUNNABLE = [name for name in MODELS if name not in zoo.UNRUNNABLE]
 TARGET = Target(threads=1)
 
 DEFAULT = "shufflenet"
-"""The model that passes treat with all their defaults; elsewhere weights are rounded to the nearest and not
-fitted again, for speed."""
+"""The model that passes treat with all their defaults; elsewhere weights are rounded to the nearest, become zero
+by their size and are not fitted again, for speed."""
 
 every_pass = pytest.mark.parametrize("technique", PASSES)
 
@@ -58,8 +59,10 @@ def made(technique: str, name: str) -> Pass:
     """The pass for a model."""
     kind = PASSES[technique]
     cheap: dict[str, object] = {
-        "rounding": Rounding(gptq=False, sweeps=0, bias_correction=False), "reconstruct": False
-    }  # fmt: skip
+        "rounding": Rounding(gptq=False, sweeps=0, bias_correction=False),
+        "choose": Choose.WANDA,
+        "reconstruct": False,
+    }
     fields = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     return kind() if name == DEFAULT else kind(**{key: cheap[key] for key in cheap.keys() & fields})
 

@@ -51,7 +51,7 @@ class Pattern:
         if gone == 0:
             return np.ones(scores.shape, bool)
         most = np.partition(flat, gone - 1)[gone - 1]
-        kept = ~(flat <= most)
+        kept: Mask = ~(flat <= most)
         equal = np.flatnonzero(flat == most)  # of these the first go
         kept[equal[gone - int((flat < most).sum()) :]] = True
         return kept.reshape(scores.shape)
