@@ -199,7 +199,7 @@ def tensor_bytes(model: ir.Model) -> int:
     """Bytes of all initializers and constant attributes, subgraphs and functions included."""
     total = 0
     waiting: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    while waiting:  # counted before each session: onnx_ir's own traversals and `as_tensor` take ten times as long
+    while waiting:  # counted before each session: onnx_ir's own traversals and `as_tensor` take several times as long
         graph = waiting.pop()
         if isinstance(graph, ir.Graph):
             constants = (value.const_value for value in graph.initializers.values())

@@ -38,5 +38,6 @@ def error(original: ir.Model, made: ir.Model) -> float:
     """Relative squared error of the first output on made-up inputs that nothing was learnt from."""
     data = synthetic(models.input_specs(original), 8, 1, models.vocabularies(original))
     feeds = next(iter(data.batches(8))).feeds
-    answers: list[Any] = [next(iter(Session(model, Target(threads=1)).run(feeds).values())) for model in (original, made)]
+    sessions = [Session(model, Target(threads=1)) for model in (original, made)]
+    answers: list[Any] = [next(iter(session.run(feeds).values())) for session in sessions]
     return float(np.square(answers[0] - answers[1]).sum() / np.square(answers[0]).sum())
