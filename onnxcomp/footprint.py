@@ -10,6 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+import onnxcomp.model  # noqa: F401  (imported when a model needs it, it would count as that model's memory)
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.fresh import files_of, fresh
 from onnxcomp.runtime import Feeds, Session, Target

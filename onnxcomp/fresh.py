@@ -2,6 +2,9 @@
 
 What a long search leaves behind slows a model down that is loaded after it: the same INT8 model was seen to run 2.5
 times as fast as the original in a new process, and 2.15 times in one that had measured and fitted others before.
+
+A search starts many such processes, so they import little: nothing on the way to a timing or a profile imports onnx_ir
+before a model needs it.
 """
 
 import contextlib
@@ -13,12 +16,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-import onnx_ir as ir
-
-from onnxcomp import model as models
 from onnxcomp.errors import OnnxcompError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Given = ParamSpec("Given")
 Found = TypeVar("Found")
@@ -42,8 +45,10 @@ def fresh(function: Callable[Given, Found], *given: Given.args, **named: Given.k
 
 
 @contextlib.contextmanager
-def files_of(candidates: Iterable[ir.Model]) -> Iterator[list[Path]]:
+def files_of(candidates: "Iterable[ir.Model]") -> Iterator[list[Path]]:
     """Models as files, for another process to read, while the context lasts."""
+    from onnxcomp import model as models
+
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         paths = []
         for number, candidate in enumerate(candidates):

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from onnxcomp.errors import DataError, OptionError
 from onnxcomp.model import TensorSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Layout: TypeAlias = Literal["NCHW", "NHWC"]
 
@@ -80,6 +82,8 @@ def image_reader(spec: TensorSpec, options: ImageOptions) -> Callable[[Path], ND
     target = size[0], size[1]
     normalise = _normaliser(spec, channels, options)
 
+    from PIL import Image  # here, as few data are images
+
     def read(path: Path) -> NDArray[Any]:
         try:
             with Image.open(path) as image:
@@ -92,8 +96,10 @@ def image_reader(spec: TensorSpec, options: ImageOptions) -> Callable[[Path], ND
     return read
 
 
-def _cover(image: Image.Image, height: int, width: int) -> Image.Image:
+def _cover(image: "Image.Image", height: int, width: int) -> "Image.Image":
     """Resize to the smallest size that covers height x width, then crop around the centre."""
+    from PIL import Image
+
     scale = max(height / image.height, width / image.width)
     covering = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     image = image.resize(covering, Image.Resampling.BILINEAR)

@@ -198,11 +198,21 @@ def metadata(source: ModelSource) -> dict[str, str]:
 
 def tensor_bytes(model: ir.Model) -> int:
     """Bytes of all initializers and constant attributes, subgraphs and functions included."""
-    total = sum(value.const_value.nbytes for value in _initializers(model) if value.const_value is not None)
-    for node in all_nodes(model):
-        for attribute in node.attributes.values():
-            if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
-                total += attribute.as_tensor().nbytes
+    total = 0
+    waiting: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    while waiting:  # counted before each session: onnx_ir's own traversals and `as_tensor` take several times as long
+        graph = waiting.pop()
+        if isinstance(graph, ir.Graph):
+            constants = (value.const_value for value in graph.initializers.values())
+            total += sum(tensor.nbytes for tensor in constants if tensor is not None)
+        for node in graph:
+            for attribute in node.attributes.values():
+                if attribute.type == ir.AttributeType.TENSOR and attribute.value is not None:
+                    total += attribute.value.nbytes
+                elif attribute.type == ir.AttributeType.GRAPH and attribute.value is not None:
+                    waiting.append(attribute.value)
+                elif attribute.type == ir.AttributeType.GRAPHS and attribute.value is not None:
+                    waiting += attribute.value
     return total
 
 

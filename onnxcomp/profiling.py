@@ -5,11 +5,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from onnxcomp.fresh import files_of, fresh
 from onnxcomp.runtime import Feeds, NodeTime, Session, Target
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed|/MatMul\w+Fusion/?)+$")
 _BLOCK = 5
@@ -31,7 +33,7 @@ class Profile:
 
 
 def profiles(
-    models: Sequence[ir.Model], target: Target, feeds: Feeds, rounds: int = 8, seconds: float = 20.0
+    models: "Sequence[ir.Model]", target: Target, feeds: Feeds, rounds: int = 8, seconds: float = 20.0
 ) -> list[Profile]:
     """Profile models in turn in a new process, so that a drift of the machine's speed hits all alike.
 
@@ -64,7 +66,7 @@ def _events(
     return [session.profile() for session in sessions]
 
 
-def _traced(model: ir.Model, events: Mapping[str, NodeTime]) -> Profile:
+def _traced(model: "ir.Model", events: Mapping[str, NodeTime]) -> Profile:
     by_output = {value.name: node.name or "" for node in model.graph for value in node.outputs}
     names = {node.name for node in model.graph}
     times: dict[str, float] = {}

@@ -47,6 +47,7 @@ def reconstruct(
     damping: float = 1e-2,
     project: Project | None = None,
     jointly: bool = True,
+    most: int | None = None,
 ) -> list[Skip]:
     """Fit the layers of the changed model, in place.
 
@@ -59,6 +60,7 @@ def reconstruct(
         damping: of the regression, as a share of the mean of H's diagonal.
         project: makes of each layer's fitted weights those that it gets. Layers are then fitted one by one only.
         jointly: also fit layers in a row together, which takes longer than all else.
+        most: fit so many layers only, the first ones that what changed reaches.
 
     Returns:
         What was not fitted, and why.
@@ -70,6 +72,7 @@ def reconstruct(
     if project is None:
         alike = _untouched(original, changed)
         pairs = [pair for pair in pairs if pair.after.name not in alike]
+    pairs = pairs[:most]
     norms = _Norms(original, changed, outputs, twins, context)
     by_name = {pair.after.name: pair for pair in pairs}
     done = 0

@@ -1,6 +1,7 @@
 """The one door to ONNX Runtime: sessions, execution providers, timing and profiles."""
 
 import ctypes
+import functools
 import gc
 import json
 import re
@@ -12,21 +13,23 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from onnxcomp import model as models
 from onnxcomp.errors import ModelError, OnnxcompError, OptionError, ProviderError
+
+# The fresh processes that time files need ONNX Runtime and NumPy alone. onnx_ir takes three times as long to import as
+# both: it is imported where a model comes in, or a type that NumPy lacks.
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Feeds = Mapping[str, NDArray[np.generic]]
 
 VERSION: str = ort.__version__
 
-_NUMPY_TYPES = {ir.DataType.from_numpy(np.dtype(kind)) for kind in "?bBhHiIlLefdFD"} | {ir.DataType.STRING}
 _SUFFIX = "ExecutionProvider"
 _SILENT = 4
 _MOST_THREADS = 1024
@@ -112,14 +115,15 @@ class Session:
 
     def __init__(
         self,
-        model: ir.Model | str | Path,
+        model: "ir.Model | str | Path",
         target: Target = Target(),
         *,
         profile: bool = False,
         extended: bool = True,
         spinning: bool = True,
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="onnxcomp-") if profile or _is_large(model) else None
+        large = _is_large(model)
+        self._folder = tempfile.TemporaryDirectory(prefix="onnxcomp-") if profile or large else None
         if self._folder is not None:  # left to itself it goes too, but with a ResourceWarning
             weakref.finalize(self, self._folder.cleanup)
         options = ort.SessionOptions()
@@ -134,7 +138,7 @@ class Session:
             options.profile_file_prefix = str(Path(self._folder.name) / "profile")
         start = time.perf_counter()
         try:
-            self._session = ort.InferenceSession(self._source(model), options, providers=target.providers)
+            self._session = ort.InferenceSession(self._source(model, large), options, providers=target.providers)
         except OnnxcompError:
             raise
         except Exception as error:
@@ -156,10 +160,12 @@ class Session:
         types = {value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._unknown_to_numpy = any(re.fullmatch(r"tensor\((bfloat|float[48]|u?int[24]\b).*", kind) for kind in types)
 
-    def _source(self, model: ir.Model | str | Path) -> bytes | str:
-        if not isinstance(model, ir.Model):
+    def _source(self, model: "ir.Model | str | Path", large: bool) -> bytes | str:
+        if isinstance(model, str | Path):
             return str(model)
-        if self._folder is None or not _is_large(model):
+        from onnxcomp import model as models
+
+        if self._folder is None or not large:
             return models.to_bytes(model)
         return str(models.save(model, Path(self._folder.name) / "model.onnx")[0])
 
@@ -203,6 +209,8 @@ def _to_ort(array: NDArray[np.generic]) -> ort.OrtValue:
     """An input, also of types that only ml_dtypes has: ONNX Runtime takes their bytes, with the type beside them."""
     if array.dtype.isbuiltin == 1:
         return ort.OrtValue.ortvalue_from_numpy(array)
+    import onnx_ir as ir
+
     raw = np.frombuffer(ir.tensor(array).tobytes(), np.uint8)
     # The shape is read off the carrier: elements of less than a byte fill only the front of theirs.
     carrier = np.zeros(array.shape, f"u{array.itemsize}")
@@ -212,12 +220,22 @@ def _to_ort(array: NDArray[np.generic]) -> ort.OrtValue:
 
 def _from_ort(value: ort.OrtValue) -> NDArray[np.generic]:
     """An output, of whatever type."""
-    if not value.is_tensor() or value.element_type() in _NUMPY_TYPES:
+    if not value.is_tensor() or value.element_type() in _numpy_types():
         array: NDArray[np.generic] = value.numpy()
         return array
+    import onnx
+    import onnx_ir as ir
+
     raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
     tensor = onnx.TensorProto(dims=value.shape(), data_type=value.element_type(), raw_data=raw)
     return ir.from_proto(tensor).numpy()
+
+
+@functools.cache
+def _numpy_types() -> "set[ir.DataType]":
+    import onnx_ir as ir
+
+    return {ir.DataType.from_numpy(np.dtype(kind)) for kind in "?bBhHiIlLefdFD"} | {ir.DataType.STRING}
 
 
 @dataclass(frozen=True)
@@ -235,8 +253,12 @@ class NodeTime:
     microseconds: float
 
 
-def _is_large(model: ir.Model | str | Path) -> bool:
-    return isinstance(model, ir.Model) and models.tensor_bytes(model) > models.PROTOBUF_LIMIT
+def _is_large(model: "ir.Model | str | Path") -> bool:
+    if isinstance(model, str | Path):
+        return False
+    from onnxcomp import model as models
+
+    return models.tensor_bytes(model) > models.PROTOBUF_LIMIT
 
 
 def _first_line(error: Exception) -> str:

@@ -109,6 +109,12 @@ def alone(layer: Layer, shape: tuple[int, ...], version: int, factors: Factors |
     return model
 
 
+def alike(layer: Layer, shape: tuple[int, ...]) -> Hashable:
+    """The same for all layers that take as long and store as much, for inputs of some shape."""
+    node = layer.node
+    return node.op_type, layer.weight_shape, shape, str(node.attributes), layer.bias is None, layer.weight.dtype
+
+
 class Clock:
     """Times forms of a model's layers on the target, each by itself and once for all layers of the same shapes.
 
@@ -123,8 +129,7 @@ class Clock:
 
     def slowdowns(self, layer: Layer, shape: tuple[int, ...], forms: Sequence[Factors]) -> NDArray[np.float64]:
         """(forms,) what each takes, relative to the layer as it is, for an input of some shape."""
-        node, context = layer.node, self._context
-        same = (node.op_type, layer.weight_shape, shape, str(node.attributes), layer.bias is None, layer.weight.dtype)
+        context, same = self._context, alike(layer, shape)
         missing = [form for form in forms if (same, form.title) not in self._known]
         if missing:
             feeds = {"data": np.random.default_rng(context.seed).normal(size=shape).astype(np.float32)}

@@ -3,21 +3,24 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp import runtime
 from onnxcomp.fresh import files_of, fresh
 from onnxcomp.runtime import Feeds, Protocol, Session, Target, Timing
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 _PROCESSES = 3
 _LEAST_ROUNDS = 3
 """In each of them."""
 
 
-def time_apart(candidates: Sequence[ir.Model], target: Target, feeds: Feeds, protocol: Protocol) -> list[Timing]:
+def time_apart(candidates: "Sequence[ir.Model]", target: Target, feeds: Feeds, protocol: Protocol) -> list[Timing]:
     """Time models beside the first, as `runtime.compare` does, in new processes.
 
     Where a session's memory happens to lie makes a difference of several percent that stays as long as the session.

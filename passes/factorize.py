@@ -10,7 +10,7 @@ More nodes run slower than their FLOPs say. Unless bytes or parameters are the t
 layer by itself are not used.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,7 +32,7 @@ from onnxcomp.numerics.feedback import layer_error
 from onnxcomp.numerics.lowrank import Factors, LowRank
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.samples import Dataset, Feeds
-from onnxcomp.splitting import Clock, alone, kernel_of, merge_into_followers, split
+from onnxcomp.splitting import Clock, alike, alone, kernel_of, merge_into_followers, split
 from onnxcomp.timing import profiles, ratio
 from onnxcomp.widths import Cost, totals
 
@@ -285,10 +285,15 @@ class _Plan:
             observed = observe(self._model, self._run).shapes
             times = profiles([self._model], self._context, self._run)[0].times
         clock = Clock(self._model, self._context)
+        known: dict[Hashable, float] = {}
         for name, layer in self._layers.items():
             shape = shapes[layer.data]
             forms: list[Factors | None] = [None, *self._forms[name]]
-            costs = np.array([self._static(totals(alone(layer, shape, version, form))) for form in forms])
+            same = [(alike(layer, shape), form and form.title) for form in forms]
+            for key, form in zip(same, forms, strict=True):
+                if key not in known:
+                    known[key] = self._static(totals(alone(layer, shape, version, form)))
+            costs = np.array([known[key] for key in same])
             if timed:
                 slower = clock.slowdowns(layer, observed[layer.data], self._forms[name])
                 if settings.cost is Cost.LATENCY:

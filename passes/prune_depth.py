@@ -25,6 +25,7 @@ from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.facts import observe, sized
 from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.reconstruction import reconstruct
+from onnxcomp.relations import Shapes
 from onnxcomp.samples import Dataset
 from onnxcomp.timing import profiles
 from onnxcomp.widths import Cost
@@ -72,7 +73,7 @@ class PruneDepth(Pass):
             gone = [found.named(join, whole(operand)) for join, operand in self.parts]
             reason = NOT_NAMED
         else:
-            gone = found.chosen(self.remains, found.costs(self.cost))
+            gone = found.chosen(self.remains, found.costs(self.cost)) if found.branches else []
             reason = "the target is met at less loss elsewhere"
         left = [branch for branch in found.branches if branch not in gone]
         skips = [Skip(branch.join, reason) for branch in left]
@@ -98,9 +99,10 @@ class PruneDepth(Pass):
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """The branches of a model."""
+    """The branches of a model, and the shapes of its tensors in a run of one sample."""
 
     model: ir.Model
+    shapes: Shapes
     branches: tuple[Branch, ...]
     data: Dataset
     context: Context
@@ -120,7 +122,7 @@ class _Found:
                 for branch in branches(model, shapes)
                 if not any(context.excludes(nodes[name]) for name in branch.nodes)
             ]
-            return cls(model, tuple(found), data, context, Answers(model, data, context))
+            return cls(model, shapes, tuple(found), data, context, Answers(model, data, context))
         except OnnxcompError as error:
             return f"it cannot be observed: {error.fact}"
 
@@ -146,9 +148,8 @@ class _Found:
             rows = self.data.select(row % len(self.data) for row in range(self.context.batch))
             feeds = next(iter(rows.batches(self.context.batch))).feeds
             return profiles([self.model], self.context, feeds)[0].times
-        shapes = observe(self.model, next(iter(self.data.batches(1))).feeds).shapes
         values = {"flops": "flops", "params": "parameters", "size": "bytes"}[which]
-        return {cost.name: float(getattr(cost, values) or 0) for cost in node_costs(sized(self.model, shapes))}
+        return {cost.name: float(getattr(cost, values) or 0) for cost in node_costs(sized(self.model, self.shapes))}
 
     def chosen(self, remains: float, costs: Mapping[str, float]) -> list[Branch]:
         """The branches that go so that a share of the cost remains, or all that save anything."""

@@ -1,6 +1,8 @@
 """Work in processes of their own."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +30,14 @@ def test_a_failure_there_is_an_error_here() -> None:
     with pytest.raises(OnnxcompError, match="fresh process failed") as found:
         fresh(os.listdir, "/nowhere")
     assert "nowhere" in str(found.value)
+
+
+@pytest.mark.parametrize("module", ["stopwatch", "profiling"])
+def test_what_is_timed_there_waits_for_no_import_that_it_does_not_need(module: str) -> None:
+    code = f"import sys, onnxcomp.fresh, onnxcomp.{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "onnxruntime" in done.stdout.split()
+    assert {"onnx", "onnx_ir", "scipy"}.isdisjoint(done.stdout.split())
 
 
 def test_models_lie_there_while_they_are_needed() -> None:

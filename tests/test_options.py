@@ -1,5 +1,6 @@
 """What passes say that they could do to each layer, against what they then do."""
 
+import functools
 from collections import defaultdict
 from typing import Any
 
@@ -39,6 +40,7 @@ def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Clock, "slowdowns", lambda *given: np.full(len(given[3]), 0.5))
 
 
+@functools.cache
 def by_part(technique: Pass) -> dict[str, list[Option]]:
     found: dict[str, list[Option]] = defaultdict(list)
     for option in technique.options(network(), context()):

@@ -1,5 +1,6 @@
 """Plans: branches, widths and precision chosen together, on made-up times."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,8 +67,14 @@ def model() -> ir.Model:
     return residual(*STRENGTHS)
 
 
+@functools.cache
+def usual(model: ir.Model) -> Planner:
+    """For tests that only plan."""
+    return planner(model)
+
+
 def test_more_error_buys_less_time(model: ir.Model) -> None:
-    found = planner(model)
+    found = usual(model)
     plans = [found.plan(error) for error in (0.01, 0.05, 0.2, 0.5)]
     times = [plan.time for plan in plans if plan is not None]
     assert len(times) == 4
@@ -89,7 +96,7 @@ def test_everything_that_gains_by_it_is_quantized_and_the_weakest_branch_goes_fi
 
 
 def test_the_groups_of_a_branch_that_goes_are_left_alone(model: ir.Model) -> None:
-    plan = planner(model).plan(0.3)
+    plan = usual(model).plan(0.3)
     assert plan is not None
     gone = {name for name, _ in plan.branches}
     assert gone
@@ -99,7 +106,7 @@ def test_the_groups_of_a_branch_that_goes_are_left_alone(model: ir.Model) -> Non
 
 
 def test_a_plan_can_be_carried_out(model: ir.Model) -> None:
-    plan = planner(model).plan(0.2)
+    plan = usual(model).plan(0.2)
     assert plan is not None
     made = model
     for technique in plan.passes(jointly=False):

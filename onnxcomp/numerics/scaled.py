@@ -106,7 +106,8 @@ def _rescaled(
 
 
 def _nearest(books: NDArray[np.float64]) -> Nearest:
-    return lambda q, wanted: np.take_along_axis(books, _closest(wanted[:, None], books), axis=1)[:, 0]
+    rows = np.arange(len(books))
+    return lambda q, wanted: books[rows, np.abs(wanted[:, None] - books).argmin(axis=1)]
 
 
 def _closest(V: NDArray[np.float64], books: NDArray[np.float64]) -> Indices:

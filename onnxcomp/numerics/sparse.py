@@ -47,10 +47,13 @@ class Pattern:
         return np.asarray(wide[: len(scores), : scores.shape[1]])
 
     def _anywhere(self, scores: Floats) -> Mask:
-        gone = round(self.share * scores.size)
-        order = np.argsort(scores, axis=None, kind="stable")
-        kept = np.ones(scores.size, bool)
-        kept[order[:gone]] = False
+        gone, flat = round(self.share * scores.size), scores.ravel()
+        if gone == 0:
+            return np.ones(scores.shape, bool)
+        most = np.partition(flat, gone - 1)[gone - 1]
+        kept: Mask = ~(flat <= most)
+        equal = np.flatnonzero(flat == most)  # of these the first go
+        kept[equal[gone - int((flat < most).sum()) :]] = True
         return kept.reshape(scores.shape)
 
     def _by_group(self, scores: Floats) -> Mask:

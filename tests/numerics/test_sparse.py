@@ -82,3 +82,11 @@ def test_dead_inputs_do_no_harm() -> None:
     for moment in (H, np.zeros_like(H)):
         for mask in (obs_mask(W, moment, Pattern(0.5)), admm_mask(W, moment, Pattern(0.5))):
             assert np.isfinite(refit_on(W, moment, mask)).all()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize("levels", [1, 3, 1000])
+def test_of_equal_scores_the_first_go(share: float, levels: int) -> None:
+    scores = np.random.default_rng(levels).integers(0, levels, (7, 9)).astype(float)
+    first = np.argsort(scores, axis=None, kind="stable")[: round(share * scores.size)]
+    np.testing.assert_array_equal(np.flatnonzero(~Pattern(share).keep(scores)), np.sort(first))

@@ -10,7 +10,7 @@ from models.net import Net
 from onnxcomp import model as models
 from onnxcomp.core import Context
 from onnxcomp.passes.simplify import Simplify
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, Target
 from onnxcomp.synthetic import synthetic
 
 
@@ -29,14 +29,15 @@ def network() -> ir.Model:
     return Simplify()(models.load(net.model())).model
 
 
-def context(count: int = 64, **settings: Any) -> Context:
+def context(count: int = 64, target: Target = Target(threads=1), **settings: Any) -> Context:
     """Images to learn from."""
-    return Context(synthetic(models.input_specs(network()), count, 0), **settings)
+    return Context(synthetic(models.input_specs(network()), count, 0), target, **settings)
 
 
 def error(original: ir.Model, made: ir.Model) -> float:
     """Relative squared error of the first output on made-up inputs that nothing was learnt from."""
     data = synthetic(models.input_specs(original), 8, 1, models.vocabularies(original))
     feeds = next(iter(data.batches(8))).feeds
-    answers: list[Any] = [next(iter(Session(model).run(feeds).values())) for model in (original, made)]
+    sessions = [Session(model, Target(threads=1)) for model in (original, made)]
+    answers: list[Any] = [next(iter(session.run(feeds).values())) for session in sessions]
     return float(np.square(answers[0] - answers[1]).sum() / np.square(answers[0]).sum())
