@@ -7,6 +7,7 @@ the graph they are handed; calling the pass clones, applies, and checks what eve
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from itertools import islice
@@ -155,6 +156,7 @@ class Context:
         exclude: nodes whose name matches are left alone.
         progress: called with (done, total, what) during long work.
         cache: what passes computed for a model and may need again, by key; shared by all that use this context.
+        executor: where work on parts of the data is done; None for this process. Results are the same, byte for byte.
     """
 
     data: Dataset | None = None
@@ -165,6 +167,7 @@ class Context:
     exclude: re.Pattern[str] | None = None
     progress: Callable[[int, int, str], None] = no_progress
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    executor: Executor | None = field(default=None, repr=False, compare=False)
 
     def examples(self, model: ir.Model, count: int = 2) -> Iterator[Feeds]:
         """A few batches of the model's inputs: of the data, or synthetic where there are none.

@@ -1,6 +1,7 @@
 """The one door to ONNX Runtime: sessions, execution providers, timing and profiles."""
 
 import ctypes
+import functools
 import gc
 import json
 import re
@@ -97,8 +98,11 @@ def weight_bits(provider: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
 class Session:
     """A model loaded by ONNX Runtime on a target, silent on the terminal.
 
+    It pickles as its model, and is loaded anew where that arrives: once, however often it does. A model of more than
+    2 GiB does not pickle, see `travels`.
+
     Args:
-        model: a model, or the path of one.
+        model: a model, the bytes of one, or the path of one.
         target: where to run.
         profile: record the time of each node, read by `profile()`.
         extended: ONNX Runtime's own graph optimizations; off only to observe a graph as it is.
@@ -112,13 +116,15 @@ class Session:
 
     def __init__(
         self,
-        model: ir.Model | str | Path,
+        model: ir.Model | bytes | str | Path,
         target: Target = Target(),
         *,
         profile: bool = False,
         extended: bool = True,
         spinning: bool = True,
     ) -> None:
+        self.target = target
+        self._given = model
         self._folder = tempfile.TemporaryDirectory(prefix="onnxcomp-") if profile or _is_large(model) else None
         if self._folder is not None:  # left to itself it goes too, but with a ResourceWarning
             weakref.finalize(self, self._folder.cleanup)
@@ -156,7 +162,24 @@ class Session:
         types = {value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._unknown_to_numpy = any(re.fullmatch(r"tensor\((bfloat|float[48]|u?int[24]\b).*", kind) for kind in types)
 
-    def _source(self, model: ir.Model | str | Path) -> bytes | str:
+    @property
+    def travels(self) -> bool:
+        """Whether it can be pickled."""
+        return not _is_large(models.load(self._given) if isinstance(self._given, str | Path) else self._given)
+
+    @functools.cached_property
+    def content(self) -> bytes:
+        """The model as it travels."""
+        return self._given if isinstance(self._given, bytes) else models.to_bytes(models.load(self._given))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if not self.travels:
+            raise OnnxcompError("a model of more than 2 GiB cannot be sent to other processes")
+        return _arrived, (self.content, self.target)
+
+    def _source(self, model: ir.Model | bytes | str | Path) -> bytes | str:
+        if isinstance(model, bytes):
+            return model
         if not isinstance(model, ir.Model):
             return str(model)
         if self._folder is None or not _is_large(model):
@@ -235,7 +258,16 @@ class NodeTime:
     microseconds: float
 
 
-def _is_large(model: ir.Model | str | Path) -> bool:
+@functools.lru_cache(maxsize=2)
+def _arrived(content: bytes, target: Target) -> Session:
+    """A session that came from another process: it works there between others, so its threads do not spin.
+
+    The last two are kept, as models are judged beside the original, and each arrives with every piece of work.
+    """
+    return Session(content, target, spinning=False)
+
+
+def _is_large(model: ir.Model | bytes | str | Path) -> bool:
     return isinstance(model, ir.Model) and models.tensor_bytes(model) > models.PROTOBUF_LIMIT
 
 
