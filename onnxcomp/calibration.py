@@ -42,7 +42,7 @@ _ROUNDING = 1e-12
 _LEAST_ROWS = 4096
 _UNKNOWN_SIZE = 128
 _BATCH = 64
-_SHARD = 128
+_SHARD = 256
 
 Place: TypeAlias = tuple[str, int, bytes]
 """Where channels lie: the tensor's name, the axis, and the bytes of their positions along it."""

@@ -203,9 +203,9 @@ class Workbench:
         if candidate.model is self.model:
             return 0.0
         if self._baseline is None:
-            self._baseline = self.judges.score(self.original, self.original)
+            self._baseline = self.judges.score(self.original, self.original, self.context)
         try:
-            score = self.judges.score(Session(candidate.model, self.context.target), self.original)
+            score = self.judges.score(Session(candidate.model, self.context.target), self.original, self.context)
         except OnnxcompError as error:  # the original gave a score, so it is the candidate's fault
             candidate.verdict = error.fact
             return float("inf")

@@ -60,6 +60,7 @@ for _command in vars(viewing).values():
 )  # fmt: skip
 @options.seed
 @options.memory
+@options.executor_
 @options.picturing
 @options.showing
 def optimize(

@@ -10,6 +10,7 @@ afterwards has the machine to itself.
 """
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import re
@@ -22,7 +23,7 @@ from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future,
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import onnxcomp
 from onnxcomp.errors import OnnxcompError, OptionError
@@ -30,6 +31,7 @@ from onnxcomp.runtime import VERSION, Target
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
+Given = ParamSpec("Given")
 
 FORMS = "none, local, local:N or dask://HOST:PORT"
 
@@ -75,11 +77,28 @@ def opened(given: Executor | str | None, target: Target) -> Iterator[Executor | 
     if kind == "dask":
         with _dask(rest) as executor:
             yield executor
-    elif workers > bool(not rest):
-        with Processes(workers) as processes:
+    elif workers > 1 or rest:
+        with Processes(workers, text=given) as processes:
             yield processes
-    else:  # a single process would do what this one can do
+    else:  # another process would do what this one does
         yield None
+
+
+def opening(function: Callable[Given, Found]) -> Callable[Given, Found]:
+    """A function whose keyword `executor` may be a text: it is given what that opens for its keyword `target`."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Given.args, **named: Given.kwargs) -> Found:
+        executor, target = named.get("executor"), named.get("target", Target())
+        with opened(executor, Target.of(target)) as named["executor"]:  # type: ignore[arg-type]
+            return function(*args, **named)
+
+    return wrapped
+
+
+def text_of(executor: Executor | None) -> str | None:
+    """The text that opens it, or its type in brackets where it came as an object."""
+    return None if executor is None else getattr(executor, "text", f"<{type(executor).__name__}>")
 
 
 def spare(target: Target) -> int:
@@ -102,10 +121,11 @@ class Processes(Executor):
         workers: how many.
         patience: seconds of work that are done in this process before others are started, for what is small is done
             before they are up.
+        text: that opens them.
     """
 
-    def __init__(self, workers: int, patience: float = _PATIENCE) -> None:
-        self.workers, self._patience = workers, patience
+    def __init__(self, workers: int, patience: float = _PATIENCE, text: str = "local") -> None:
+        self.workers, self._patience, self.text = workers, patience, text
         self._pool: ProcessPoolExecutor | None = None
 
     def submit(self, function: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Future[Found]:
@@ -227,10 +247,11 @@ class _Dask(Executor):
 
     Args:
         client: connected to its scheduler.
+        text: that opens them.
     """
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def __init__(self, client: Any, text: str) -> None:
+        self._client, self.text = client, text
         # Impure: Dask need not look for equal work, which would hash all that is sent.
         self._executor: Executor = client.get_executor(pure=False)
 
@@ -269,7 +290,7 @@ def _dask(place: str) -> Iterator[Executor]:
                 "it is not running, or a firewall is between",
                 f"start `dask scheduler` there, and `dask worker {address}` on the machines that are to work",
             ) from error
-        with _Dask(client) as executor:
+        with _Dask(client, f"dask:{place}") as executor:
             _refuse_strangers(client, address)
             yield executor
 

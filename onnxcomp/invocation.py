@@ -33,6 +33,7 @@ class Invocation:
     images: ImageOptions | None
     best_effort: bool
     keep_overridable: bool
+    executor: str | None
 
     def __str__(self) -> str:
         """The command, for a POSIX shell. What came as an object of Python stands as `<its type>`."""
@@ -60,6 +61,7 @@ class Invocation:
         yield "--effort", _unless("default", str(self.effort))
         yield "--seed", _unless("0", str(self.seed))
         yield "--memory", _unless("2000000000B", f"{self.memory}B")
+        yield "--executor", None if self.executor is None else _unless("local", self.executor)
         yield "--image-size", None if images.size is None else "{}x{}".format(*images.size)
         yield "--mean", None if images.mean == ImageOptions.mean else ",".join(map(repr, images.mean))
         yield "--std", None if images.std == ImageOptions.std else ",".join(map(repr, images.std))

@@ -6,6 +6,7 @@ the original, and written.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Context, Pass, chosen, no_progress, node_pattern
 from onnxcomp.data import ImageOptions
 from onnxcomp.errors import BudgetError, OnnxcompError, OptionError
+from onnxcomp.executors import opening, text_of
 from onnxcomp.invocation import Invocation
 from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
@@ -42,6 +44,7 @@ _SAMPLES = 8
 """On which the error of each layer's output is measured."""
 
 
+@opening
 def optimize(
     source: models.ModelSource,
     *,
@@ -63,6 +66,7 @@ def optimize(
     best_effort: bool = False,
     dry_run: bool = False,
     keep_overridable: bool = False,
+    executor: Executor | str | None = None,
     progress: Callable[[int, int, str], None] = no_progress,
 ) -> Result:
     """Make a model faster, then smaller, within a budget, and prove it.
@@ -88,6 +92,8 @@ def optimize(
         best_effort: write the best found even where it breaks the budget.
         dry_run: decide and measure, but write no model.
         keep_overridable: leave weights that are also graph inputs overridable.
+        executor: where calibration and judging are done, as `executors.opened` takes it; this process by default. The
+            result is the same. What is timed is timed here.
         progress: called with (done, total, what).
 
     Returns:
@@ -117,7 +123,8 @@ def optimize(
     refuse_broken_weights(model)
     original = Session(model, target)
     judges = Judges.of(model, original, calib, evaluation, metric, images, seed, effort.judged)
-    context = Context(judges.tune, target, batch, seed, memory, pattern, progress)
+    assert not isinstance(executor, str), "opened by `opening`"
+    context = Context(judges.tune, target, batch, seed, memory, pattern, progress, executor=executor)
     prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
     bench = Workbench(model, original, context, judges, effort, prefix)
     size = file_size(source, model)
@@ -125,7 +132,7 @@ def optimize(
     about |= {"batch": bench.rows, "seed": seed}
     command = Invocation(
         source, output, calib, evaluation, metric, budget, passes, exclude, target, batch, effort, seed, memory, images,
-        best_effort, keep_overridable,
+        best_effort, keep_overridable, text_of(executor),
     )  # fmt: skip
     fingerprint = models.fingerprint(source)
     proof = _Proof(bench, search, size, source, fingerprint, budget, output, about, prefix, str(command))
@@ -189,9 +196,11 @@ class _Proof:
         feeds = bench.batch.feeds
         protocol = paced(_PROOF, bench.original, feeds)
         timings = stopwatch.time_apart([bench.model, model], bench.context.target, feeds, protocol)
-        before, after = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final, timings)
+        before, after = side_by_side(
+            sessions, sizes, feeds, protocol, judges.metric, judges.final, timings, bench.context
+        )
         if judges.gate is not judges.metric:
-            own, made = (judges.score(session, bench.original, final=True) for session in sessions)
+            own, made = (judges.score(session, bench.original, bench.context, final=True) for session in sessions)
             after = replace(after, drop=metrics.compare(own, made).value)
         unmet = self.search.unmet(after)
         report = Report(
