@@ -220,7 +220,7 @@ def test_dask_that_is_not_there_is_an_option_error(monkeypatch: pytest.MonkeyPat
     assert "onnxcomp[dask]" in caught.value.remedy
 
 
-# -- calibration and scores ---------------------------------------------------------------------------------------------
+# -- calibration and scores -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
@@ -286,7 +286,7 @@ def test_products_are_those_of_one_thread(threads: Executor) -> None:
     from onnxcomp.numerics.blas import one_thread
 
     def limits() -> set[int]:
-        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}  # type: ignore[no-untyped-call]
+        return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
 
     before, inside, leave = limits(), threading.Event(), threading.Event()
 
@@ -304,7 +304,7 @@ def test_products_are_those_of_one_thread(threads: Executor) -> None:
     assert limits() == before
 
 
-# -- Dask ---------------------------------------------------------------------------------------------------------------
+# -- Dask -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
