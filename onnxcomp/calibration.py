@@ -282,6 +282,7 @@ def _pass(
     done = 0
     for samples, part in mapped(work, shards(data.batches(size), most), context.executor, room):
         yield part
+        del part  # the next shard needs the room
         done += samples
         context.progress(done, data.samples, what)
 

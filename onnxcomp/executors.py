@@ -234,9 +234,15 @@ def _submitted(executor: Executor, function: Callable[[Item], Found], item: Item
         raise _lost("a process of the executor was killed, and it starts no others") from error
 
 
-def _lost(cause: str = "it needs more memory than its machine has, or crashes ONNX Runtime") -> OnnxcompError:
+_USUAL = (
+    "it needs more memory than its machine has, it crashes ONNX Runtime, or a script starts processes without "
+    'if __name__ == "__main__":'
+)
+
+
+def _lost(cause: str = _USUAL) -> OnnxcompError:
     return OnnxcompError(
-        "work was lost with the process that did it, again and again",
+        "work was lost with the process that did it",
         cause,
         "fewer workers (--executor local:N) or less --memory; --executor none does it all in one process",
     )

@@ -108,7 +108,7 @@ def test_a_killed_process_loses_nothing(processes: Processes, tmp_path: Path) ->
 
 
 def test_work_that_kills_every_process_is_given_up() -> None:
-    with Processes(1, patience=0) as executor, pytest.raises(OnnxcompError, match="again and again") as caught:
+    with Processes(1, patience=0) as executor, pytest.raises(OnnxcompError, match="work was lost") as caught:
         list(mapped(die, [1], executor, room=2))
     assert "--executor none" in caught.value.remedy
 
