@@ -149,6 +149,11 @@ class Processes(Executor):
         self._patience -= time.perf_counter() - start
         return done
 
+    def stop(self) -> None:
+        """End the processes in the midst of their work, which is lost. Others start when there is more."""
+        for process in list((getattr(self._pool, "_processes", None) or {}).values()):
+            process.terminate()
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the processes."""
         if self._pool is not None:
@@ -206,6 +211,8 @@ def mapped(
     finally:
         for piece in under_way:
             piece.future.cancel()
+        if under_way and isinstance(executor, Processes):
+            executor.stop()  # what runs or is queued there cannot be cancelled, and may take long
         wait([piece.future for piece in under_way])
 
 

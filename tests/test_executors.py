@@ -107,7 +107,8 @@ def test_a_killed_process_loses_nothing(processes: Processes, tmp_path: Path) ->
     assert found == [number * number for number in range(9)]
 
 
-def test_work_that_kills_every_process_is_given_up() -> None:
+def test_work_that_kills_every_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "_LOSSES", 1)
     with Processes(1, patience=0) as executor, pytest.raises(OnnxcompError, match="work was lost") as caught:
         list(mapped(die, [1], executor, room=2))
     assert "--executor none" in caught.value.remedy
@@ -168,6 +169,15 @@ def test_nothing_runs_on_when_the_rest_is_not_wanted(threads: Executor) -> None:
     next(found)
     found.close()  # type: ignore[attr-defined]
     assert all(future.done() for future in under_way)
+
+
+def test_processes_whose_work_is_not_wanted_end_at_once_and_others_start() -> None:
+    with Processes(1, patience=0) as executor:
+        first = executor.submit(os.getpid).result()
+        found = mapped(wait_for, [0.0, 60.0, 60.0], executor, room=3)
+        next(found)
+        found.close()  # type: ignore[attr-defined]
+        assert executor.submit(os.getpid).result() != first
 
 
 def test_little_work_starts_no_processes() -> None:
@@ -250,7 +260,7 @@ def test_without_room_it_is_done_here(truth: bytes) -> None:
     context = Context(target=ONE, executor=Forbidden(), memory=10**4)
     with pytest.raises(AssertionError):
         statistics(Forbidden())
-    calibrate(model, data(), context, tensors[:1], found)
+    calibrate(model, data().select(range(9)), context, tensors[:1], found)
 
 
 @pytest.mark.parametrize("name", ["relative-error", "mse", "accuracy"])
