@@ -5,8 +5,8 @@
             ...
 
 `mapped` takes any `concurrent.futures.Executor` and gives what the built-in `map` gives, in the same order. Work that
-is lost with a killed worker is done again. Nothing of it runs any more once `mapped` is through, so that what is timed
-afterwards has the machine to itself.
+is lost with a killed worker is done again, and here if the whole cluster goes away. Nothing of it runs any more once
+`mapped` is through, so that what is timed afterwards has the machine to itself.
 """
 
 import contextlib
@@ -226,8 +226,8 @@ def _result(piece: _Piece[Item, Found], function: Callable[[Item], Found], execu
             if piece.losses > _LOSSES:
                 raise _lost() from error
             piece.future = _submitted(executor, function, piece.item)
-        except CancelledError as error:
-            raise _lost("the executor was shut down, or its cluster went away") from error
+        except CancelledError:  # not by us: the cluster went away, and a long search need not end with it
+            return function(piece.item)
         except Exception as error:
             if type(error).__module__.partition(".")[0] == "distributed":  # KilledWorker: Dask gives up
                 raise _lost() from error
@@ -275,7 +275,14 @@ class _Dask(Executor):
         return max(sum(threads.values()), 1)
 
     def submit(self, function: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Future[Found]:
-        """Do it on one of them. Dask does it again where a worker is lost, `allowed-failures` times."""
+        """Do it on one of them. Dask does it again where a worker is lost, `allowed-failures` times.
+
+        What was not done when the scheduler went away is cancelled.
+        """
+        if self._client.status == "closed":
+            gone: Future[Found] = Future()
+            gone.cancel()
+            return gone
         return self._executor.submit(function, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -119,6 +119,21 @@ def test_a_pool_that_was_given_is_not_started_again() -> None:
         list(mapped(die, [1, 2], pool, room=2))
 
 
+def test_when_the_cluster_goes_away_the_rest_is_done_here(threads: Executor) -> None:
+    class Leaving(Executor):
+        left = 3
+
+        def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            self.left -= 1
+            if self.left >= 0:
+                return threads.submit(function, *args, **kwargs)
+            gone: Future[Any] = Future()
+            gone.cancel()
+            return gone
+
+    assert list(mapped(abs, range(-9, 0), Leaving(), room=4)) == list(range(9, 0, -1))
+
+
 @pytest.mark.parametrize("kind", ["none", "threads", "processes"])
 def test_an_error_comes_back_as_it_was(kind: str, threads: Executor, processes: Processes) -> None:
     executor = {"none": None, "threads": threads, "processes": processes}[kind]
