@@ -4,11 +4,15 @@ Activations are reduced inside the graph: per-channel extremes are exact, histog
 positions of each sample (all of them where it has few), the same however samples are batched. Gram matrices take input
 vectors at random positions, as many as their width needs. Moments of channels come from sums over each sample. Nothing
 is kept per sample, so memory does not depend on how many there are.
+
+The data are dealt out in shards of so many samples, whoever works on them: in this process or by the context's
+executor. Each has chance of its own, and they are merged in order, so that results are the same to the last bit.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -17,12 +21,14 @@ from numpy.typing import NDArray
 from onnxcomp.channels import Slot
 from onnxcomp.core import Context
 from onnxcomp.errors import DataError
-from onnxcomp.layers import Layer
-from onnxcomp.model import content_hash, opset
+from onnxcomp.executors import mapped
+from onnxcomp.layers import Layer, layers
+from onnxcomp.model import content_hash, free_inputs, load, opset
+from onnxcomp.numerics.blas import one_thread
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.runtime import Session
-from onnxcomp.samples import Batch, Dataset
+from onnxcomp.samples import Batch, Dataset, Shard, shards
 
 HISTOGRAM_ELEMENTS = 384
 """Elements per sample of a tensor that its histogram sees, up to a factor of two: where it has few, all of them."""
@@ -36,6 +42,7 @@ _ROUNDING = 1e-12
 _LEAST_ROWS = 4096
 _UNKNOWN_SIZE = 128
 _BATCH = 64
+_SHARD = 256
 
 Place: TypeAlias = tuple[str, int, bytes]
 """Where channels lie: the tensor's name, the axis, and the bytes of their positions along it."""
@@ -171,7 +178,7 @@ class Statistics:
         return known is not None and (request.axis is None or known.low.size > 1)
 
 
-def _place(slot: Slot) -> Place:
+def _place(slot: "Slot | _Channels") -> Place:
     return slot.tensor, slot.axis, slot.positions.tobytes()
 
 
@@ -182,6 +189,11 @@ class _Requests:
     tensors: list[Observed] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
     channels: list[Slot] = field(default_factory=list)
+
+    @property
+    def all(self) -> list[Observed | Layer | Slot]:
+        """Whatever their kind."""
+        return [*self.tensors, *self.layers, *self.channels]
 
 
 def calibrate(
@@ -199,8 +211,8 @@ def calibrate(
     Args:
         model: opset 13 or later; not modified.
         data: the samples.
-        context: target, memory cap, seed, progress, cache. What exceeds the cap is split into groups, with a pass over
-            the data for each.
+        context: target, memory cap, seed, progress, cache, executor. What exceeds the cap is split into groups, with a
+            pass over the data for each.
         tensors: tensors of the main graph whose ranges are wanted.
         layers: layers of the main graph whose Gram matrix is wanted.
         channels: where channels lie in activations of the main graph, of known rank, whose moments are wanted. The
@@ -227,7 +239,7 @@ def calibrate(
         what = "calibrating" if len(groups) == 1 else f"calibrating, part {done + 1} of {len(groups)}"
         for part in _pass(model, data, context, requests, size, what):
             result = result.merge(part)
-            del part  # the next batch needs the room
+            del part  # the next shard needs the room
     result = Statistics(
         {**known.tensors, **result.tensors},
         {**known.grams, **result.grams},
@@ -261,14 +273,105 @@ def _pass(
     model: ir.Model, data: Dataset, context: Context, requests: _Requests, size: int, what: str
 ) -> Iterator[Statistics]:
     probe = _Probe(model, requests)
-    session = Session(probe.model, context.target, spinning=False)
-    generator = np.random.default_rng(context.seed)
+    reader = probe.reader(Session(probe.model, context.target, spinning=False))
     share = {layer.name: max(_LEAST_ROWS, GRAM_ROWS * layer.input_width) / data.samples for layer in requests.layers}
+    work = functools.partial(_gathered, reader, share, context.seed)
+    sample, memory = _input_bytes(model), context.memory // 2
+    most = int(np.clip(memory // (4 * max(sample, 1)), 1, _SHARD))
+    room = memory // (sum(map(_kept_bytes, requests.all)) + most * sample) if reader.session.travels else 1
     done = 0
-    for batch in data.batches(size):
-        yield probe.read(batch, session.run(batch.feeds, probe.outputs), share, generator)
-        done += batch.valid
+    for samples, part in mapped(work, shards(data.batches(size), most), context.executor, room):
+        yield part
+        del part  # the next shard needs the room
+        done += samples
         context.progress(done, data.samples, what)
+
+
+def _gathered(reader: "_Reader", share: Mapping[str, float], seed: int, shard: Shard) -> tuple[int, Statistics]:
+    """How many samples a shard has, and their statistics."""
+    generator = np.random.default_rng([seed, shard.number])
+    result = Statistics()
+    with one_thread():
+        for batch in shard.batches():
+            result = result.merge(reader.read(batch, share, generator))
+    return shard.samples, result
+
+
+class _Channels(NamedTuple):
+    """A slot without its value."""
+
+    tensor: str
+    axis: int
+    positions: NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """Runs a probe and knows what its outputs mean. It pickles without the layers: they are in the model.
+
+    Attributes:
+        session: the probe, loaded.
+        outputs: their names.
+        reduced: names of sample, lowest and highest elements, by tensor.
+        sums: names of the shape and the sums, by tensor and axis.
+        layers: whose input vectors are drawn.
+        channels: whose moments are taken.
+    """
+
+    session: Session
+    outputs: list[str]
+    reduced: dict[str, tuple[str, str, str]]
+    sums: dict[tuple[str, int], tuple[str, ...]]
+    layers: list[Layer]
+    channels: list[_Channels]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        names = [layer.name for layer in self.layers]
+        return _arrived, (self.session, self.outputs, self.reduced, self.sums, names, self.channels)
+
+    def read(self, batch: Batch, share: Mapping[str, float], generator: np.random.Generator) -> Statistics:
+        """The statistics of one run; of each layer's input vectors that many per sample."""
+        outputs = self.session.run(batch.feeds, self.outputs)
+        tensors, grams, trimmed = {}, {}, batch.trim(outputs)
+        for tensor, (sample, low, high) in self.reduced.items():
+            arrays = trimmed[sample], outputs[low], outputs[high]  # padding repeats a row: no news for the extremes
+            tensors[tensor] = TensorStatistics.of(*(array.astype(np.float32) for array in arrays))
+        for layer in self.layers:
+            count = int(np.ceil(share[layer.name] * batch.valid))
+            data = trimmed[layer.data.name or ""]
+            grams[layer.name] = Gram.of(layer.rows(data, count, generator))
+        channels = {_place(slot): self._moments(slot, outputs, trimmed) for slot in self.channels}
+        return Statistics(tensors, grams, channels)
+
+    def _moments(
+        self, slot: _Channels, outputs: Mapping[str, NDArray[np.generic]], trimmed: Mapping[str, NDArray[np.generic]]
+    ) -> Moments:
+        """Of one run, each channel with all the positions that belong to it."""
+        shape, *names = self.sums[slot.tensor, slot.axis]
+        rows, length = outputs[names[0]].shape
+        count = int(np.prod(outputs[shape].tolist())) // max(rows * length, 1) * slot.positions.shape[1]
+        sums, squares, magnitudes, nonzeros = (
+            trimmed[name].astype(np.float64)[:, slot.positions].sum(axis=2) for name in names
+        )
+        return Moments.of(count, sums=sums, squares=squares, magnitudes=magnitudes, nonzeros=nonzeros)
+
+
+def _arrived(
+    session: Session,
+    outputs: list[str],
+    reduced: dict[str, tuple[str, str, str]],
+    sums: dict[tuple[str, int], tuple[str, ...]],
+    names: list[str],
+    channels: list[_Channels],
+) -> _Reader:
+    known = _layers_of(session.content) if names else {}
+    return _Reader(session, outputs, reduced, sums, [known[name] for name in names], channels)
+
+
+@functools.lru_cache(maxsize=1)
+def _layers_of(content: bytes) -> dict[str, Layer]:
+    """By name; kept for the shards of the same model that follow."""
+    return {layer.name: layer for layer in layers(load(content))}
 
 
 class _Probe:
@@ -292,44 +395,18 @@ class _Probe:
                 self._observe(seen)
             elif (seen.tensor, seen.axis) not in self._sums:
                 self._sum(seen.tensor, seen.axis)
-        self._layers, self._channels = requests.layers, requests.channels
-        inputs = dict.fromkeys(layer.data.name or "" for layer in self._layers)
-        for name in inputs:
+        self._requests = requests
+        self._inputs = dict.fromkeys(layer.data.name or "" for layer in requests.layers)
+        for name in self._inputs:
             if name not in originals:
                 self._output(self._values[name])
+
+    def reader(self, session: Session) -> _Reader:
+        """How to read what the loaded probe gives."""
         reduced = [*self._names.values(), *self._sums.values()]
-        self.outputs = [*(name for names in reduced for name in names), *inputs]
-
-    def read(
-        self,
-        batch: Batch,
-        outputs: Mapping[str, NDArray[np.generic]],
-        share: Mapping[str, float],
-        generator: np.random.Generator,
-    ) -> Statistics:
-        """The statistics of one run's outputs; of each layer's input vectors that many per sample."""
-        tensors, grams, trimmed = {}, {}, batch.trim(outputs)
-        for tensor, (sample, low, high) in self._names.items():
-            arrays = trimmed[sample], outputs[low], outputs[high]  # padding repeats a row: no news for the extremes
-            tensors[tensor] = TensorStatistics.of(*(array.astype(np.float32) for array in arrays))
-        for layer in self._layers:
-            count = int(np.ceil(share[layer.name] * batch.valid))
-            data = trimmed[layer.data.name or ""]
-            grams[layer.name] = Gram.of(layer.rows(data, count, generator))
-        channels = {_place(slot): self._moments(slot, outputs, trimmed) for slot in self._channels}
-        return Statistics(tensors, grams, channels)
-
-    def _moments(
-        self, slot: Slot, outputs: Mapping[str, NDArray[np.generic]], trimmed: Mapping[str, NDArray[np.generic]]
-    ) -> Moments:
-        """Of one run, each channel with all the positions that belong to it."""
-        shape, *names = self._sums[slot.tensor, slot.axis]
-        rows, length = outputs[names[0]].shape
-        count = int(np.prod(outputs[shape].tolist())) // max(rows * length, 1) * slot.positions.shape[1]
-        sums, squares, magnitudes, nonzeros = (
-            trimmed[name].astype(np.float64)[:, slot.positions].sum(axis=2) for name in names
-        )
-        return Moments.of(count, sums=sums, squares=squares, magnitudes=magnitudes, nonzeros=nonzeros)
+        outputs = [*(name for names in reduced for name in names), *self._inputs]
+        channels = [_Channels(slot.tensor, slot.axis, slot.positions) for slot in self._requests.channels]
+        return _Reader(session, outputs, self._names, self._sums, self._requests.layers, channels)
 
     def _all_values(self) -> Iterator[ir.Value]:
         yield from self._graph.inputs
@@ -410,8 +487,7 @@ class _Probe:
 def _groups(requests: _Requests, size: int, memory: int) -> Iterator[_Requests]:
     """Requests in portions whose statistics stay below the cap together."""
     portion, used = _Requests(), 0
-    each: list[Observed | Layer | Slot] = [*requests.tensors, *requests.layers, *requests.channels]
-    for request in each:
+    for request in requests.all:
         need = _bytes(request, size)
         if used and used + need > memory // 2:
             yield portion
@@ -428,13 +504,27 @@ def _groups(requests: _Requests, size: int, memory: int) -> Iterator[_Requests]:
 
 
 def _bytes(request: Observed | Layer | Slot, size: int) -> int:
-    """What a request needs: its statistics, those of a run that are merged into them, and what a run hands out."""
+    """What a request needs: its statistics, those of a shard and of a run, their sum, and what a run hands out."""
+    kept = _kept_bytes(request)
     if isinstance(request, Observed):
-        return 4 * 8 * 4096 + 2 * 4 * HISTOGRAM_ELEMENTS * size
+        return 4 * kept + 2 * 4 * HISTOGRAM_ELEMENTS * size
     if isinstance(request, Layer):
-        return 3 * 8 * request.groups * (request.input_width + 1) ** 2 + 8 * size * _elements(request.data)
-    per_channel = 3 * 6 * 8 * len(request.positions)
-    return per_channel + 4 * (4 + 2 * 8) * size * (int(request.positions.max(initial=0)) + 1)
+        return 4 * kept + 8 * size * _elements(request.data)
+    return 4 * kept + 4 * (4 + 2 * 8) * size * (int(request.positions.max(initial=0)) + 1)
+
+
+def _kept_bytes(request: Observed | Layer | Slot) -> int:
+    """Of the statistics themselves."""
+    if isinstance(request, Observed):
+        return 8 * 4096
+    if isinstance(request, Layer):
+        return 8 * request.groups * (request.input_width + 1) ** 2
+    return 6 * 8 * len(request.positions)
+
+
+def _input_bytes(model: ir.Model) -> int:
+    """Bytes of a sample, whatever its type; strings as a guess."""
+    return sum(8 * _elements(value) for value in free_inputs(model))
 
 
 def _elements(value: ir.Value) -> int:

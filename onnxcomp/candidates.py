@@ -266,9 +266,9 @@ class Workbench:
     def _compared(self, model: ir.Model) -> tuple[float, str]:
         """The drop, and why it is infinite."""
         if self._baseline is None:
-            self._baseline = self.judges.score(self.original, self.original)
+            self._baseline = self.judges.score(self.original, self.original, self.context)
         try:
-            score = self.judges.score(Session(model, self.context.target), self.original)
+            score = self.judges.score(Session(model, self.context.target), self.original, self.context)
         except OnnxcompError as error:  # the original gave a score, so it is the candidate's fault
             return float("inf"), error.fact
         return metrics.compare(self._baseline, score).value, ""

@@ -73,6 +73,7 @@ for _command in vars(viewing).values():
 )
 @options.seed
 @options.memory
+@options.executor_
 @options.picturing
 @options.showing
 def optimize(

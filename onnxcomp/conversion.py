@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -15,6 +16,7 @@ from onnxcomp.budget import Budget, within
 from onnxcomp.core import Context, Pass, name_nodes, no_progress, node_pattern
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import BudgetError, ModelError, OptionError, did_you_mean
+from onnxcomp.executors import opening
 from onnxcomp.graph import prepared
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side, usual_metric
@@ -56,6 +58,7 @@ class Settings(TypedDict, total=False):
     overwrite: bool
     best_effort: bool
     dry_run: bool
+    executor: Executor | str | None
     progress: Progress
 
 
@@ -84,6 +87,7 @@ def apply(source: ModelSource, *, recipe: Recipe | ModelSource, **settings: Unpa
     return convert(source, found.passes, exclude=found.exclude, seed=found.seed, origin=origin, **settings)
 
 
+@opening
 def convert(
     source: ModelSource,
     passes: Sequence[Pass],
@@ -102,6 +106,7 @@ def convert(
     overwrite: bool = False,
     best_effort: bool = False,
     dry_run: bool = False,
+    executor: Executor | str | None = None,
     progress: Progress = no_progress,
     origin: Origin | None = None,
 ) -> Result:
@@ -126,6 +131,8 @@ def convert(
         overwrite: replace an existing output.
         best_effort: write the result even where it loses more than `max_drop`.
         dry_run: measure, but write nothing.
+        executor: where calibration and scoring are done, as `executors.opened` takes it; this process by default. The
+            result is the same.
         progress: called with (done, total, what).
         origin: the recipe that the passes were read from, see `apply`.
 
@@ -142,7 +149,8 @@ def convert(
     learn = None if calib is None else open_dataset(calib, specs, images)
     proof = None if evaluation is None else open_dataset(evaluation, specs, images)
     wanted = metrics.parse_metric(metric) if metric else None
-    context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress)
+    assert not isinstance(executor, str), "opened by `opening`"
+    context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress, executor=executor)
     if origin is not None:
         _refuse_idle(recipe, work.model)
     before = (origin.record if origin else None) or Record()
@@ -318,7 +326,7 @@ class _Loss:
         sessions = Session(original, context.target), Session(made, context.target)
         feeds = next(iter(self.data.batches(context.batch))).feeds
         protocol = paced(_PROTOCOL, sessions[0], feeds)
-        before, after = side_by_side(sessions, sizes, feeds, protocol, self.metric, self.data)
+        before, after = side_by_side(sessions, sizes, feeds, protocol, self.metric, self.data, context=context)
         return before, after, str(protocol)
 
     def notes(self, result: Figures) -> list[str]:

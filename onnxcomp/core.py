@@ -7,6 +7,7 @@ the graph they are handed; calling the pass clones, applies, and checks what eve
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from itertools import islice
@@ -160,6 +161,7 @@ class Context:
         progress: called with (done, total, what) during long work.
         cache: what passes computed for a model and may need again, by key; shared by all that use this context.
         store: the same for longer, on disk.
+        executor: where work on parts of the data is done; None for this process. Results are the same, byte for byte.
     """
 
     data: Dataset | None = None
@@ -170,6 +172,7 @@ class Context:
     exclude: re.Pattern[str] | None = None
     progress: Callable[[int, int, str], None] = field(default=no_progress, compare=False)
     cache: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    executor: Executor | None = field(default=None, repr=False, compare=False)
     store: Store | None = field(default=None, repr=False, compare=False)
 
     def recall(self, what: str, parts: object, compute: Callable[[], Found]) -> Found:

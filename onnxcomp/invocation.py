@@ -34,6 +34,7 @@ class Invocation:
     best_effort: bool
     keep_overridable: bool
     time_limit: float | None
+    executor: str | None
 
     def __str__(self) -> str:
         """The command, for a POSIX shell. What came as an object of Python stands as `<its type>`."""
@@ -64,6 +65,7 @@ class Invocation:
         yield "--time-limit", _number(self.time_limit, "s")
         yield "--seed", _unless("0", str(self.seed))
         yield "--memory", _unless("2000000000B", f"{self.memory}B")
+        yield "--executor", None if self.executor is None else _unless("local", self.executor)
         yield "--image-size", None if images.size is None else "{}x{}".format(*images.size)
         yield "--mean", None if images.mean == ImageOptions.mean else ",".join(map(repr, images.mean))
         yield "--std", None if images.std == ImageOptions.std else ",".join(map(repr, images.std))

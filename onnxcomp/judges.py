@@ -12,9 +12,10 @@ import onnx_ir as ir
 
 from onnxcomp import metrics
 from onnxcomp import model as models
+from onnxcomp.core import Context
 from onnxcomp.data import ImageOptions, Split, divisible, open_dataset, split
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.measure import SCORING_ROWS, usual_metric
+from onnxcomp.measure import SCORING_ROWS, evaluated, usual_metric
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset, Feeds
 from onnxcomp.synthetic import synthetic
@@ -112,10 +113,11 @@ class Judges:
         """What a budget is on: the metric, but the relative error where the original's own score is infinite (SQNR)."""
         return gate_of(self.metric)
 
-    def score(self, session: Session, reference: Session, *, final: bool = False) -> metrics.Score:
+    def score(
+        self, session: Session, reference: Session, context: Context = Context(), *, final: bool = False
+    ) -> metrics.Score:
         """Score a model on the judge's data, or on the final ones, by what a budget is on."""
-        data = self.final if final else self.judge
-        return metrics.evaluate(self.gate, session.run, data, reference.run, SCORING_ROWS)
+        return evaluated(self.gate, session, self.final if final else self.judge, reference, context)
 
     def run_of(self, rows: int) -> Batch:
         """One run to measure latency on, of that many rows where model and data allow; few samples are repeated."""

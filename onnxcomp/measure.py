@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,22 +16,26 @@ import onnx_ir as ir
 
 from onnxcomp import metrics, runtime
 from onnxcomp import model as models
-from onnxcomp.core import no_progress
+from onnxcomp.core import Context, no_progress
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import DataError, ModelError, OptionError
+from onnxcomp.executors import mapped
 from onnxcomp.footprint import Footprint, footprint
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.model import ModelSource
 from onnxcomp.report import Benchmark, Evaluation, Figures, Quality, Speed, Spread, environment, source_name
 from onnxcomp.runtime import Feeds, Protocol, Session, Target, Timing
-from onnxcomp.samples import Batch, Dataset
-from onnxcomp.scoring import LABEL
+from onnxcomp.samples import Batch, Dataset, Shard, shards
+from onnxcomp.scoring import LABEL, FloatArray
 from onnxcomp.synthetic import synthetic
 
 Progress = Callable[[int, int, str], None]
 
 SCORING_ROWS = 16
 """Rows per run when scoring; some ONNX Runtime kernels differ by batch, so neither 1 nor hundreds."""
+
+_SHARD = 256
+"""Samples that are scored at a time by an executor: seconds for a slow model, and rows are few bytes to send."""
 
 
 def bench(
@@ -284,6 +289,7 @@ def side_by_side(
     metric: metrics.Metric,
     data: Dataset,
     timings: Sequence[Timing] | None = None,
+    context: Context = Context(),
 ) -> list[Figures]:
     """Latency and score of a model and of what was made of it.
 
@@ -295,16 +301,39 @@ def side_by_side(
         metric: what is scored.
         data: on which samples.
         timings: of all, where they were taken elsewhere.
+        context: whose executor scores.
     """
     timings = timings or runtime.compare(sessions, feeds, protocol)
-    baseline, *others = (
-        metrics.evaluate(metric, session.run, data, sessions[0].run, SCORING_ROWS) for session in sessions
-    )
+    baseline, *others = (evaluated(metric, session, data, sessions[0], context) for session in sessions)
     drops = [0.0, *(metrics.compare(baseline, score).value for score in others)]
     return [
         Figures(size, timing.median, (timing.low, timing.high), timing.speedup, score.value, score.interval, drop)
         for size, timing, score, drop in zip(sizes, timings, (baseline, *others), drops, strict=True)
     ]
+
+
+def evaluated(
+    metric: metrics.Metric, session: Session, data: Dataset, reference: Session, context: Context
+) -> metrics.Score:
+    """Measure a metric as `metrics.evaluate` does, on shards of the data where the context has an executor.
+
+    Raises:
+        DataError, OptionError: as for `metrics.evaluate_all`.
+        OnnxcompError: the model fails on the data.
+    """
+    travels = all(each.travels for each in (session, reference))
+    if context.executor is None or not (travels and len(data)) or not isinstance(metric, metrics.StreamedMetric):
+        return metrics.evaluate(metric, session.run, data, reference.run, SCORING_ROWS)
+    sample = sum(array.nbytes for array in data.read(0).feeds.values())
+    room = context.memory // (sample * _SHARD + 1)
+    work = partial(_rows, metric, session, reference if metric.needs == "reference" else None)
+    rows = mapped(work, shards(data.batches(SCORING_ROWS), _SHARD), context.executor, room)
+    return metrics.scored(metric, np.concatenate(list(rows)))
+
+
+def _rows(metric: metrics.StreamedMetric, session: Session, reference: Session | None, shard: Shard) -> FloatArray:
+    predict = None if reference is None else reference.run
+    return metrics.rows_of([metric], session.run, shard, predict, SCORING_ROWS)[0]
 
 
 def usual_metric(session: Session, data: Dataset) -> tuple[metrics.Metric, str]:

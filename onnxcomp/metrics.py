@@ -174,13 +174,13 @@ def evaluate_all(
         OptionError: a user's metric failed, or a named output does not exist.
     """
     streamed = [metric for metric in metrics if isinstance(metric, StreamedMetric)]
-    rows = iter(_stream(streamed, predict, dataset, reference, batch_size)) if streamed else iter(())
+    rows = iter(rows_of(streamed, predict, dataset, reference, batch_size)) if streamed else iter(())
     scores = []
     for metric in metrics:
         if isinstance(metric, UserMetric):
             scores.append(Score(metric, metric.function(predict), None))
         elif isinstance(metric, StreamedMetric):
-            scores.append(_score(metric, next(rows)))
+            scores.append(scored(metric, next(rows)))
     return scores
 
 
@@ -270,14 +270,18 @@ def _plain(name: str) -> str:
 # --- running over data ----------------------------------------------------------------------------------------------
 
 
-def _stream(
+def rows_of(
     metrics: Sequence[StreamedMetric],
     predict: Predict,
     dataset: Dataset,
     reference: Predict | None,
     batch_size: int,
 ) -> list[FloatArray]:
-    """The rows of each metric over the whole dataset."""
+    """The rows of each metric over the whole dataset, (samples, outputs, k); those of parts of it, put together.
+
+    Raises:
+        DataError, OptionError: as for `evaluate_all`.
+    """
     parts: list[list[FloatArray]] = [[] for _ in metrics]
     for batch in dataset.batches(batch_size):
         outputs = _valid(predict(batch.feeds), batch)
@@ -300,7 +304,7 @@ def _stream(
 def _valid(outputs: Arrays, batch: Batch) -> Arrays:
     """Tensor outputs without the padding, each with a leading sample axis.
 
-    An output without that axis (a scalar, or detections of a whole image) is one sample, which `_stream` lets count
+    An output without that axis (a scalar, or detections of a whole image) is one sample, which `rows_of` lets count
     for every sample of its batch.
     """
     size = batch.valid + batch.padding
@@ -319,7 +323,8 @@ def _select(outputs: Arrays, name: str | None) -> Arrays:
     return {name: outputs[name]}
 
 
-def _score(metric: StreamedMetric, rows: FloatArray) -> Score:
+def scored(metric: StreamedMetric, rows: FloatArray) -> Score:
+    """The score of the rows that `rows_of` gives."""
     with np.errstate(all="ignore"):
         value = float(metric.value(rows.mean(0)))
     return Score(metric, value, bootstrap_interval(rows, metric.value), rows)

@@ -6,6 +6,7 @@ the original, and written.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from onnxcomp.core import Context, Pass, chosen, no_progress, node_pattern
 from onnxcomp.data import ImageOptions
 from onnxcomp.deadline import Deadline
 from onnxcomp.errors import BudgetError, OnnxcompError, OptionError
+from onnxcomp.executors import opening, text_of
 from onnxcomp.family import Family, Member
 from onnxcomp.footprint import memory_of
 from onnxcomp.invocation import Invocation
@@ -53,6 +55,7 @@ _SAMPLES = 8
 """On which the error of each layer's output is measured."""
 
 
+@opening
 def optimize(
     source: models.ModelSource,
     *,
@@ -77,6 +80,7 @@ def optimize(
     pareto: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
     keep_overridable: bool = False,
+    executor: Executor | str | None = None,
     progress: Callable[[int, int, str], None] = no_progress,
 ) -> Result:
     """Make a model faster, then smaller, within a budget, and prove it.
@@ -106,6 +110,8 @@ def optimize(
         pareto: folder for every result that is worth a choice between accuracy, latency and size.
         dry_run: decide and measure, but write no model.
         keep_overridable: leave weights that are also graph inputs overridable.
+        executor: where calibration and judging are done, as `executors.opened` takes it; this process by default. The
+            result is the same. What is timed is timed here.
         progress: called with (done, total, what).
 
     Returns:
@@ -138,7 +144,8 @@ def optimize(
     original = Session(model, target)
     judges = Judges.of(model, original, calib, evaluation, metric, images, seed, effort.judged)
     store = None if cache is None else Store(cache)
-    context = Context(judges.tune, target, batch, seed, memory, pattern, progress, store=store)
+    assert not isinstance(executor, str), "opened by `opening`"
+    context = Context(judges.tune, target, batch, seed, memory, pattern, progress, store=store, executor=executor)
     prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
     bench = Workbench(model, original, context, judges, effort, prefix, Deadline(time_limit))
     figures = bench.original_figures(file_size(source, model), memory=budget.limits_memory)
@@ -146,7 +153,7 @@ def optimize(
     about |= {"batch": bench.rows, "seed": seed}
     command = Invocation(
         source, output, calib, evaluation, metric, budget, passes, exclude, target, batch, effort, seed, memory, images,
-        best_effort, keep_overridable, time_limit,
+        best_effort, keep_overridable, time_limit, text_of(executor),
     )  # fmt: skip
     fingerprint = models.fingerprint(source)
     proof = _Proof(bench, search, figures, source, fingerprint, budget, output, about, prefix, str(command))
@@ -266,9 +273,9 @@ class _Proof:
         sessions = [bench.original, *(Session(model, target) for model in made)]
         sizes = [self.original.size, *map(models.file_bytes, made)]
         timings = stopwatch.time_apart([bench.model, *made], target, feeds, protocol)
-        figures = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final, timings)
+        figures = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final, timings, bench.context)
         if judges.gate is not judges.metric:
-            own, *scores = (judges.score(session, bench.original, final=True) for session in sessions)
+            own, *scores = (judges.score(session, bench.original, bench.context, final=True) for session in sessions)
             drops = [0.0, *(metrics.compare(own, score).value for score in scores)]
             figures = [replace(each, drop=drop) for each, drop in zip(figures, drops, strict=True)]
         if self.original.memory is not None:

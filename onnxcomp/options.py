@@ -81,6 +81,12 @@ def _parse_pattern(text: str) -> str:
     return text
 
 
+def _parse_executor(text: str) -> str:
+    from onnxcomp.executors import parse
+
+    return parse(text)
+
+
 _Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 
@@ -202,6 +208,14 @@ exclude = click.option(
 memory = click.option(
     "--memory", metavar="2GB", type=BYTES, default="2GB", show_default=True, help="Most that calibration keeps."
 )
+executor_ = click.option(
+    "--executor",
+    metavar="E",
+    type=Parsed("EXECUTOR", _parse_executor),
+    default="local",
+    show_default=True,
+    help="Where calibration and scoring are done: none (one process), local[:N] (processes here), dask://HOST:PORT.",
+)
 max_drop = click.option(
     "--max-drop", metavar="1%", type=SHARE, help="Most that the metric may lose, in its own unit: 1% is 0.01."
 )
@@ -260,12 +274,14 @@ picturing = _as_one(
 )
 
 learning = together(
-    calib, evaluation_, metric, max_drop, best_effort, exclude, overridable, running, batch, seed, memory, picturing,
-    showing,
+    calib, evaluation_, metric, max_drop, best_effort, exclude, overridable, running, batch, seed, memory, executor_,
+    picturing, showing,
 )  # fmt: skip
 """What every technique takes that learns from data and is measured on them."""
 
-repeating = together(calib, evaluation_, metric, max_drop, best_effort, running, batch, memory, picturing, showing)
+repeating = together(
+    calib, evaluation_, metric, max_drop, best_effort, running, batch, memory, executor_, picturing, showing,
+)  # fmt: skip
 """The same without what a recipe says."""
 
 

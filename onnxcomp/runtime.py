@@ -100,8 +100,11 @@ def weight_bits(provider: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
 class Session:
     """A model loaded by ONNX Runtime on a target, silent on the terminal.
 
+    It pickles as its model, and is loaded anew where that arrives: once, however often it does. A model of more than
+    2 GiB does not pickle, see `travels`.
+
     Args:
-        model: a model, or the path of one.
+        model: a model, the bytes of one, or the path of one.
         target: where to run.
         profile: record the time of each node, read by `profile()`.
         extended: ONNX Runtime's own graph optimizations; off only to observe a graph as it is.
@@ -115,13 +118,14 @@ class Session:
 
     def __init__(
         self,
-        model: "ir.Model | str | Path",
+        model: "ir.Model | bytes | str | Path",
         target: Target = Target(),
         *,
         profile: bool = False,
         extended: bool = True,
         spinning: bool = True,
     ) -> None:
+        self.target, self._given = target, model
         large = _is_large(model)
         self._folder = tempfile.TemporaryDirectory(prefix="onnxcomp-") if profile or large else None
         if self._folder is not None:  # left to itself it goes too, but with a ResourceWarning
@@ -160,7 +164,28 @@ class Session:
         types = {value.type for value in (*self._session.get_inputs(), *self._session.get_outputs())}
         self._unknown_to_numpy = any(re.fullmatch(r"tensor\((bfloat|float[48]|u?int[24]\b).*", kind) for kind in types)
 
-    def _source(self, model: "ir.Model | str | Path", large: bool) -> bytes | str:
+    @property
+    def travels(self) -> bool:
+        """Whether it can be pickled."""
+        from onnxcomp import model as models
+
+        return not _is_large(models.load(self._given) if isinstance(self._given, str | Path) else self._given)
+
+    @functools.cached_property
+    def content(self) -> bytes:
+        """The model as it travels."""
+        from onnxcomp import model as models
+
+        return self._given if isinstance(self._given, bytes) else models.to_bytes(models.load(self._given))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if not self.travels:
+            raise OnnxcompError("a model of more than 2 GiB cannot be sent to other processes")
+        return _arrived, (self.content, self.target)
+
+    def _source(self, model: "ir.Model | bytes | str | Path", large: bool) -> bytes | str:
+        if isinstance(model, bytes):
+            return model
         if isinstance(model, str | Path):
             return str(model)
         from onnxcomp import model as models
@@ -253,8 +278,17 @@ class NodeTime:
     microseconds: float
 
 
-def _is_large(model: "ir.Model | str | Path") -> bool:
-    if isinstance(model, str | Path):
+@functools.lru_cache(maxsize=2)
+def _arrived(content: bytes, target: Target) -> Session:
+    """A session that came from another process: it works there between others, so its threads do not spin.
+
+    The last two are kept, as models are judged beside the original, and each arrives with every piece of work.
+    """
+    return Session(content, target, spinning=False)
+
+
+def _is_large(model: "ir.Model | bytes | str | Path") -> bool:
+    if isinstance(model, bytes | str | Path):
         return False
     from onnxcomp import model as models
 

@@ -127,6 +127,42 @@ class Dataset:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Some of the data's runs, one after the other: what is worked on at a time.
+
+    Attributes:
+        number: of the shard, from 0.
+        runs: as `Dataset.batches` gives them.
+    """
+
+    number: int
+    runs: tuple[Batch, ...]
+
+    @property
+    def samples(self) -> int:
+        """How many there are."""
+        return sum(run.valid for run in self.runs)
+
+    def batches(self, size: int | None = None) -> Iterator[Batch]:
+        """The runs, as they are."""
+        return iter(self.runs)
+
+
+def shards(runs: Iterable[Batch], samples: int) -> Iterator[Shard]:
+    """Runs in portions of so many samples, or a run where one has more; the last may be smaller."""
+    portion: list[Batch] = []
+    number = held = 0
+    for run in runs:
+        if portion and held + run.valid > samples:
+            yield Shard(number, tuple(portion))
+            portion, number, held = [], number + 1, 0
+        portion.append(run)
+        held += run.valid
+    if portion:
+        yield Shard(number, tuple(portion))
+
+
 def _fixed_batch(specs: Sequence[TensorSpec]) -> int | None:
     """The first axis, where the inputs that fix theirs agree on it."""
     lengths = {length for spec in specs for length in (spec.shape or ())[:1] if isinstance(length, int)}

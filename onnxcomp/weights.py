@@ -1,15 +1,18 @@
 """A layer's weights on an integer grid, with as little change of the layer's output as calibration allows."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnxcomp.calibration import Gram
+from onnxcomp.core import Context
+from onnxcomp.executors import mapped
 from onnxcomp.layers import Layer
 from onnxcomp.numerics.affine import IntGrid, dequantize, quantize, spread_blocks
+from onnxcomp.numerics.blas import one_thread
 from onnxcomp.numerics.gptq import polish, round_gptq
 from onnxcomp.numerics.ranges import blockwise
 
@@ -75,16 +78,77 @@ def round_weights(
         cache: remembers what the Gram matrix was needed for, which takes long.
     """
     if cache is not None and gram is not None and matrix is None:
-        key = ("rounded", gram, layer.name, grid, rounding, block, np.asarray(least_scale).tobytes())
+        key = _key(layer, grid, rounding, gram, block, least_scale)
         if key not in cache:
             cache[key] = round_weights(layer, grid, rounding, gram, block=block, least_scale=least_scale)
         return cast(RoundedWeights, cache[key])
     full = layer.matrix() if matrix is None else matrix
-    rows = len(full) // layer.groups
-    width = block or full.shape[1]
-    bounds = np.broadcast_to(np.asarray(least_scale, np.float32), (len(full),))
+    return _rounded(_Matrix(full, layer.groups, grid, rounding, gram, block, least_scale))
+
+
+class Wanted(NamedTuple):
+    """What `round_weights` will be asked for."""
+
+    layer: Layer
+    grid: IntGrid
+    gram: Gram | None
+    block: int | None = None
+    least_scale: NDArray[np.floating] | float = 0.0
+
+
+def round_ahead(wanted: Iterable[Wanted], rounding: Rounding, context: Context) -> None:
+    """Let the context's executor round several layers at a time, for `round_weights` to find them in the cache.
+
+    Without an executor, or data to learn from, nothing is done ahead.
+    """
+    if context.executor is None:
+        return
+    jobs = {}
+    for layer, grid, gram, block, least in wanted:
+        if gram is not None and (key := _key(layer, grid, rounding, gram, block, least)) not in context.cache:
+            jobs[key] = _Matrix(layer.matrix(), layer.groups, grid, rounding, gram, block, least)
+    room = context.memory // max((job.bytes for job in jobs.values()), default=1)
+    for key, rounded in zip(jobs, mapped(_rounded, jobs.values(), context.executor, room), strict=True):
+        context.cache[key] = rounded
+
+
+def _key(
+    layer: Layer,
+    grid: IntGrid,
+    rounding: Rounding,
+    gram: Gram,
+    block: int | None,
+    least_scale: NDArray[np.floating] | float,
+) -> tuple[Hashable, ...]:
+    return "rounded", gram, layer.name, grid, rounding, block, np.asarray(least_scale).tobytes()
+
+
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """The weights of a layer, (out, in) of each group one after the other, and how they are to be rounded."""
+
+    weights: NDArray[np.floating]
+    groups: int
+    grid: IntGrid
+    rounding: Rounding
+    gram: Gram | None
+    block: int | None
+    least_scale: NDArray[np.floating] | float
+
+    @property
+    def bytes(self) -> int:
+        """Of its arrays."""
+        return self.weights.nbytes + (0 if self.gram is None else self.gram.total.nbytes)
+
+
+@one_thread()
+def _rounded(matrix: _Matrix) -> RoundedWeights:
+    full, groups, grid, rounding, gram = matrix.weights, matrix.groups, matrix.grid, matrix.rounding, matrix.gram
+    rows = len(full) // groups
+    width = matrix.block or full.shape[1]
+    bounds = np.broadcast_to(np.asarray(matrix.least_scale, np.float32), (len(full),))
     parts = []
-    for group in range(layer.groups):
+    for group in range(groups):
         part = slice(group * rows, (group + 1) * rows)
         W = full[part]
         H = None if gram is None else gram.second_moment[group]
@@ -110,7 +174,7 @@ def round_weights(
     )
     if gram is None or not rounding.bias_correction:
         return rounded
-    return replace(rounded, bias_shift=mean_error(full, rounded, gram, grid, block))
+    return replace(rounded, bias_shift=mean_error(full, rounded, gram, grid, matrix.block))
 
 
 def mean_error(

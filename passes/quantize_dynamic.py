@@ -24,7 +24,7 @@ from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.affine import IntGrid, quantize
 from onnxcomp.numerics.ranges import weight_scales
 from onnxcomp.runtime import weight_bits
-from onnxcomp.weights import Rounding, round_weights
+from onnxcomp.weights import Rounding, Wanted, round_ahead, round_weights
 
 _OPSET = 13
 _LEAST_ELEMENTS = 1024  # of a table
@@ -69,6 +69,7 @@ class QuantizeDynamic(Pass):
         grams = _grams(converted, chosen, self.rounding, context)
         grid = IntGrid(self.weight_bits, signed=True, symmetric=True)
         changes = []
+        round_ahead([Wanted(layer, grid, grams.get(layer.name)) for layer in chosen], self.rounding, context)
         for layer in chosen:
             _quantize(layer, grid, self.rounding, grams.get(layer.name), context.cache)
             changes.append(Change(layer.name, "int8 weights per channel, dynamic uint8 activations"))

@@ -18,10 +18,9 @@ stay in float (`inputs_only`).
 """
 
 from collections import defaultdict
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -36,7 +35,7 @@ from onnxcomp.numerics import ranges
 from onnxcomp.numerics.affine import AffineParameters, IntGrid, parameters_from_range, quantize
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.runtime import weight_bits
-from onnxcomp.weights import Rounding, mean_error, round_weights
+from onnxcomp.weights import Rounding, Wanted, mean_error, round_ahead, round_weights
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _INPUTS_ONLY = {"tensorrt", "nvtensorrtrtx"}
@@ -107,7 +106,7 @@ class QuantizeStatic(Pass):
             chosen = {
                 name: node for name, node in chosen.items() if layer_of(node) or node.op_type in {"Add", "MatMul"}
             }
-        surgery = _Surgery(converted, chosen, self, context.cache)
+        surgery = _Surgery(converted, chosen, self, context)
         grams = [layer for layer in surgery.layers if self.rounding.needs_gram]
         statistics = calibrate(converted, context.data, context, surgery.observed(), grams)
         changes = surgery.run(statistics)
@@ -120,13 +119,11 @@ class _Surgery:
     Nodes are handled in graph order, and each rewires only its own inputs: until then they are the original values.
     """
 
-    def __init__(
-        self, model: ir.Model, chosen: dict[str, ir.Node], settings: QuantizeStatic, cache: dict[Hashable, Any]
-    ) -> None:
+    def __init__(self, model: ir.Model, chosen: dict[str, ir.Node], settings: QuantizeStatic, context: Context) -> None:
         self._model = model
         self._chosen = chosen
         self._settings = settings
-        self._cache = cache
+        self._context = context
         self._grid = IntGrid(8, settings.signed, symmetric=settings.signed)
         self._dtype = ir.DataType.from_numpy(self._grid.dtype)
         self._builder = Builder(model.graph)
@@ -322,8 +319,8 @@ class _Surgery:
         for layer in self.layers:
             sharing[layer.weight, layer.channel_axis].append(layer)
         grid, rounding = IntGrid(self._settings.weight_bits, signed=True, symmetric=True), self._settings.rounding
-        result = {}
-        for (weight, _), group in sharing.items():
+        wanted = []
+        for group in sharing.values():
             # With smaller scales a bias would not fit 32 bits in steps of s_x s_W.
             steps = [float(self._of_range(layer.data).numbers.scale) * 2**30 for layer in group]
             least = np.max(
@@ -331,13 +328,17 @@ class _Surgery:
             )
             grams = [self._statistics.grams[layer.name] for layer in group if rounding.needs_gram]
             gram = reduce(Gram.merge, grams) if grams else None
-            rounded = round_weights(group[0], grid, rounding, gram, least_scale=least, cache=self._cache)
+            wanted.append(Wanted(group[0], grid, gram, least_scale=least))
+        round_ahead(wanted, rounding, self._context)
+        result = {}
+        for ((weight, _), group), (_, _, gram, _, least) in zip(sharing.items(), wanted, strict=True):
+            rounded = round_weights(group[0], grid, rounding, gram, least_scale=least, cache=self._context.cache)
             integers = self._builder.constant(group[0].from_matrix(rounded.integers), f"{weight.name}_int")
             scale = self._builder.constant(rounded.scale[:, 0], f"{weight.name}_scale")
-            for index, layer in enumerate(group):
+            for layer in group:
                 shift = rounded.bias_shift
                 if len(group) > 1 and rounding.bias_correction:
-                    shift = mean_error(layer.matrix(), rounded, grams[index], grid)
+                    shift = mean_error(layer.matrix(), rounded, self._statistics.grams[layer.name], grid)
                 result[layer.name] = _Weights(integers, scale, rounded.scale[:, 0], layer.bias_vector() + shift, shift)
         return result
 

@@ -13,7 +13,7 @@ Rules, by what reads a weight:
 5. A weight is rounded where that takes fewer bytes than it did, new nodes included, and it has at least 1,024 elements.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -36,7 +36,7 @@ from onnxcomp.errors import OptionError
 from onnxcomp.graph import Builder, prepared, remove_unused, replace
 from onnxcomp.layers import Layer
 from onnxcomp.numerics.affine import IntGrid
-from onnxcomp.weights import Rounding, round_weights
+from onnxcomp.weights import Rounding, Wanted, round_ahead, round_weights
 
 _OPSET = 13
 _LEAST_ELEMENTS = 1024
@@ -103,6 +103,7 @@ class QuantizeWeights(Pass):
             else:
                 plans.append(planned)
         grams = self._grams(converted, plans, context)
+        round_ahead(self._wanted(plans, grams), self.rounding, context)
         changes: list[Change] = []
         for plan in plans:
             changes += self._quantize(plan, grams, context)
@@ -154,6 +155,14 @@ class QuantizeWeights(Pass):
             return {}
         return calibrate(model, context.data, context, layers=layers).grams
 
+    def _wanted(self, plans: list["_Plan"], grams: Mapping[str, Gram]) -> Iterator[Wanted]:
+        for plan in plans:
+            if (layer := plan.weight.layer) is not None:
+                yield Wanted(layer, self._grid(plan), grams.get(layer.name), plan.block)
+
+    def _grid(self, plan: "_Plan") -> IntGrid:
+        return IntGrid(plan.bits, signed=False, symmetric=self.symmetric)
+
     def _quantize(self, plan: "_Plan", grams: Mapping[str, Gram], context: Context) -> list[Change]:
         weight, value = plan.weight, plan.weight.value
         owner = value.graph
@@ -194,9 +203,8 @@ class QuantizeWeights(Pass):
         if layer is None:
             matrix = weight.view.matrix(weight.array).astype(np.float32)
             return PackedMatrix.nearest(matrix, plan.bits, plan.block, symmetric=self.symmetric)
-        grid = IntGrid(plan.bits, signed=False, symmetric=self.symmetric)
         gram = grams.get(layer.name)
-        rounded = round_weights(layer, grid, self.rounding, gram, block=plan.block, cache=context.cache)
+        rounded = round_weights(layer, self._grid(plan), self.rounding, gram, block=plan.block, cache=context.cache)
         if len(weight.nodes) == 1:
             _shift_bias(layer, rounded.bias_shift)
         zeros = None if rounded.zero_point is None else rounded.zero_point.astype(np.uint8)

@@ -219,6 +219,7 @@ def test_optimize_gets_every_option(model: Path, data: Path, calls: list[dict[st
         *("--exclude", "head", "--threads", 1, "--batch", 4, "--effort", "quick", "--seed", 3, "--memory", "1GiB"),
         *("--image-size", "4x6", "--mean", "1,2,3", "--std", "4", "--layout", "NHWC"),
         *("--dry-run", "--overwrite", "--best-effort", "--keep-overridable", "--report", "page.html"),
+        *("--executor", "local:2"),
     )
     assert "a.onnx -> b.onnx" in result.stdout
     (call,) = calls
@@ -230,6 +231,7 @@ def test_optimize_gets_every_option(model: Path, data: Path, calls: list[dict[st
         "source": model,
         "output": model.parent / "o.onnx",
         "report": Path("page.html"),
+        "executor": "local:2",
         "calib": data,
         "evaluation": data,
         "metric": "accuracy",

@@ -19,6 +19,7 @@ USUAL: dict[str, Any] = {
     "source": "m.onnx", "output": None, "calib": None, "evaluation": None, "metric": None, "budget": Budget(),
     "passes": None, "exclude": None, "target": Target(), "batch": 1, "effort": Effort.DEFAULT, "seed": 0,
     "memory": 2 * 10**9, "images": None, "best_effort": False, "keep_overridable": False, "time_limit": None,
+    "executor": None,
 }  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def test_every_option_reads_back(monkeypatch: pytest.MonkeyPatch, size: dict[str
         "budget": Budget(0.015, 1.5e-5, 1.25, **size), "passes": ("simplify", "quantize"), "exclude": "a|b $x",
         "target": Target("cpu", 2), "batch": 4, "effort": Effort.QUICK, "seed": 3, "memory": 10**8,
         "images": ImageOptions((20, 30), (0.5, 0.25, 0.125), (2.0,), "NHWC"), "best_effort": True,
-        "keep_overridable": True, "time_limit": 90.0,
+        "keep_overridable": True, "time_limit": 90.0, "executor": "dask://10.0.0.1:8786",
     }  # fmt: skip
     given: dict[str, Any] = {}
 

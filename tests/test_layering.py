@@ -14,7 +14,7 @@ LAYERS = (
     {"errors", "numerics"},
     {"model", "graph", "layers", "symbolic", "cost", "scoring", "user_metric", "metrics", "budget",
      "samples", "npz", "images", "synthetic", "data"},
-    {"runtime", "fresh", "footprint", "stopwatch", "profiling", "store"},
+    {"runtime", "executors", "fresh", "footprint", "stopwatch", "profiling", "store"},
     {"core"},
     {"calibration", "equivalence", "weights", "decode", "rescale", "integers",
      "constants", "unpacking", "encodings", "compression",
