@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxcomp.core import Parts, whole
+from onnxcomp.errors import OptionError
 from onnxcomp.graph import constant_of, remove_unused
 from onnxcomp.layers import layer_of
 from onnxcomp.relations import Shapes
@@ -27,6 +29,31 @@ class Branch:
     join: str
     operand: int
     nodes: frozenset[str]
+
+    @property
+    def said(self) -> str:
+        """What it is to be without it."""
+        return f"without a branch of {len(self.nodes) - 1} nodes"
+
+
+def named(known: Iterable[Branch], parts: Parts) -> list[Branch]:
+    """Branches by the names of their sums, and which operand.
+
+    Raises:
+        OptionError: there is none, or a sum would lose both.
+    """
+    by_name = {(branch.join, branch.operand): branch for branch in known}
+    found: list[Branch] = []
+    for join, operand in ((join, whole(operand)) for join, operand in parts):
+        if (join, operand) not in by_name:
+            names = ", ".join(sorted({join for join, _ in by_name})) or "none"
+            raise OptionError(
+                f"'{join}' has no operand {operand} that can go", remedy=f"sums that can lose one: {names}"
+            )
+        if join in {branch.join for branch in found}:
+            raise OptionError(f"'{join}' cannot lose both of its operands", remedy="name one of them")
+        found.append(by_name[join, operand])
+    return found
 
 
 def branches(model: ir.Model, shapes: Shapes) -> list[Branch]:

@@ -19,7 +19,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -54,6 +62,16 @@ def parse(text: str) -> str:
     if not re.fullmatch(r"none|local(:[1-9]\d{0,3})?|dask://(\[[^\]/]+\]|[^/:\s]+):\d+", text):
         raise OptionError(f"'{text}' is not an executor", remedy=f"write {FORMS}")
     return text
+
+
+def ahead(items: Iterable[Item]) -> Iterator[Item]:
+    """The same items; the next one is made in a thread while the caller works on the last."""
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1) as pool:
+        following: Future[Any] = pool.submit(next, source, end)
+        while (item := following.result()) is not end:
+            following = pool.submit(next, source, end)
+            yield item
 
 
 @contextlib.contextmanager

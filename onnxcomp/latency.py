@@ -22,7 +22,7 @@ from onnxcomp.widths import Counts, Floats
 
 _ROUNDS = 4
 _LEVELS = 8
-"""A group is timed with 1/8, 2/8, ... of its channels gone."""
+"""A group is usually timed with 1/8, 2/8, ... of its channels gone."""
 
 
 class LatencyModel:
@@ -35,6 +35,7 @@ class LatencyModel:
         feeds: one run at the batch size that counts.
         technique: what makes of each model what is timed, e.g. INT8; None for the models as they are.
         rounds: of profiles of each model.
+        levels: a group is timed with so many widths, all of its channels among them.
 
     Attributes:
         counts: for each group, those of the numbers that were timed.
@@ -49,11 +50,13 @@ class LatencyModel:
         feeds: Feeds,
         technique: Pass | None = None,
         rounds: int = _ROUNDS,
+        levels: int = _LEVELS,
     ) -> None:
         self.groups = tuple(groups)
         self._model, self._context, self._feeds = groups.model, context, feeds
+        self._levels = levels
         self.touched = [_touched(group) for group in self.groups]
-        self.counts = [_levels(group, counts) for group, counts in zip(self.groups, cuttable, strict=True)]
+        self.counts = [_levels(group, counts, levels) for group, counts in zip(self.groups, cuttable, strict=True)]
         timing = for_timing(context)
         self._shares: list[dict[int, float]]
         self._times: Mapping[str, float]
@@ -127,11 +130,11 @@ class LatencyModel:
 
     def _variants(self, groups: ChannelGroups, members: Sequence[int]) -> Iterator[tuple[dict[int, int], ir.Model]]:
         """Models with more and more channels gone from some groups, and how many of which."""
-        for level in range(1, _LEVELS):
+        for level in range(1, self._levels):
             removed = {}
             for index in members:
                 counts = self.counts[index]
-                goal = level * self.groups[index].size / _LEVELS
+                goal = level * self.groups[index].size / self._levels
                 removed[index] = int(counts[np.argmin(np.abs(counts - goal))])
             removed = {index: count for index, count in removed.items() if count}
             try:
@@ -181,7 +184,7 @@ def _touched(group: ChannelGroup) -> set[str]:
     return nodes
 
 
-def _levels(group: ChannelGroup, counts: Counts) -> Counts:
+def _levels(group: ChannelGroup, counts: Counts, levels: int) -> Counts:
     """Of the numbers that may go, those nearest to each level, from 0."""
-    goals = np.arange(_LEVELS) * group.size / _LEVELS
+    goals = np.arange(levels) * group.size / levels
     return np.unique(counts[np.abs(counts[None] - goals[:, None]).argmin(axis=1)])

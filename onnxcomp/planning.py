@@ -7,17 +7,18 @@
 3. One program chooses (`numerics.choice`): a branch that goes takes its units' time with it, whatever their widths; a
    unit's time depends on its precision and its groups' widths together; a tensor between two precisions is converted
    once, however many read it.
-4. What a plan really takes is told back (`learn`), and times are rescaled by it.
+4. What a plan really takes and loses is told back (`learn`, `compare`), and times and errors are rescaled by it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 from onnxcomp.branches import Branch, branches, without_branches
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
@@ -32,6 +33,7 @@ from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing
 from onnxcomp.pruning import Pruner
+from onnxcomp.reconstruction import reconstruct
 from onnxcomp.runtime import Feeds
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset
@@ -43,14 +45,26 @@ _LEAST = 0.25
 """Share of its channels that every group keeps: fewer lose too much for what they save."""
 _MULTIPLE = 4
 """Widths are multiples of this."""
-_SAVES = 0.02
-"""Share of a unit's time that a width must save to be worth measuring its loss."""
+_SAVES = 0.08
+"""Share of a unit's time that a width must save to be worth measuring its loss: less is noise."""
 _GAP = 5e-3
 """Of a plan's time, that is given away for a quick answer: times are not known better."""
 _LAYOUT = 2.0
-"""What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself."""
+"""What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself: at
+least that, until it was measured."""
+_NEVER = 1e3
+"""An error that no plan may have."""
 _ROUNDS = 2
 """Of profiles of models with fewer channels, of five runs each."""
+_LEVELS = 4
+"""Widths of each group that are timed: all channels, three quarters, half, a quarter."""
+_FITTED_LAYERS = 4
+"""Behind a branch that goes, which are fitted before it is measured what the outputs lose: a fifth of it or less."""
+_FITTED_SAMPLES = 128
+_USUAL = np.array([0.8, 0.5, 1.0])
+"""What is left of the errors of branches, widths and precision, added up, once all layers are fitted again."""
+_TRUST = 0.1
+"""How much that counts beside what was measured: 1 as much as one plan."""
 _PROBES = 2
 """Widths of each group at which it is measured what the outputs lose."""
 
@@ -64,6 +78,7 @@ class Plan:
         widths: channels left by group.
         forms: the precision of each unit.
         error: predicted relative squared error of the outputs.
+        sources: what of it, as it was measured part by part, comes from branches, from widths and from precision.
         time: predicted, as a share of the float model's.
         floats: names of nodes that stay in float although they need not.
     """
@@ -72,6 +87,7 @@ class Plan:
     widths: Parts
     forms: Mapping[str, str] = field(hash=False)
     error: float
+    sources: tuple[float, float, float]
     time: float
     floats: tuple[str, ...] = ()
 
@@ -82,8 +98,8 @@ class Plan:
             jointly: fit the layers of a row together.
         """
         return (
-            *([PruneDepth(parts=self.branches)] if self.branches else []),
-            *([Prune(parts=self.widths, jointly=jointly)] if self.widths else []),
+            *([PruneDepth(parts=self.branches)] if self.branches and not self.widths else []),
+            *([Prune(parts=self.widths, branches=self.branches, jointly=jointly)] if self.widths else []),
         )
 
 
@@ -114,10 +130,15 @@ class Planner:
         prune_depth: bool,
     ) -> None:
         self._model, self._context, self._crossing = model, context, crossing
+        self._data = data
         self._answers = Answers(model, data, context)
         self._units = Units(model)
-        self._scale = 1.0
+        self._layout = _LAYOUT
+        self._ratios: list[float] = []
+        self._seen: list[tuple[tuple[float, float, float], float]] = []
+        self._weights = _USUAL
         self.forms, self.elements = form_times(model, self._units, quantizers, replace(context, data=data), feeds)
+        self._total = sum(self.forms[FLOAT].times.values())
         self._form_errors = self._measured_errors(data)
         self._groups = self._traced(data)
         self._branches = self._found_branches() if prune_depth else []
@@ -164,7 +185,10 @@ class Planner:
         found = []
         for place, branch in enumerate(self._branches):
             self._context.progress(place, len(self._branches), "measuring what branches are worth")
-            found.append(self._answers.error(_without(self._model, [branch])))
+            shallower = _without(self._model, [branch])
+            few = self._data.at_most(_FITTED_SAMPLES, self._context.seed + 1)  # mostly others than those that judge it
+            reconstruct(self._model, shallower, {}, few, self._context, jointly=False, most=_FITTED_LAYERS)
+            found.append(self._answers.error(shallower))
         return found
 
     def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator["_Widths"]:
@@ -178,7 +202,7 @@ class Planner:
             for group in groups
         ]
         self._context.progress(0, 0, "timing widths")
-        clock = LatencyModel(groups, cuttable, replace(self._context, data=data), feeds, technique, rounds=_ROUNDS)
+        clock = LatencyModel(groups, cuttable, replace(self._context, data=data), feeds, technique, _ROUNDS, _LEVELS)
         useful: dict[ChannelGroup, tuple[Counts, NDArray[np.float64], set[str]]] = {}
         for index, (group, counts) in enumerate(zip(groups, clock.counts, strict=True)):
             shares = np.array([clock.share(index, int(count)) for count in counts])
@@ -201,24 +225,53 @@ class Planner:
 
     def plan(self, error: float) -> Plan | None:
         """The least time for an error of the outputs; None where nothing keeps that."""
-        floats = self.forms[FLOAT].times
-        total = sum(floats.values())
+        program = self._program()
+        limits = np.array([min(error, _NEVER - 1)])
+        sizes = [len(own) for own in program.errors]
+        found = choose_together(sizes, program.terms, program.clashes, limits, gap=_GAP)
+        if found is None:
+            return None
+        forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items()}
+        gone = [branch for place, branch in enumerate(self._branches) if found[place]]
+        lost = {self._units.of(name) for branch in gone for name in branch.nodes}
+        narrow = tuple(
+            (row.group, int(row.left[found[program.widths[row.group]]]))
+            for row in self._widths
+            if found[program.widths[row.group]] and not row.touched <= lost
+        )
+        losses = [float(own[number]) for own, number in zip(program.errors, found, strict=True)]
+        first, last = len(self._branches), len(self._branches) + len(self._widths)
+        parts = np.array([sum(losses[:first]), sum(losses[first:last]), sum(losses[last:])])
+        sources = np.divide(parts, self._weights, out=np.zeros(3), where=self._weights > 0)
+        in_float = tuple(
+            node.name or ""
+            for unit, form in forms.items()
+            if form == FLOAT and len(program.options[unit]) > 1
+            for node in self._units.members[unit]
+        )
+        time = sum(program.taken(found)) / self._total * self._scale()
+        joins = tuple((branch.join, branch.operand) for branch in gone)
+        return Plan(joins, narrow, forms, sum(losses), tuple(sources.tolist()), time, in_float)
+
+    def _program(self) -> "_Program":
+        """What can be chosen, by what is known of times and errors now."""
+        gone_weight, width_weight, form_weight = self._weights
         errors: list[NDArray[np.float64]] = []
-        errors += [np.array([0.0, lost]) for lost in self._branch_errors]
+        errors += [gone_weight * np.array([0.0, lost]) for lost in self._branch_errors]
         widths = {row.group: len(errors) + place for place, row in enumerate(self._widths)}
-        errors += [row.errors for row in self._widths]
+        errors += [width_weight * row.errors for row in self._widths]
         units: dict[str, int] = {}
         options: dict[str, list[str]] = {}
         for unit in self._units.members:
             options[unit] = [name for name, form in self.forms.items() if name == FLOAT or unit in form.changed]
             units[unit] = len(errors)
-            errors.append(np.array([self._form_errors[name].get(unit, 0.0) for name in options[unit]]))
+            errors.append(form_weight * np.array([self._form_errors[name].get(unit, 0.0) for name in options[unit]]))
         goes = self._gone_with()
         terms = [Term((part,), np.column_stack([np.zeros(len(own)), own])) for part, own in enumerate(errors)]
         terms += [
-            Term((first, second), np.array([[[0.0, 0.0]] * 2, [[0.0, 0.0], [0.0, 2 * abs(error) + 1]]]))  # not both
+            Term((first, second), np.array([[[0.0, 0.0]] * 2, [[0.0, 0.0], [0.0, _NEVER]]]))  # a sum keeps one operand
             for first, second in combinations(range(len(self._branches)), 2)
-            if self._branches[first].join == self._branches[second].join and np.isfinite(error)
+            if self._branches[first].join == self._branches[second].join
         ]
         terms += [
             Term(
@@ -227,36 +280,7 @@ class Planner:
             )
             for unit in units
         ]
-        clashes = self._clashes(units, options)
-        found = choose_together([len(own) for own in errors], terms, clashes, np.array([error]), gap=_GAP)
-        if found is None:
-            return None
-        forms = {unit: options[unit][found[place]] for unit, place in units.items()}
-        gone = tuple((branch.join, branch.operand) for place, branch in enumerate(self._branches) if found[place])
-        nodes = {name for place, branch in enumerate(self._branches) if found[place] for name in branch.nodes}
-        lost = {self._units.of(name) for name in nodes}
-        narrow = tuple(
-            (row.group, int(row.left[found[widths[row.group]]]))
-            for row in self._widths
-            if found[widths[row.group]] and not row.touched <= lost
-        )
-        loss = sum(float(own[number]) for own, number in zip(errors, found, strict=True))
-        in_float = tuple(
-            node.name or ""
-            for unit, form in forms.items()
-            if form == FLOAT and len(options[unit]) > 1
-            for node in self._units.members[unit]
-        )
-        return Plan(gone, narrow, forms, loss, self._predicted(found, terms, clashes, total), in_float)
-
-    def _predicted(self, found: Sequence[int], terms: Sequence[Term], clashes: Sequence[Clash], total: float) -> float:
-        """Share of the float model's time."""
-        taken = sum(float(np.asarray(term.costs)[tuple(found[part] for part in term.parts)][0]) for term in terms)
-        for clash in clashes:
-            part, counts = clash.first
-            if counts[found[part]] and any(own[found[other]] for other, own in clash.others):
-                taken += float(np.asarray(clash.costs)[0])
-        return taken / total * self._scale
+        return _Program(errors, widths, units, options, terms, self._clashes(units, options))
 
     def _gone_with(self) -> dict[str, list[int]]:
         """Numbers of the branches that take a unit with them."""
@@ -291,7 +315,7 @@ class Planner:
             readers = {unit: None for unit in readers if unit in units and unit != origin}
             size = self.elements.get(maker.name or "", 0) or self.elements.get(origin, 0)
             for inside, integers in ((is_static, False), (None, True)):
-                cost = np.array([_LAYOUT * self._crossing.cost(size, to_integers=integers), 0.0])
+                cost = np.array([self._layout * self._crossing.cost(size, to_integers=integers), 0.0])
                 first = is_static[origin] if inside is not None else ~is_static[origin]
                 others = tuple(
                     (units[unit], ~is_static[unit] if inside is not None else is_static[unit]) for unit in readers
@@ -306,16 +330,79 @@ class Planner:
     def share(self, form: str) -> float:
         """Predicted time of the model in one precision, as a share of the float model's."""
         whole, floats = (sum(self.forms[name].times.values()) for name in (form, FLOAT))
-        return self._scale * whole / floats
+        return self._scale() * whole / floats
+
+    def _scale(self) -> float:
+        """By how much times are off: the mean over all that was timed, as each timing is off by several percent."""
+        return float(np.exp(np.mean(np.log(self._ratios)))) if self._ratios else 1.0
 
     def learn(self, predicted: float, taken: float) -> None:
-        """Rescale by what something took, as shares of the float model's time."""
-        self._scale *= taken / predicted
+        """Rescale times by what something took, as shares of the float model's time."""
+        self._ratios.append(self._scale() * taken / predicted)
+
+    def learn_crossings(self, kept: Set[str], taken: float) -> None:
+        """Learn what it costs to leave integers and come back, by what the model takes with some nodes in float.
+
+        Args:
+            kept: names of these nodes.
+            taken: share of the float model's time.
+        """
+        program = self._program()
+        found = [0] * len(program.errors)
+        for unit, place in program.units.items():
+            if kept.isdisjoint(node.name or "" for node in self._units.members[unit]):
+                found[place] = len(program.options[unit]) - 1
+        units, crossings = program.taken(found)
+        if crossings > 0:
+            self._layout *= max((taken / self._scale() * self._total - units) / crossings, 1.0)
+
+    def compare(self, plan: Plan, made: ir.Model) -> float:
+        """The error of a plan's outputs, as it is; errors of later plans are rescaled by it.
+
+        Each source of error has a weight, the one that fits all plans best (least squares of their relative errors),
+        with the usual ones for a start.
+        """
+        measured = max(self._answers.error(made), 1e-12)
+        self._seen.append((plan.sources, measured))
+        rows = [np.array(sources) / error for sources, error in self._seen]
+        prior = np.sqrt(_TRUST) * np.diag(1 / _USUAL)
+        values = [*np.ones(len(rows)), *np.full(len(_USUAL), np.sqrt(_TRUST))]
+        self._weights = nnls(np.vstack([*rows, prior]), np.array(values))[0]
+        return measured
 
     @property
     def has_choices(self) -> bool:
         """Whether anything can go."""
         return bool(self._branches or self._widths)
+
+
+@dataclass(frozen=True, eq=False)
+class _Program:
+    """What can be chosen: first whether each branch goes, then each group's width, then each unit's precision.
+
+    Attributes:
+        errors: of each choice's options.
+        widths, units: number of the choice by group and by unit.
+        options: precisions by unit.
+        terms, clashes: what choices cost, in microseconds and error.
+    """
+
+    errors: Sequence[NDArray[np.float64]]
+    widths: Mapping[str, int]
+    units: Mapping[str, int]
+    options: Mapping[str, Sequence[str]]
+    terms: Sequence[Term]
+    clashes: Sequence[Clash]
+
+    def taken(self, found: Sequence[int]) -> tuple[float, float]:
+        """Microseconds of units, and of conversions between them."""
+        units = sum(float(term.costs[tuple(found[part] for part in term.parts)][0]) for term in self.terms)
+        crossings = 0.0
+        for clash in self.clashes:
+            part, counts = clash.first
+            if counts[found[part]] and any(own[found[other]] for other, own in clash.others):
+                crossings += float(clash.costs[0])
+        return units, crossings
 
 
 @dataclass(frozen=True, eq=False)

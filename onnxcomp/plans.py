@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 
+import numpy as np
+
 from onnxcomp import placement
 from onnxcomp.candidates import NEAREST, Candidate, Effort, Workbench
 from onnxcomp.errors import OnnxcompError
@@ -14,12 +16,12 @@ from onnxcomp.table import FLOAT
 
 PLANNED = ("prune", "prune-depth")
 """Passes whose choices are made together, with those of precision."""
-_FIRST_ERROR = 0.05
-"""Relative squared error of the outputs, before what is left makes up for it, that the first plan may have."""
-_STEP = 2.5
-"""The most by which the error of the next plan differs from the last one's."""
-_AIM = 0.7
+_USUAL_ERROR = 0.012
+"""Relative squared error of the outputs that is taken to lose what is allowed, until something is known."""
+_AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
+_STEP = 4.0
+"""The most by which what is known changes that error."""
 
 
 class Plans:
@@ -34,7 +36,7 @@ class Plans:
     """
 
     def __init__(self, bench: Workbench, clean: Candidate, best: Candidate, allowed: Set[str], effort: Effort) -> None:
-        self._bench, self._clean, self._effort, self._behind = bench, clean, effort, best.passes
+        self._bench, self._clean, self._base, self._effort, self._behind = bench, clean, best, effort, best.passes
         self._planner: Planner | None = None
         self._count = 0
         try:
@@ -43,26 +45,33 @@ class Plans:
             bench.trials.append(Candidate("plans", (), best.model, (), verdict=f"not possible: {failure.fact}"))
         if self._planner is not None:
             form = "INT8" if "INT8" in self._planner.forms else FLOAT
-            self._planner.learn(self._planner.share(form), clean.speedup / best.speedup)
-        self._lost = max(bench.drop(best), 0.0)
+            self._share = clean.speedup / best.speedup
+            self._planner.learn(self._planner.share(form), self._share)
+            self._learn_crossings()
         self._known: list[tuple[float, float]] = []
 
+    def _learn_crossings(self) -> None:
+        """From all drafts in static INT8 but for some nodes."""
+        assert self._planner is not None
+        for trial in self._bench.trials:
+            first = trial.passes[0] if len(trial.passes) == 1 else None
+            if isinstance(first, QuantizeStatic) and first.keep and trial.speedup:
+                self._planner.learn_crossings(set(first.keep), self._clean.speedup / trial.speedup)
+
     def towards(self, allowed: float, most: int) -> Iterator[Candidate]:
-        """Candidates, each planned with what those before it took and lost; between them they are timed and judged.
+        """Candidates, each planned with what those before it took and lost.
+
+        Between them they are timed beside the best without a plan, and judged.
 
         Args:
-            allowed: loss that a plan may have, that of the best without one included.
+            allowed: loss that a plan may have.
             most: plans.
         """
-        error = _FIRST_ERROR
         for _ in range(most):
-            found = self._at(error)
+            found = self._at(_next_error(self._known, allowed))
             if found is None:
                 return
             yield from found
-            if not self._known:
-                return
-            error = _next_error(self._known, allowed - self._lost)
 
     def beyond(self, errors: Sequence[float]) -> Iterator[Candidate]:
         """Candidates whose outputs have about these errors, for a choice between loss and time."""
@@ -90,8 +99,8 @@ class Plans:
         trial.predicted = self._clean.speedup / plan.time
         yield trial
         if trial.speedup:
-            self._planner.learn(plan.time, self._clean.speedup / trial.speedup)
-            self._known.append((plan.error, max(self._bench.drop(trial) - self._lost, 0.0)))
+            self._planner.learn(plan.time, self._share * self._base.speedup / trial.speedup)
+            self._known.append((self._planner.compare(plan, trial.model), self._bench.drop(trial)))
 
     def _measured(self, best: Candidate, allowed: Set[str]) -> Planner | None:
         """What can be planned with, if there is anything to choose."""
@@ -111,7 +120,12 @@ class Plans:
 
 
 def _next_error(known: Sequence[tuple[float, float]], allowed: float) -> float:
-    """The error of a plan that is to lose most of what is allowed, by what others lost for theirs."""
-    error, lost = known[-1]
-    wanted = _AIM * allowed
-    return error * min(max(wanted / max(lost, wanted / _STEP), 1 / _STEP), _STEP)
+    """The error of a plan that is to lose most of what is allowed.
+
+    Losses on samples are noisy, errors are not: losses are taken to be proportional to errors, with the slope that fits
+    all of what is known best, the usual error among it.
+    """
+    points = [(_USUAL_ERROR, allowed), *known]
+    slope = sum(error * lost for error, lost in points) / sum(error * error for error, _ in points)
+    usual = allowed / _USUAL_ERROR
+    return _AIM * allowed / float(np.clip(slope, usual / _STEP, usual * _STEP)) if allowed else 0.0

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from onnxcomp.chains import chains
 from onnxcomp.core import Context, Skip
 from onnxcomp.errors import DataError
+from onnxcomp.executors import ahead
 from onnxcomp.graph import Builder, constant_of
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.moments import Spread
@@ -240,7 +241,7 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: floa
     groups, width = after.groups, after.input_width
     H = np.zeros((groups, width + 1, width + 1))
     G = np.zeros((groups, int(pair.outputs.sum()) // groups, width + 1))
-    for number, run in enumerate(runs):
+    for number, run in enumerate(ahead(runs)):
         rows = int(np.ceil(share * run.batch.valid))
 
         def same(number: int = number) -> np.random.Generator:

@@ -142,7 +142,7 @@ class Search:
         for trial in self.plans.towards(self._max_drop, most):
             if not self._bench.works(trial):
                 return
-            self._bench.time(*dict.fromkeys([self.best, trial]))
+            self._bench.time(*dict.fromkeys([unplanned, self.best, trial]))
             if self._within(trial) and self._gains(trial, self.best):
                 self.best, self._unplanned = trial, unplanned
             elif trial.verdict == "within the budget":

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxcomp.executors import ahead
 from onnxcomp.graph import constant_of, single_consumer
 from onnxcomp.layers import Layer
 from onnxcomp.prefix import Prefix
@@ -98,9 +99,8 @@ class Twins:
         if starts is not None:
             changed_values += [starts.data] if starts.data not in changed_values else []
             wanted += [last.before.data] if last.before.data not in wanted else []
-        for (batch, original), (_, changed) in zip(
-            self.original.runs(wanted, starts=kept), self.changed.runs(changed_values, starts=kept), strict=True
-        ):
+        both = ahead(self.original.runs(wanted, starts=kept)), self.changed.runs(changed_values, starts=kept)
+        for (batch, original), (_, changed) in zip(*both, strict=True):
             added = None
             if term is not None:
                 added = _as_output(changed[1], last, original)

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from onnxcomp.branches import Branch, branches, named, without_branches
 from onnxcomp.channels import ChannelGroup, channel_groups
 from onnxcomp.core import Change, Context, Outcome, Parts, Pass, Skip, Width, whole
 from onnxcomp.errors import OnnxcompError, OptionError
@@ -53,6 +54,7 @@ class Prune(Pass):
         multiple: widths are multiples of this in groups of as many channels.
         least: share of its channels that every group keeps; one always stays.
         parts: channels left by the name of a group; where any is named, no other is cut, in one round.
+        branches: by the name of a sum, which of its operands goes too, 0 or 1, before all is fitted again together.
 
     Raises:
         OptionError: a setting that makes no sense.
@@ -75,6 +77,7 @@ class Prune(Pass):
     multiple: int = 2
     least: float = 0.1
     parts: Parts = ()
+    branches: Parts = ()
 
     def __post_init__(self) -> None:
         if not (0 < self.remains <= 1 and 0 <= self.least <= 1 and self.multiple >= 1 and self.rounds >= 1):
@@ -94,13 +97,15 @@ class Prune(Pass):
         widths: dict[str, Width] = {}
         goal: float | None = None
         traced: ir.Model | None = None
+        gone: list[Branch] = []
         for done in range(1 if self.parts else self.rounds):
             try:
                 groups = channel_groups(cuts[-1].model if cuts else model, next(iter(data.batches(1))).feeds)
             except OnnxcompError as error:
                 skips[Skip("model", f"its channels cannot be traced: {error.fact}")] = None
                 break
-            traced = groups.model if traced is None else traced
+            if traced is None:
+                traced, gone = groups.model, named(branches(groups.model, groups.facts.shapes), self.branches)
             pruner = Pruner(groups, data, context, refit=self.reconstruct)
             if self.parts:
                 rankings = pruner.rank(self.criterion, self.aggregate, self.normalised, dict(self.parts))
@@ -121,9 +126,12 @@ class Prune(Pass):
             if len(width.kept) < width.size
         ]
         pruned = cuts[-1].model if cuts else model
-        if cuts and self.reconstruct and traced is not None:
+        if gone:
+            pruned = without_branches(pruned, [(branch.join, branch.operand) for branch in gone])
+            changes += [Change(branch.join, branch.said) for branch in gone]
+        if changes and self.reconstruct and traced is not None:
             skips |= dict.fromkeys(reconstruct(traced, pruned, together(cuts), data, context, jointly=self.jointly))
-        if cuts:
+        if changes:
             remove_unused(pruned)  # the weights as they were before
         return Outcome(pruned, tuple(changes), tuple(skips), tuple(widths.values()))
 

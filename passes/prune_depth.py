@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnxcomp.branches import Branch, branches, without_branches
-from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Parts, Pass, Skip, name_nodes, whole
+from onnxcomp.branches import Branch, branches, named, without_branches
+from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Parts, Pass, Skip, name_nodes
 from onnxcomp.cost import node_costs
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
@@ -70,7 +70,7 @@ class PruneDepth(Pass):
         if isinstance(found, str):
             return Outcome(model, (), (Skip("model", found),))
         if self.parts:
-            gone = [found.named(join, whole(operand)) for join, operand in self.parts]
+            gone = named(found.branches, self.parts)
             reason = NOT_NAMED
         else:
             gone = found.chosen(self.remains, found.costs(self.cost)) if found.branches else []
@@ -81,7 +81,7 @@ class PruneDepth(Pass):
             return Outcome(model, (), tuple(skips))
         made = without_branches(found.model, [(branch.join, branch.operand) for branch in gone])
         note = ", fitted on made-up inputs" if context.data is None and self.reconstruct else ""
-        changes = [Change(branch.join, f"without a branch of {len(branch.nodes) - 1} nodes{note}") for branch in gone]
+        changes = [Change(branch.join, f"{branch.said}{note}") for branch in gone]
         if self.reconstruct:
             skips += reconstruct(found.model, made, {}, found.data, context, jointly=self.jointly)
         return Outcome(made, tuple(changes), tuple(skips))
@@ -125,18 +125,6 @@ class _Found:
             return cls(model, shapes, tuple(found), data, context, Answers(model, data, context))
         except OnnxcompError as error:
             return f"it cannot be observed: {error.fact}"
-
-    def named(self, join: str, operand: int) -> Branch:
-        """A branch.
-
-        Raises:
-            OptionError: there is none.
-        """
-        for branch in self.branches:
-            if (branch.join, branch.operand) == (join, operand):
-                return branch
-        known = ", ".join(sorted({branch.join for branch in self.branches})) or "none"
-        raise OptionError(f"'{join}' has no operand {operand} that can go", remedy=f"sums that can lose one: {known}")
 
     def error(self, gone: list[Branch]) -> float:
         """Relative squared error of the outputs without some branches."""
