@@ -119,6 +119,11 @@ class Judges:
         """Score a model on the judge's data, or on the final ones, by what a budget is on."""
         return evaluated(self.gate, session, self.final if final else self.judge, reference, context)
 
+    @property
+    def tell_accuracy(self) -> bool:
+        """Whether the metric knows what is right, by labels or by the user's own code, and not only what changed."""
+        return self.metric.needs != "reference"
+
     def run_of(self, rows: int) -> Batch:
         """One run to measure latency on, of that many rows where model and data allow; few samples are repeated."""
         return one_run(self.judge if self.tune is None else self.tune, rows)

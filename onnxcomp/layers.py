@@ -254,16 +254,16 @@ class Layer:
             rows: (rows, out).
             shape: of the layer's input.
         """
-        return np.moveaxis(rows.reshape(*self._positions(shape), -1), -1, self.output_axis)
+        return np.moveaxis(rows.reshape(*self.positions(shape), -1), -1, self.output_axis)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the output for an input of some shape; not for ConvTranspose."""
-        result = list(self._positions(shape))
+        result = list(self.positions(shape))
         axis = self.output_axis
         result.insert(axis if axis >= 0 else len(shape) + axis, self.outputs)
         return tuple(result)
 
-    def _positions(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def positions(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """How many rows there are along each axis, for an input of some shape."""
         if self.node.op_type != "Conv":
             return tuple(np.delete(shape, self.input_axis).tolist())

@@ -30,6 +30,7 @@ from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side
 from onnxcomp.passes.simplify import Simplify
+from onnxcomp.plans import PLANNED
 from onnxcomp.recipe import Recipe
 from onnxcomp.record import Record, stamped
 from onnxcomp.registry import GROUPS, resolve
@@ -50,6 +51,9 @@ _PROOF = Protocol(rounds=15)
 
 _FAMILY = 12
 """Results that are offered for a choice, at most."""
+
+_ENOUGH = 256
+"""Samples to learn from that pruning asks for, where nobody asked for pruning."""
 
 _SAMPLES = 8
 """On which the error of each layer's output is measured."""
@@ -94,7 +98,8 @@ def optimize(
         metric: a metric's name, `FILE.py:FUNCTION` or the function itself; by default accuracy where there are labels,
             else relative error.
         budget: limits. Without `max_drop`: 0.5 points with labels, a relative output error of 0.2 without.
-        passes: names of the passes to use, or groups; clean-up and quantization by default.
+        passes: names of the passes to use, or groups; by default clean-up and quantization, and where the metric tells
+            accuracy and there are enough samples, fewer branches and channels.
         exclude: regular expression of node names to leave alone.
         target: execution provider and threads, or the provider's name.
         batch: samples per run that latency is measured at.
@@ -146,6 +151,8 @@ def optimize(
     store = None if cache is None else Store(cache)
     assert not isinstance(executor, str), "opened by `opening`"
     context = Context(judges.tune, target, batch, seed, memory, pattern, progress, store=store, executor=executor)
+    if passes is None and judges.tell_accuracy and context.data is not None and context.data.samples >= _ENOUGH:
+        allowed |= {*PLANNED}
     prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
     bench = Workbench(model, original, context, judges, effort, prefix, Deadline(time_limit))
     figures = bench.original_figures(file_size(source, model), memory=budget.limits_memory)

@@ -106,6 +106,10 @@ class Plan:
 class Planner:
     """Measures a model once, and plans as often as asked.
 
+    Attributes:
+        forms: the precisions, and what the model takes in each.
+        branches: that may go.
+
     Args:
         model: cleaned up, in float.
         quantizers: by name, with weights rounded to the nearest; the one that a model is best quantized with first.
@@ -141,7 +145,7 @@ class Planner:
         self._total = sum(self.forms[FLOAT].times.values())
         self._form_errors = self._measured_errors(data)
         self._groups = self._traced(data)
-        self._branches = self._found_branches() if prune_depth else []
+        self.branches = self._found_branches() if prune_depth else []
         known = replace(context, data=data)
         self._branch_errors = context.recall("branch errors", (model, known, prune_depth), self._measured_branches)
         self._widths: list[_Widths] = []
@@ -183,8 +187,8 @@ class Planner:
 
     def _measured_branches(self) -> list[float]:
         found = []
-        for place, branch in enumerate(self._branches):
-            self._context.progress(place, len(self._branches), "measuring what branches are worth")
+        for place, branch in enumerate(self.branches):
+            self._context.progress(place, len(self.branches), "measuring what branches are worth")
             shallower = _without(self._model, [branch])
             few = self._data.at_most(_FITTED_SAMPLES, self._context.seed + 1)  # mostly others than those that judge it
             reconstruct(self._model, shallower, {}, few, self._context, jointly=False, most=_FITTED_LAYERS)
@@ -224,7 +228,9 @@ class Planner:
     # -- the program ------------------------------------------------------------------------------------------------
 
     def plan(self, error: float) -> Plan | None:
-        """The least time for an error of the outputs; None where nothing keeps that."""
+        """The least time for an error of the outputs; None where nothing keeps that, or takes any time."""
+        if not self._total:
+            return None
         program = self._program()
         limits = np.array([min(error, _NEVER - 1)])
         sizes = [len(own) for own in program.errors]
@@ -232,7 +238,7 @@ class Planner:
         if found is None:
             return None
         forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items()}
-        gone = [branch for place, branch in enumerate(self._branches) if found[place]]
+        gone = [branch for place, branch in enumerate(self.branches) if found[place]]
         lost = {self._units.of(name) for branch in gone for name in branch.nodes}
         narrow = tuple(
             (row.group, int(row.left[found[program.widths[row.group]]]))
@@ -240,7 +246,7 @@ class Planner:
             if found[program.widths[row.group]] and not row.touched <= lost
         )
         losses = [float(own[number]) for own, number in zip(program.errors, found, strict=True)]
-        first, last = len(self._branches), len(self._branches) + len(self._widths)
+        first, last = len(self.branches), len(self.branches) + len(self._widths)
         parts = np.array([sum(losses[:first]), sum(losses[first:last]), sum(losses[last:])])
         sources = np.divide(parts, self._weights, out=np.zeros(3), where=self._weights > 0)
         in_float = tuple(
@@ -270,8 +276,8 @@ class Planner:
         terms = [Term((part,), np.column_stack([np.zeros(len(own)), own])) for part, own in enumerate(errors)]
         terms += [
             Term((first, second), np.array([[[0.0, 0.0]] * 2, [[0.0, 0.0], [0.0, _NEVER]]]))  # a sum keeps one operand
-            for first, second in combinations(range(len(self._branches)), 2)
-            if self._branches[first].join == self._branches[second].join
+            for first, second in combinations(range(len(self.branches)), 2)
+            if self.branches[first].join == self.branches[second].join
         ]
         terms += [
             Term(
@@ -287,7 +293,7 @@ class Planner:
         found: dict[str, list[int]] = defaultdict(list)
         for unit, members in self._units.members.items():
             heads = {node.name for node in members[:1]}
-            found[unit] = [place for place, branch in enumerate(self._branches) if heads & branch.nodes]
+            found[unit] = [place for place, branch in enumerate(self.branches) if heads & branch.nodes]
         return found
 
     def _costs(self, unit: str, options: Sequence[str], going: int) -> NDArray[np.float64]:
@@ -373,7 +379,7 @@ class Planner:
     @property
     def has_choices(self) -> bool:
         """Whether anything can go."""
-        return bool(self._branches or self._widths)
+        return bool(self.branches or self._widths)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from onnxcomp import placement
-from onnxcomp.candidates import NEAREST, Candidate, Effort, Workbench
+from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
@@ -33,10 +33,14 @@ class Plans:
         best: the best without a plan; what it is made by comes behind each plan.
         allowed: names of the passes that may be used.
         effort: how long to fit.
+
+    Attributes:
+        best: the best so far, which whoever asks for candidates keeps up to date.
     """
 
     def __init__(self, bench: Workbench, clean: Candidate, best: Candidate, allowed: Set[str], effort: Effort) -> None:
         self._bench, self._clean, self._base, self._effort, self._behind = bench, clean, best, effort, best.passes
+        self.best = best
         self._planner: Planner | None = None
         self._count = 0
         try:
@@ -65,10 +69,10 @@ class Plans:
 
         Args:
             allowed: loss that a plan may have.
-            most: plans.
+            most: plans; fewer where the next one does not promise to be faster than `best`.
         """
         for _ in range(most):
-            found = self._at(_next_error(self._known, allowed))
+            found = self._at(_next_error(self._known, allowed), self.best)
             if found is None:
                 return
             yield from found
@@ -78,14 +82,17 @@ class Plans:
         for error in errors:
             yield from self._at(error) or ()
 
-    def _at(self, error: float) -> Iterator[Candidate] | None:
-        """The fastest plan of an error, as a candidate; what it took and lost is learnt."""
+    def _at(self, error: float, best: Candidate | None = None) -> Iterator[Candidate] | None:
+        """The fastest plan of an error, as a candidate, if it promises to be faster than the best so far."""
         plan = None if self._planner is None else self._planner.plan(error)
         if plan is None or not (plan.branches or plan.widths):
+            return None
+        if best is not None and self._clean.speedup / plan.time < best.speedup * (1 + NOISE):
             return None
         return self._made(plan)
 
     def _made(self, plan: Plan) -> Iterator[Candidate]:
+        """The plan as a candidate; what it took and lost is learnt."""
         assert self._planner is not None
         behind, passes = self._behind, plan.passes(jointly=self._effort is Effort.EXTENSIVE)
         if behind and isinstance(last := behind[-1], QuantizeStatic | QuantizeDynamic):

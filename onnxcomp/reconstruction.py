@@ -10,6 +10,7 @@ layers reads is kept for the next one to start from where the memory cap allows,
 inputs.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
@@ -87,7 +88,9 @@ def reconstruct(
             if pair.before is not None:
                 rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if both else 1)
                 runs = twins.runs(pair, starts=start)
-                _fit(pair, runs, rows / data.samples, context.seed, damping, project)
+                reason = _fit(pair, runs, rows / data.samples, context.seed, damping, project)
+                skips += [Skip(pair.after.name, f"not fitted again: {reason}")] if reason else []
+                both = both and not reason
                 start = None
         if both and (reason := fit_together(block, changed, twins, data.samples, context, damping)):
             skips += [Skip(pair.after.name, f"fitted by itself only: {reason}") for pair in block]
@@ -235,14 +238,20 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
     return found
 
 
-def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: float, project: Project | None) -> None:
-    """Ridge regression of one layer, on so many rows of each sample."""
+def _fit(
+    pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: float, project: Project | None
+) -> str | None:
+    """Ridge regression of one layer, on so many rows of each sample; or why not."""
     after = pair.after
     groups, width = after.groups, after.input_width
     H = np.zeros((groups, width + 1, width + 1))
     G = np.zeros((groups, int(pair.outputs.sum()) // groups, width + 1))
+    reason = None
     for number, run in enumerate(ahead(runs)):
         rows = int(np.ceil(share * run.batch.valid))
+        if pair.outputs.size * math.prod(after.positions(run.data.shape)) != run.wanted.size:
+            reason = "channels that are gone are rows of its input"
+            continue  # and not the end: what leads to later layers is still to be kept
 
         def same(number: int = number) -> np.random.Generator:
             return np.random.default_rng([seed, number])  # the same positions everywhere
@@ -259,6 +268,8 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: floa
             )
         H += np.matmul(x.swapaxes(1, 2), x)
         G += np.matmul(target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype), x)
+    if reason:
+        return reason
     H, G = H / H[:, -1:, -1:], G / H[:, -1:, -1:]
     width, biased = after.input_width, after.adds_bias
     means, outputs = (H[:, :-1, -1], G[:, :, -1]) if biased else (np.zeros((groups, width)), np.zeros(G.shape[:2]))
@@ -273,3 +284,4 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: floa
     after.set_matrix(matrices.reshape(-1, width))
     if biased:
         after.set_bias((outputs - np.matmul(matrices, means[:, :, None])[:, :, 0]).ravel())
+    return None

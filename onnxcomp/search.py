@@ -145,6 +145,7 @@ class Search:
             self._bench.time(*dict.fromkeys([unplanned, self.best, trial]))
             if self._within(trial) and self._gains(trial, self.best):
                 self.best, self._unplanned = trial, unplanned
+                self.plans.best = trial
             elif trial.verdict == "within the budget":
                 trial.verdict = "not faster beyond noise"
 

@@ -88,7 +88,8 @@ class Twins:
         """
         assert last.before is not None
         own, changed_values = last.before.node.outputs[0], [(first or last.after).data]
-        wanted = [self._last_sum(last.after.node.outputs[0]) or own]
+        gone = self._last_sum(last.after.node.outputs[0])
+        wanted = [own] if gone is None else [gone, own]
         term = _term(last.after)
         if term is not None:
             join, other = term
@@ -104,7 +105,8 @@ class Twins:
             added = None
             if term is not None:
                 added = _as_output(changed[1], last, original)
-            yield Run(batch, original[0] if added is not None or term is None else original[1], changed[0], added)
+            alone = term is None and (gone is None or original[0].shape == original[1].shape)
+            yield Run(batch, original[0] if added is not None or alone else original[1], changed[0], added)
 
     def _last_sum(self, value: ir.Value) -> ir.Value | None:
         """The sum that the readers of a value of the changed model read in the original, where it is gone."""
