@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxcomp.runtime import Protocol, Session, Target, compare
+from onnxcomp.model import load
+from onnxcomp.runtime import Protocol, Session, Target
+from onnxcomp.stopwatch import time_apart
 
 Feeds = dict[str, NDArray[Any]]
 
@@ -204,7 +206,12 @@ def table(
         except Exception as error:  # noqa: BLE001 - a peer's failure is a result
             rows.append({"model": name, "error": str(error).splitlines()[0][:120]})
     timings = {
-        batch: compare(list(loaded.values()), case.feeds(batch), Protocol(rounds=rounds, cold=cold, seconds=90))
+        batch: time_apart(
+            [load(models[name]) for name in loaded],
+            target,
+            case.feeds(batch),
+            Protocol(rounds=rounds, cold=cold, seconds=90),
+        )
         for batch in case.batches
     }
     size = models[next(iter(models))].stat().st_size

@@ -294,7 +294,8 @@ def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
         yield _line("    nothing changed")
     elif step.widths:
         yield from _widths(step.widths)
-        changes = []
+        narrowed = {width.group.partition("#")[0] for width in step.widths}
+        changes = grouped([(change.node, change.what) for change in step.changes if change.node not in narrowed])
     for what, nodes in changes[:_GROUPS]:
         yield _line(f"    {len(nodes):>4} x {what}")
     for reason, nodes in skips[:_GROUPS]:

@@ -267,7 +267,7 @@ def file_size(source: ModelSource, model: ir.Model) -> int:
     return len(source) if isinstance(source, bytes) else models.file_bytes(model)
 
 
-_LONGEST_BLOCK = 0.5
+_LONGEST_BLOCK = 0.25
 """Seconds. A model whose runs take a tenth of that and more evicts its own caches, however many follow each other."""
 
 

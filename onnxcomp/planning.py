@@ -80,6 +80,7 @@ class Plan:
         error: predicted relative squared error of the outputs.
         sources: what of it, as it was measured part by part, comes from branches, from widths and from precision.
         time: predicted, as a share of the float model's.
+        found: what was chosen for each branch, each group and each unit, by number.
         floats: names of nodes that stay in float although they need not.
     """
 
@@ -89,6 +90,7 @@ class Plan:
     error: float
     sources: tuple[float, float, float]
     time: float
+    found: tuple[int, ...]
     floats: tuple[str, ...] = ()
 
     def passes(self, *, jointly: bool) -> tuple[Pass, ...]:
@@ -237,6 +239,21 @@ class Planner:
         found = choose_together(sizes, program.terms, program.clashes, limits, gap=_GAP)
         if found is None:
             return None
+        return self._plan_of(program, found)
+
+    def near(self, plan: Plan) -> list[Plan]:
+        """The plans that decide otherwise on one branch or the width of one group, the fastest first."""
+        program = self._program()
+        found = []
+        for part in range(len(self.branches) + len(self._widths)):
+            for option in range(len(program.errors[part])):
+                if option != plan.found[part]:
+                    other = self._plan_of(program, [*plan.found[:part], option, *plan.found[part + 1 :]])
+                    if len({join for join, _ in other.branches}) == len(other.branches):
+                        found.append(other)
+        return sorted(found, key=lambda other: other.time)
+
+    def _plan_of(self, program: "_Program", found: Sequence[int]) -> Plan:
         forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items()}
         gone = [branch for place, branch in enumerate(self.branches) if found[place]]
         lost = {self._units.of(name) for branch in gone for name in branch.nodes}
@@ -257,7 +274,7 @@ class Planner:
         )
         time = sum(program.taken(found)) / self._total * self._scale()
         joins = tuple((branch.join, branch.operand) for branch in gone)
-        return Plan(joins, narrow, forms, sum(losses), tuple(sources.tolist()), time, in_float)
+        return Plan(joins, narrow, forms, sum(losses), tuple(sources.tolist()), time, tuple(found), in_float)
 
     def _program(self) -> "_Program":
         """What can be chosen, by what is known of times and errors now."""

@@ -20,6 +20,8 @@ _USUAL_ERROR = 0.012
 """Relative squared error of the outputs that is taken to lose what is allowed, until something is known."""
 _AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
+_BEYOND = 1.25
+"""How far a neighbour of a plan may go beyond the error that plans are to have: what it loses is measured."""
 _STEP = 4.0
 """The most by which what is known changes that error."""
 
@@ -43,6 +45,7 @@ class Plans:
         self.best = best
         self._planner: Planner | None = None
         self._count = 0
+        self._plans: dict[Candidate, Plan] = {}
         try:
             self._planner = self._measured(best, allowed)
         except OnnxcompError as failure:
@@ -77,6 +80,26 @@ class Plans:
                 return
             yield from found
 
+    def polished(self, allowed: float, most: int) -> Iterator[Candidate]:
+        """Neighbours of the best plan that promise to be faster within the loss: local search, as far as it helps.
+
+        Args:
+            allowed: loss that a plan may have.
+            most: candidates.
+        """
+        tried: set[Plan] = set(self._plans.values())
+        for _ in range(most):
+            plan = self._plans.get(self.best)
+            if plan is None or self._planner is None:
+                return
+            error = _next_error(self._known, allowed) * _BEYOND
+            near = (other for other in self._planner.near(plan) if other.error <= error and other not in tried)
+            other = next(near, None)
+            if other is None or other.time >= plan.time:
+                return
+            tried.add(other)
+            yield from self._made(other)
+
     def beyond(self, errors: Sequence[float]) -> Iterator[Candidate]:
         """Candidates whose outputs have about these errors, for a choice between loss and time."""
         for error in errors:
@@ -104,6 +127,7 @@ class Plans:
         name = f"{len(plan.branches)} branches gone and {len(plan.widths)} groups narrower, plan {self._count}"
         trial = self._bench.make(name, (*passes, *behind))
         trial.predicted = self._clean.speedup / plan.time
+        self._plans[trial] = plan
         yield trial
         if trial.speedup:
             self._planner.learn(plan.time, self._share * self._base.speedup / trial.speedup)

@@ -5,14 +5,15 @@
    those nodes in INT8 that a minimum cut over measured times puts there. All drafts are timed side by side.
 3. Refine the fastest: weights rounded with error feedback, judged on the metric. Over budget, nodes return to float,
    the most sensitive first, until it holds.
-4. Plan which branches go, how wide layers are and what runs as integers, all together; measure, and plan again.
+4. Plan which branches go, how wide layers are and what runs as integers, all together; measure, and plan again. With
+   time for it, look at the best plan's neighbours too.
 5. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
    sparse or binary, where the user asked for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 
 import onnx_ir as ir
 
@@ -139,7 +140,8 @@ class Search:
             return
         unplanned = self.best
         self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort)
-        for trial in self.plans.towards(self._max_drop, most):
+        polished = self.plans.polished(self._max_drop, most if self._effort is Effort.EXTENSIVE else 0)
+        for trial in chain(self.plans.towards(self._max_drop, most), polished):
             if not self._bench.works(trial):
                 return
             self._bench.time(*dict.fromkeys([unplanned, self.best, trial]))

@@ -204,3 +204,34 @@ def test_any_model_can_be_planned_or_says_why_not(name: str) -> None:
     for technique in plan.passes(jointly=False):
         made = technique(made, given).model
     Session(made, given.target).run(feeds)
+
+
+def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
+    found = usual(model)
+    plan = found.plan(0.1)
+    assert plan is not None
+    near = found.near(plan)
+    assert near
+    assert [other.time for other in near] == sorted(other.time for other in near)
+    for other in near:
+        assert sum(a != b for a, b in zip(plan.found, other.found, strict=True)) == 1
+        assert len({join for join, _ in other.branches}) == len(other.branches)
+
+
+def test_errors_and_conversions_are_rescaled_by_what_was_measured(model: ir.Model) -> None:
+    found = usual(model)
+    plan = found.plan(0.2)
+    assert plan is not None
+    made = model
+    for technique in plan.passes(jointly=False):
+        made = technique(made, context()).model
+    measured = found.compare(plan, made)
+    again = found.plan(0.2)
+    assert again is not None
+    weights = found._weights
+    assert float(weights @ np.array(plan.sources)) == pytest.approx(measured, rel=0.5)
+    kept = {layer.name for layer in list(layers(model))[1::2]}
+    found.learn_crossings(kept, 50.0)
+    whole = found.plan(np.inf)
+    assert whole is not None
+    assert len({whole.forms[layer.name] for layer in layers(model)}) == 1

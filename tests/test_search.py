@@ -301,7 +301,7 @@ def test_what_is_applied_once_is_not_applied_again() -> None:
 
 
 def test_a_model_that_takes_seconds_is_timed_in_short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(np.arange(100) * 0.2)
+    clock = iter(np.arange(100) * 0.1)
     session = workbench().original
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     protocol = paced(runtime.Protocol(rounds=9), session, {"x": samples(1)["x"]})

@@ -1,0 +1,158 @@
+"""The joint search beside each technique alone and every fixed order of them: `python -m benchmarks.joint FOLDER`.
+
+All within the same loss. The search plans branches, widths and precision together. A technique alone is the same
+search with no other allowed. A fixed order prunes to a share of the FLOPs and then quantizes; of several shares, the
+fastest within the loss counts, by the whole evaluation file, which favours it. All versions are then timed side by
+side.
+
+Builders of ImageNet size have random weights and made-up inputs: latency only.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Case, cases, peers, scratch, show, table
+from models import zoo
+from onnxcomp import convert
+from onnxcomp import model as models
+from onnxcomp.core import Pass
+from onnxcomp.optimizer import Effort, optimize
+from onnxcomp.passes.prune import Prune
+from onnxcomp.passes.prune_depth import PruneDepth
+from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
+from onnxcomp.passes.quantize_static import QuantizeStatic
+from onnxcomp.passes.simplify import Simplify
+from onnxcomp.report import Report
+from onnxcomp.runtime import Session, Target
+
+ALONE = {
+    "INT8 alone": ["simplify", "quantize"],
+    "channels alone": ["simplify", "prune"],
+    "branches alone": ["simplify", "prune-depth"],
+}
+"""One technique each, with clean-up."""
+
+SHARES = (0.95, 0.9, 0.8, 0.7)
+"""Of the FLOPs, that fixed orders leave."""
+
+LOSSES = {"minilm": 0.01}
+"""What a model may lose, if not half a point."""
+
+_IMAGES = 64
+"""Made-up ones, for builders."""
+
+
+def orders(share: float, quantize: Pass) -> Mapping[str, Sequence[Pass]]:
+    """Fixed orders that leave a share of the FLOPs before quantization."""
+    half = share**0.5
+    return {
+        "channels, INT8": (Simplify(), Prune(share, multiple=16), quantize),
+        "branches, INT8": (Simplify(), PruneDepth(share), quantize),
+        "channels, branches, INT8": (Simplify(), Prune(half, multiple=16), PruneDepth(half), quantize),
+        "branches, channels, INT8": (Simplify(), PruneDepth(half), Prune(half, multiple=16), quantize),
+    }
+
+
+def fixed(case: Case, original: Path, calib: Path, folder: Path, batch: int) -> dict[str, Path]:
+    """The fastest of each fixed order within the loss."""
+    quantize = QuantizeDynamic() if case.name == "minilm" else QuantizeStatic()
+    target, loss = Target("cpu", 1), LOSSES.get(case.name, 0.005)
+    baseline = case.evaluate(Session(original, target).run)
+    found: dict[str, Path] = {}
+    for share in SHARES:
+        for name, passes in orders(share, quantize).items():
+            path = folder / f"{name} {share}.onnx"
+            convert(original, passes, output=path, calib=calib, target=target, batch=batch)
+            if baseline - case.evaluate(Session(path, target).run) <= loss:
+                found[name] = path  # fewer FLOPs than before, and still within the loss
+    return found
+
+
+def ours(source: Any, folder: Path, name: str, **options: Any) -> tuple[Path, Report, float]:
+    """What the search makes, its report, and the seconds that it took."""
+    path, start = folder / f"{name}.onnx", time.perf_counter()
+    result = optimize(source, output=path, target=Target("cpu", 1), best_effort=True, executor="local", **options)
+    return path, result.report, time.perf_counter() - start
+
+
+def told(report: Report, seconds: float) -> None:
+    """What the search took, and how well plans foretold."""
+    print(f"\nThe search took {seconds:.0f} s.")
+    for trial in report.trials:
+        if trial.predicted is not None and trial.figures.speedup:
+            off = trial.predicted / trial.figures.speedup - 1
+            print(f"  {trial.name}: {trial.figures.speedup:.2f}x, {off:+.1%} foretold; {trial.verdict}")
+
+
+def real(case: Case, folder: Path, arguments: argparse.Namespace) -> None:
+    """A model with data."""
+    original, calib = folder / f"{case.name}.onnx", folder / case.calib
+    with scratch() as made:
+        options = {**case.optimize, "batch": arguments.batch, "effort": arguments.effort}
+        path, report, seconds = ours(original, made, "joint", **options)
+        versions = {"fp32": original}
+        if arguments.peers:
+            versions |= peers(original, case, calib, made)
+        for name, passes in ALONE.items():
+            versions[name], *_ = ours(original, made, name, **options, passes=passes)
+        if arguments.orders:
+            versions |= fixed(case, original, calib, made, arguments.batch)
+        versions["joint"] = path
+        show(case.name, table(case, versions, rounds=arguments.rounds))
+        told(report, seconds)
+
+
+def built(name: str, arguments: argparse.Namespace) -> None:
+    """A builder, for latency only: errors of its outputs stand for the loss."""
+    model = zoo.LARGE[name]()
+    images = np.random.default_rng(0).normal(size=(_IMAGES, 3, 224, 224)).astype(np.float32)
+    given = {model.graph.inputs[0].name or "": images}
+    with scratch() as made:
+        source = made / f"{name}.onnx"
+        models.save(model, source)
+        options = {"calib": given, "batch": 1, "effort": arguments.effort}
+        searches: dict[str, Callable[[], tuple[Path, Report, float]]] = {
+            name: lambda passes=passes, name=name: ours(source, made, name, **options, passes=passes)  # type: ignore[misc]
+            for name, passes in {**ALONE, "joint": ["simplify", "quantize", "prune", "prune-depth"]}.items()
+        }
+        found = {name: search() for name, search in searches.items()}
+        case = Case(
+            name, "", lambda predict: float("nan"), "no figure", lambda rows: {k: v[:rows] for k, v in given.items()},
+            (1,), {},
+        )  # fmt: skip
+        show(
+            name,
+            table(case, {"fp32": source} | {key: path for key, (path, *_) in found.items()}, rounds=arguments.rounds),
+        )
+        for key, (_, report, seconds) in found.items():
+            print(json.dumps({"search": key, "relative error": report.result.drop, "seconds": round(seconds)}))
+        told(found["joint"][1], found["joint"][2])
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="holds the models and their data")
+    parser.add_argument("--only", help="name of one model or builder")
+    parser.add_argument("--batch", type=int, default=16, help="batch that the search optimizes for")
+    parser.add_argument("--effort", type=Effort, default=Effort.DEFAULT)
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--no-orders", dest="orders", action="store_false", help="leave fixed orders out")
+    parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave other tools out")
+    arguments = parser.parse_args()
+    for case in cases(arguments.folder):
+        if arguments.only in (None, case.name):
+            real(case, arguments.folder, arguments)
+    for name in zoo.LARGE:
+        if arguments.only in (None, name):
+            built(name, arguments)
+
+
+if __name__ == "__main__":
+    main()
