@@ -18,6 +18,7 @@ from onnxcomp.core import Context, Pass
 from onnxcomp.runtime import Feeds
 from onnxcomp.surgery import SurgeryError, without
 from onnxcomp.timing import for_timing, profiles, ratio
+from onnxcomp.units import Units
 from onnxcomp.widths import Counts, Floats
 
 _ROUNDS = 4
@@ -72,37 +73,42 @@ class LatencyModel:
         """Of each group, what is left of the time of its nodes by how many channels are gone; and the whole's times."""
         shares: list[dict[int, float]] = [{0: 1.0} for _ in self.groups]
         whole: Mapping[str, float] = {}
+        units = Units(groups.model)
+        touched = self.touched
+        if technique is not None:  # what it made of a node has a name that leads back to the node's unit
+            touched = [{units.of(name) for name in names} for names in touched]
         for members in self._apart():
             variants = list(self._variants(groups, members))
             made = [groups.model, *(model for _, model in variants)]
             if technique is not None:
                 made = [technique(model, context).model for model in made]
-            whole, *cut = (profile.times for profile in profiles(made, context, self._feeds, rounds))
+            found = profiles(made, context, self._feeds, rounds)
+            whole, *cut = (profile.times if technique is None else units.times(profile) for profile in found)
             for (removed, _), times in zip(variants, cut, strict=True):
-                self._learn(groups.model, removed, whole, times, shares)
+                for group, share in self._left(groups.model, removed, whole, times, touched):
+                    shares[group][removed[group]] = share
         return shares, whole
 
-    def _learn(
+    def _left(
         self,
         model: ir.Model,
         removed: Mapping[int, int],
         whole: Mapping[str, float],
         cut: Mapping[str, float],
-        shares: list[dict[int, float]],
-    ) -> None:
+        touched: Sequence[Set[str]],
+    ) -> Iterator[tuple[int, float]]:
         """What is left of the time of each group's nodes, the median over groups of the same nodes and shapes.
 
         Of their sum, as what is fused into what changes with the width.
         """
         alike: dict[Hashable, list[tuple[int, float]]] = defaultdict(list)
         for group, count in removed.items():
-            before, after = (sum(each.get(name, 0.0) for name in self.touched[group]) for each in (whole, cut))
+            before, after = (sum(each.get(name, 0.0) for name in touched[group]) for each in (whole, cut))
             if before:
                 alike[count, form_of(model, self.touched[group])].append((group, after / before))
         for members in alike.values():
             share = statistics.median(share for _, share in members)
-            for group, _ in members:
-                shares[group][removed[group]] = share
+            yield from ((group, share) for group, _ in members)
 
     def total(self, removed: Floats | None = None) -> float:
         """Microseconds per run with so many channels gone from each group."""

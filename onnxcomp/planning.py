@@ -379,6 +379,10 @@ class Planner:
         if crossings > 0:
             self._layout *= max((taken / self._scale() * self._total - units) / crossings, 1.0)
 
+    def error(self, made: ir.Model) -> float:
+        """Relative squared error of another model's outputs."""
+        return self._answers.error(made)
+
     def compare(self, plan: Plan, made: ir.Model) -> float:
         """The error of a plan's outputs, as it is; errors of later plans are rescaled by it.
 

@@ -18,6 +18,8 @@ PLANNED = ("prune", "prune-depth")
 """Passes whose choices are made together, with those of precision."""
 _USUAL_ERROR = 0.012
 """Relative squared error of the outputs that is taken to lose what is allowed, until something is known."""
+_TRUST = 0.5
+"""How far: like one plan that had this share of that error."""
 _AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
 _BEYOND = 1.25
@@ -45,6 +47,7 @@ class Plans:
         self.best = best
         self._planner: Planner | None = None
         self._count = 0
+        self._known: list[tuple[float, float]] = []
         self._plans: dict[Candidate, Plan] = {}
         try:
             self._planner = self._measured(best, allowed)
@@ -55,7 +58,7 @@ class Plans:
             self._share = clean.speedup / best.speedup
             self._planner.learn(self._planner.share(form), self._share)
             self._learn_crossings()
-        self._known: list[tuple[float, float]] = []
+            self._known.append((self._planner.error(best.model), bench.drop(best)))
 
     def _learn_crossings(self) -> None:
         """From all drafts in static INT8 but for some nodes."""
@@ -156,7 +159,7 @@ def _next_error(known: Sequence[tuple[float, float]], allowed: float) -> float:
     Losses on samples are noisy, errors are not: losses are taken to be proportional to errors, with the slope that fits
     all of what is known best, the usual error among it.
     """
-    points = [(_USUAL_ERROR, allowed), *known]
+    points = [(_TRUST * _USUAL_ERROR, _TRUST * allowed), *known]
     slope = sum(error * lost for error, lost in points) / sum(error * error for error, _ in points)
     usual = allowed / _USUAL_ERROR
     return _AIM * allowed / float(np.clip(slope, usual / _STEP, usual * _STEP)) if allowed else 0.0
