@@ -286,7 +286,7 @@ repeating = together(
 
 
 def _cache(cache: Path | None, no_cache: bool) -> Path | None:
-    if no_cache:
+    if no_cache or cache == Path("none"):
         return None
     from platformdirs import user_cache_path
 
@@ -301,9 +301,9 @@ cache = _as_one(
         metavar="DIR",
         envvar="ONNXCOMP_CACHE",
         type=click.Path(path_type=Path),
-        help="Where to keep what was made and measured.  [default: the user's folder for caches]",
+        help="Where to keep what was made and measured, or none.  [default: the user's folder for caches]",
     ),
-    click.option("--no-cache", is_flag=True, envvar="ONNXCOMP_NO_CACHE", help="Make and measure all anew."),
+    click.option("--no-cache", is_flag=True, help="Make and measure all anew."),
 )
 """Work that was cut short goes on where it was."""
 

@@ -112,7 +112,7 @@ def check_in_words(check: Check, metric: str) -> str:
         case "max-latency":
             return f"latency is {value * 1e3:.4g} ms, the limit is {bound * 1e3:.4g} ms"
         case "min-speedup":
-            return f"speed-up is {value:.3g}x, the limit is {bound:.3g}x"
+            return f"speed-up is {value:.3g}x, the limit is {bound:g}x"
         case "max-memory" if math.isnan(value):
             return f"memory is not known on this system, the limit is {bound:,.0f} bytes"
         case _:

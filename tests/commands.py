@@ -14,7 +14,7 @@ from onnxruntime import InferenceSession
 from onnxcomp.cli import main
 
 CLASSES = 4
-NO_CACHE = {"ONNXCOMP_NO_CACHE": "1"}
+NO_CACHE = {"ONNXCOMP_CACHE": "none"}
 
 
 def run(*arguments: object, code: int = 0) -> Result:

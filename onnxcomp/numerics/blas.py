@@ -16,13 +16,18 @@ _inside: list[threadpool_limits] = []
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """BLAS works on one thread while any thread of this process is inside: its own limit is one of the process."""
+    """BLAS works on one thread inside.
+
+    OpenBLAS takes a limit that a thread sets for that thread's alone or for the whole process's, by how it was built.
+    So each thread sets it, and what was before comes back when the last one leaves.
+    """
     with _lock:
-        _inside.append(_inside[0] if _inside else threadpool_limits(1))  # type: ignore[no-untyped-call]
+        _inside.append(threadpool_limits(1))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         with _lock:
-            limit = _inside.pop()
+            first = _inside[0]
+            _inside.pop()
             if not _inside:
-                limit.restore_original_limits()  # type: ignore[no-untyped-call]
+                first.restore_original_limits()  # type: ignore[no-untyped-call]
