@@ -126,7 +126,7 @@ def optimize(
         InputError: the model, the data or an option cannot be used.
         BudgetError: no result within the budget; its `result` is the best effort.
     """
-    target, effort = Target.of(target), chosen(Effort, effort)
+    deadline, target, effort = Deadline(time_limit), Target.of(target), chosen(Effort, effort)
     if output is not None and not dry_run:
         models.check_target(output, overwrite=overwrite, inputs=(source, calib, evaluation))
     if report is not None:
@@ -154,7 +154,7 @@ def optimize(
     if passes is None and judges.tell_accuracy and context.data is not None and context.data.samples >= _ENOUGH:
         allowed |= {*PLANNED}
     prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
-    bench = Workbench(model, original, context, judges, effort, prefix, Deadline(time_limit))
+    bench = Workbench(model, original, context, judges, effort, prefix, deadline)
     figures = bench.original_figures(file_size(source, model), memory=budget.limits_memory)
     search = Search(bench, budget, effort, allowed, figures, tuple(name for name in names if name not in GROUPS))
     about |= {"batch": bench.rows, "seed": seed}

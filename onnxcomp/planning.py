@@ -111,6 +111,7 @@ class Planner:
     Attributes:
         forms: the precisions, and what the model takes in each.
         branches: that may go.
+        untraced: why channels could not be traced, so that nothing may go; empty where they could.
 
     Args:
         model: cleaned up, in float.
@@ -139,6 +140,7 @@ class Planner:
         self._data = data
         self._answers = Answers(model, data, context)
         self._units = Units(model)
+        self.untraced = ""
         self._layout = _LAYOUT
         self._ratios: list[float] = []
         self._seen: list[tuple[tuple[float, float, float], float]] = []
@@ -171,7 +173,8 @@ class Planner:
     def _traced(self, data: Dataset) -> ChannelGroups | None:
         try:
             return channel_groups(self._model, next(iter(data.batches(1))).feeds)
-        except OnnxcompError:
+        except OnnxcompError as error:
+            self.untraced = error.fact
             return None
 
     def _found_branches(self) -> list[Branch]:

@@ -150,6 +150,9 @@ class Plans:
             self._clean.model, quantizers, context.data, context, self._bench.batch.feeds, placement.crossing(context),
             prune=ways["prune"], prune_depth=ways["prune-depth"],
         )  # fmt: skip
+        if planner.untraced:
+            verdict = f"not possible: channels cannot be traced: {planner.untraced}"
+            self._bench.trials.append(Candidate("plans", (), best.model, (), verdict=verdict))
         return planner if planner.has_choices else None
 
 
