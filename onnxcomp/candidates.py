@@ -196,6 +196,16 @@ class Workbench:
         outcome = self.context.recall("pass", (technique, model, self.context), lambda: technique(model, self.context))
         return outcome if outcome.modified else replace(outcome, model=model)
 
+    def untouched(self, size: int) -> Candidate:
+        """The original as a candidate.
+
+        Args:
+            size: bytes of its file.
+        """
+        candidate = Candidate("the model as it was", (), self.model, (), size, drop=0.0)
+        self.trials.append(candidate)
+        return candidate
+
     def works(self, candidate: Candidate) -> bool:
         """Whether the last pass changed anything and the result runs; else the verdict says why."""
         if not candidate.changed:

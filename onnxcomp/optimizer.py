@@ -169,6 +169,10 @@ def optimize(
     fallbacks = search.fallbacks(best)
     while not search.holds(result.report.result.drop) and (fallback := next(fallbacks, None)) is not None:
         best, result = fallback, proof.of(fallback)
+    if not best.passes and best.steps and _no_better(result.report):
+        best.verdict = "larger than the original, and not faster"
+        best = bench.untouched(figures.size)
+        result = proof.of(best)
     if pareto is not None:
         others, made = proof.family(best)
         result = Result(result.model, result.report, others)
@@ -189,6 +193,12 @@ def optimize(
         error.result = result
         raise error
     return result
+
+
+def _no_better(report: Report) -> bool:
+    """Whether clean-up made a file that is larger, and runs no faster."""
+    before, after = report.original, report.result
+    return after.size > before.size * _GROWTH and (after.speedup or 0.0) < 1 + NOISE
 
 
 def _with_layers(result: Result, bench: Workbench) -> Report:
@@ -266,6 +276,8 @@ class _Proof:
         return family, [made[place] for place in order]
 
     def _stamped(self, best: Candidate) -> ir.Model:
+        if not best.steps:
+            return best.model
         trials = tuple(trial.trial() for trial in self.bench.trials)
         record = Record(best.steps, trials, self.bench.judges.gate.name)
         return stamped(best.model, self._recipe(best), record, self.fingerprint, self.original.size)
@@ -308,7 +320,9 @@ class _Proof:
             notes.append(f"Runs have {self.bench.rows} rows: the model or its data fix that.")
         if self.bench.deadline.passed:
             notes.append("The time limit ended the search before all that might help was tried.")
-        if not best.passes and self.search.drafted:
+        if not best.steps:
+            notes.append("Nothing made it better: the result is the model as it was.")
+        elif not best.passes and self.search.drafted:
             notes.append("No quantization was both faster and within the budget: the cleaned-up model is the result.")
         elif not best.passes and self.search.allows_more:
             notes.append("Nothing here can be quantized for this target: the cleaned-up model is the result.")

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from models import zoo
 from onnxcomp import runtime
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
@@ -145,6 +146,16 @@ def test_four_bits_only_where_eight_do_not_suffice(lab: Lab) -> None:
     assert "bits=4" in four.steps[-1].recipe
     assert eight.met
     assert four.met
+
+
+def test_a_clean_up_that_only_makes_it_larger_is_not_kept(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0
+    source = zoo.build("functions").SerializeToString()
+    result = lab.optimize(source, calib=None, passes=["simplify"])
+    assert not result.report.steps
+    assert result.report.result.size <= len(source)
+    assert any("the model as it was" in note for note in result.report.notes)
+    assert trial(result, "the model as it was").verdict == "chosen"
 
 
 # --- limits that cannot be kept -------------------------------------------------------------------------------------
