@@ -83,7 +83,10 @@ def write(family: Family, made: Sequence[ir.Model], folder: str | os.PathLike[st
         ModelError: something cannot be written.
     """
     path = Path(folder)
-    path.mkdir(exist_ok=True)
+    try:
+        path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ModelError(f"cannot make '{path}': {error.strerror}", remedy="give another folder to --pareto") from error
     before = _files(path)
     (path / INDEX).unlink(missing_ok=True)
     for member, model in zip(family.members, made, strict=True):

@@ -122,10 +122,11 @@ class Plans:
         assert self._planner is not None
         behind, passes = self._behind, plan.passes(jointly=self._effort is Effort.EXTENSIVE)
         if behind and isinstance(last := behind[-1], QuantizeStatic | QuantizeDynamic):
-            keep = {*last.keep, *plan.floats}
+            keep, quantized = {*last.keep, *plan.floats}, {unit for unit, form in plan.forms.items() if form != FLOAT}
             with contextlib.suppress(OnnxcompError):  # `make` says why
-                keep &= {node.name or "" for node in self._bench.applied(passes)[0].graph}
-            behind = (*behind[:-1], replace(last, keep=tuple(sorted(keep))))
+                left = {node.name or "" for node in self._bench.applied(passes)[0].graph}
+                keep, quantized = keep & left, quantized & left
+            behind = (*behind[:-1], *([replace(last, keep=tuple(sorted(keep)))] if quantized else []))
         self._count += 1
         name = f"{len(plan.branches)} branches gone and {len(plan.widths)} groups narrower, plan {self._count}"
         trial = self._bench.make(name, (*passes, *behind))

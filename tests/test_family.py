@@ -10,6 +10,7 @@ import onnxcomp
 from onnxcomp import family
 from onnxcomp.budget import Budget
 from onnxcomp.errors import ModelError
+from onnxcomp.report import Figures
 from tests.lab import Lab, integers, lab
 from tests.test_report import SCHEMA
 
@@ -75,5 +76,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
     with pytest.raises(ModelError, match="is no folder"):
         family.check_folder(tmp_path / "f", overwrite=True)
+    with pytest.raises(ModelError, match="cannot make"):
+        family.write(family.Family("", Figures(1), (), "", "", "", {}), [], tmp_path / "none" / "all")
     with pytest.raises(ModelError, match="does not exist"):
         family.check_folder(tmp_path / "none" / "all", overwrite=True)
