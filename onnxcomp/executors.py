@@ -13,8 +13,10 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import re
 import signal
+import tempfile
 import threading
 import time
 from collections import deque
@@ -31,6 +33,7 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import onnxcomp
@@ -135,6 +138,9 @@ def width(executor: Executor) -> int:
 class Processes(Executor):
     """Processes of this machine, started when there is work for them, and again where one was killed.
 
+    They leave results in files and send their names: a process that is killed in the midst of a message longer than
+    what a pipe takes at once would keep this one waiting for the rest.
+
     Args:
         workers: how many.
         patience: seconds of work that are done in this process before others are started, for what is small is done
@@ -145,17 +151,19 @@ class Processes(Executor):
     def __init__(self, workers: int, patience: float = _PATIENCE, text: str = "local") -> None:
         self.workers, self._patience, self.text = workers, patience, text
         self._pool: ProcessPoolExecutor | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="onnxcomp-", ignore_cleanup_errors=True)
 
     def submit(self, function: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Future[Found]:
         """Do it in one of the processes; or at once, in this one."""
         if self._patience > 0:
             return self._at_once(function, *args, **kwargs)
+        filed = functools.partial(_filed, self._folder.name, function)
         if self._pool is not None:
             with contextlib.suppress(BrokenProcessPool):
-                return self._pool.submit(function, *args, **kwargs)
+                return self._pool.submit(filed, *args, **kwargs)
             self._pool.shutdown()
         self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin)
-        return self._pool.submit(function, *args, **kwargs)
+        return self._pool.submit(filed, *args, **kwargs)
 
     def _at_once(self, function: Callable[..., Found], *args: Any, **kwargs: Any) -> Future[Found]:
         done: Future[Found] = Future()
@@ -168,7 +176,10 @@ class Processes(Executor):
         return done
 
     def stop(self) -> None:
-        """End the processes in the midst of their work, which is lost. Others start when there is more."""
+        """End the processes in the midst of their work, which is lost. Others start when there is more.
+
+        Nothing may have been cancelled: the pool, as it breaks, would fail at it and never end the rest.
+        """
         for process in list((getattr(self._pool, "_processes", None) or {}).values()):
             process.terminate()
 
@@ -176,6 +187,32 @@ class Processes(Executor):
         """End the processes."""
         if self._pool is not None:
             self._pool.shutdown(wait, cancel_futures=cancel_futures)
+        if wait:
+            self._folder.cleanup()
+
+
+class _Filed:
+    """A value that pickles as the name of a file, and is itself again, the file gone, where that is read."""
+
+    def __init__(self, value: object, folder: str) -> None:
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            pickle.dump(value, file, pickle.HIGHEST_PROTOCOL)
+        self._path = Path(file.name)
+
+    def __reduce__(self) -> tuple[Callable[[Path], object], tuple[Path]]:
+        return _taken, (self._path,)
+
+
+def _filed(folder: str, function: Callable[..., Found], *args: Any, **kwargs: Any) -> Found:
+    return _Filed(function(*args, **kwargs), folder)  # type: ignore[return-value]  # it is, at the other end
+
+
+def _taken(path: Path) -> object:
+    try:
+        with path.open("rb") as file:
+            return pickle.load(file)
+    finally:
+        path.unlink()
 
 
 def _begin() -> None:
@@ -227,11 +264,18 @@ def mapped(
         while under_way:
             yield _result(under_way.popleft(), function, executor)
     finally:
-        for piece in under_way:
-            piece.future.cancel()
-        if under_way and isinstance(executor, Processes):
-            executor.stop()  # what runs or is queued there cannot be cancelled, and may take long
-        wait([piece.future for piece in under_way])
+        _abandon([piece.future for piece in under_way], executor)
+
+
+def _abandon(futures: list[Future[Found]], executor: Executor) -> None:
+    """End what is under way, or see it end."""
+    if isinstance(executor, Processes):
+        if not all(future.done() for future in futures):
+            executor.stop()
+    elif not isinstance(executor, _Dask):  # that loses track of what is cancelled just as it ends; it is little
+        # `wait` would wait for some executors to notice what was cancelled, for ever.
+        futures = [future for future in futures if not future.cancel()]
+    wait(futures)
 
 
 def _result(piece: _Piece[Item, Found], function: Callable[[Item], Found], executor: Executor) -> Found:

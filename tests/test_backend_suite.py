@@ -72,11 +72,13 @@ def test_every_fiftieth_model_through_optimize(suite: list[BackendCase], monkeyp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_model_through_every_pass(suite: list[BackendCase]) -> None:
     assert examined(_both(suite), _through_passes).counts["loaded"] > 2500
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 def test_every_model_through_optimize(suite: list[BackendCase]) -> None:
     assert examined(suite, _through_optimize).counts["loaded"] > 1500
 

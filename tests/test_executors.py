@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import select
 import signal
 import threading
 import time
@@ -184,6 +185,41 @@ def test_nothing_runs_on_when_the_rest_is_not_wanted(threads: Executor) -> None:
     next(found)
     found.close()  # type: ignore[attr-defined]
     assert all(future.done() for future in under_way)
+
+
+def test_what_an_executor_never_tells_is_not_waited_for() -> None:
+    class Silent(Executor):
+        """Like Dask's, where work ends just as it is cancelled."""
+
+        _max_workers = 2
+
+        def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+            future: Future[Any] = Future()
+            if args[0] == 0:
+                future.set_result(0)
+            return future
+
+    found = mapped(abs, range(9), Silent(), room=4)
+    assert next(found) == 0
+    found.close()  # type: ignore[attr-defined]
+
+
+def test_a_result_of_any_size_is_sent_at_once(tmp_path: Path) -> None:
+    """Else a process killed as it sends would leave this one waiting for the rest."""
+    sent = pickle.dumps(executors._filed(str(tmp_path), bytes, 10**6))
+    assert len(sent) < select.PIPE_BUF
+    assert pickle.loads(sent) == bytes(10**6)
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_leave_no_files(processes: Processes) -> None:
+    assert list(mapped(bytes, [5, 6], processes, room=2)) == [bytes(5), bytes(6)]
+    folder = Path(processes._folder.name)
+    assert not list(folder.iterdir())
+    with Processes(1) as executor:
+        folder = Path(executor._folder.name)
+        assert folder.is_dir()
+    assert not folder.exists()
 
 
 def test_processes_whose_work_is_not_wanted_end_at_once_and_others_start() -> None:

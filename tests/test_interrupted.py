@@ -52,6 +52,7 @@ def test_resumed_from_the_cache_it_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_so_does_a_search_with_plans_after_twenty_kills(tmp_path: Path) -> None:
     output = tmp_path / "out" / "o.onnx"
     command = child(

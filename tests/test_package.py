@@ -33,6 +33,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_wheel_works_elsewhere(tmp_path: Path) -> None:
     python = sys.executable
     # The wheel is made from the source distribution, so that nothing left behind in the checkout gets in.
