@@ -91,7 +91,7 @@ class Search:
         Not more: the final data would become one more judge.
         """
         for make in (self._without_plan, self._careful):
-            if failed is self.clean:
+            if not failed.passes:
                 return
             failed.verdict = "over the budget on the final data"
             best = None
@@ -130,6 +130,8 @@ class Search:
             refined = self._refine(draft) if self._gains(draft, self.best) else draft
             if refined is not None and self._gains(refined, self.best):
                 self.best = refined
+            elif refined is not None and self._larger(refined):
+                refined.verdict = "larger than the original"
             elif refined is not None:
                 refined.verdict = "not faster beyond noise" if refined.speedup > self.best.speedup else "not faster"
 
@@ -184,14 +186,20 @@ class Search:
     def _gains(self, candidate: Candidate, best: Candidate) -> bool:
         """Whether it is faster; of what the user asked for by name, as fast and smaller is enough.
 
-        Under a limit on memory, what keeps it comes before what does not.
+        Nothing larger than the original gains. Under a limit on memory, what keeps it comes before what does not.
         """
+        if self._larger(candidate):
+            return False
         limit = self._budget.memory_limit(self._original.memory or 0)
         if limit is not None:
             used, known = (self._bench.memory(each) for each in (candidate, best))
             if (used <= limit) != (known <= limit):
                 return used < known
         return candidate.faster(best) or (candidate.name in self._named and candidate.smaller(best))
+
+    def _larger(self, candidate: Candidate) -> bool:
+        """Whether it is larger than the original, and than a limit that allows for that."""
+        return candidate.size > max(self._original.size, self._budget.size_limit(self._original.size) or 0)
 
     # -- refining ---------------------------------------------------------------------------------------------------
 

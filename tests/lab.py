@@ -48,6 +48,16 @@ def network(layers: Sequence[str] = LAYERS, seed: int = 0) -> ir.Model:
     return ir.Model(ir.Graph([x], [value], nodes=nodes, initializers=constants, opset_imports={"": 17}), ir_version=8)
 
 
+def wasteful() -> ir.Model:
+    """The network, and a layer that nobody reads, for clean-up to gain by."""
+    model = network()
+    weight = ir.val("unread_w", const_value=ir.tensor(np.ones((WIDTH, WIDTH), np.float32), name="unread_w"))
+    model.graph.register_initializer(weight)
+    model.graph.append(ir.node("MatMul", [model.graph.inputs[0], weight], name="unread"))
+    model.graph[-1].outputs[0].name = "unread_y"
+    return model
+
+
 def samples(count: int = 121, labels: bool = False) -> dict[str, NDArray[Any]]:
     """Inputs of the network."""
     x = np.random.default_rng(1).standard_normal((count, WIDTH)).astype(np.float32)

@@ -325,6 +325,13 @@ def test_save_writes_one_file_with_the_same_bytes_each_time(tmp_path: Path) -> N
     assert target.stat().st_mode & 0o777 == 0o666 & ~models._umask()
 
 
+@pytest.mark.parametrize("name", ["resnet", "control_flow"])
+def test_types_of_initializers_are_not_written_again(name: str) -> None:
+    """As onnx_ir does."""
+    for graph in models._all_graphs(onnx.load_from_string(models.to_bytes(models.load(zoo.build(name))))):
+        assert not {value.name for value in graph.value_info} & {tensor.name for tensor in graph.initializer}
+
+
 @pytest.fixture
 def tiny_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if nothing fitted one protobuf message."""

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from models import zoo
+from onnxcomp import model as models
 from onnxcomp import runtime
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
@@ -20,7 +22,7 @@ from onnxcomp.metrics import METRICS
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.runtime import Session, Target, Timing
 from onnxcomp.search import Search, accepted_drop
-from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial
+from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial, wasteful
 
 __all__ = ["lab"]
 
@@ -59,7 +61,7 @@ def test_as_few_nodes_return_to_float_as_keep_the_budget(lab: Lab, budget: float
 
 def test_over_any_budget_the_clean_model_is_the_result(lab: Lab) -> None:
     lab.loss = lambda model: float(bool(integers(model)))
-    result = lab.optimize(passes=["simplify", "quantize-static"])
+    result = lab.optimize(wasteful(), passes=["simplify", "quantize-static"])
     assert not integers(result.model)
     assert result.report.met
     assert any("the cleaned-up model is the result" in note for note in result.report.notes)
@@ -69,7 +71,7 @@ def test_over_any_budget_the_clean_model_is_the_result(lab: Lab) -> None:
 
 def test_nothing_slower_is_chosen_even_without_any_loss(lab: Lab) -> None:
     lab.latency = lambda model: 1.0 + 0.1 * len(integers(model)) + ("MatMulInteger" in operators(model))
-    result = lab.optimize(passes=["simplify", "quantize-static", "quantize-dynamic"])
+    result = lab.optimize(wasteful(), passes=["simplify", "quantize-static", "quantize-dynamic"])
     assert operators(result.model) == {"MatMul", "Relu"}
     assert {t.verdict for t in result.report.trials[1:]} == {"not faster"}
 
@@ -158,6 +160,26 @@ def test_a_clean_up_that_only_makes_it_larger_is_not_kept(lab: Lab) -> None:
     assert trial(result, "the model as it was").verdict == "chosen"
 
 
+def test_where_nothing_is_gained_the_result_is_the_input_byte_for_byte(lab: Lab, tmp_path: Path) -> None:
+    source, output = tmp_path / "m.onnx", tmp_path / "out.onnx"
+    models.save(network(), source)
+    lab.latency = lambda model: 1.0
+    result = lab.optimize(source, output=output, passes=["simplify", "quantize-static"])
+    assert output.read_bytes() == source.read_bytes()
+    assert trial(result, "clean-up").verdict == "nothing to change"
+    assert any("Nothing made it better" in note for note in result.report.notes)
+
+
+def test_nothing_larger_than_the_original_is_chosen_unless_that_is_allowed(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.lab.WIDTH", 4)  # so little that scales weigh more than what they save
+    result = lab.optimize(passes=["quantize-static"])
+    assert trial(result, "static INT8").verdict == "larger than the original"
+    assert not integers(result.model)
+    assert integers(lab.optimize(passes=["quantize-static"], budget=Budget(max_size_share=10.0)).model)
+
+
 # --- limits that cannot be kept -------------------------------------------------------------------------------------
 
 
@@ -201,7 +223,7 @@ def test_a_result_that_holds_on_final_data_is_left_in_peace(lab: Lab, monkeypatc
 
 def test_a_result_that_fails_twice_gives_way_to_the_clean_model(lab: Lab) -> None:
     lab.final_loss = lambda model: float(bool(integers(model)))
-    result = lab.optimize(passes=["simplify", "quantize-static"])
+    result = lab.optimize(wasteful(), passes=["simplify", "quantize-static"])
     assert not integers(result.model)
     assert result.report.met
     verdicts = [t.verdict for t in result.report.trials]
