@@ -19,11 +19,9 @@ from onnxcomp.judges import Judges, must_run
 from onnxcomp.measure import paced
 from onnxcomp.report import Figures, Step, Trial
 from onnxcomp.runtime import Protocol, Session, Timing
-from onnxcomp.weights import Rounding
+from onnxcomp.weights import NEAREST, Rounding
 
 Found = TypeVar("Found")
-
-NEAREST = Rounding(gptq=False, sweeps=0, bias_correction=False)
 
 NOISE = 0.03
 """Latencies and sizes closer than this count as equal."""

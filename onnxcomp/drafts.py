@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from onnxcomp import placement
-from onnxcomp.candidates import NEAREST, Candidate, Effort, Workbench
+from onnxcomp.candidates import Candidate, Effort, Workbench
 from onnxcomp.core import Pass
 from onnxcomp.passes.convert_float import ConvertFloat
 from onnxcomp.passes.equalize import Equalize
@@ -13,6 +13,7 @@ from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.smooth import Smooth
 from onnxcomp.registry import STORING, passes
 from onnxcomp.timing import profiles
+from onnxcomp.weights import NEAREST
 
 Recipe = tuple[str, tuple[Pass, ...]]
 

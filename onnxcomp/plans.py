@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from onnxcomp import placement
-from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench
+from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.planning import Plan, Planner
 from onnxcomp.table import FLOAT
+from onnxcomp.weights import NEAREST
 
 PLANNED = ("prune", "prune-depth")
 """Passes whose choices are made together, with those of precision."""

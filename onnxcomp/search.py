@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from onnxcomp import registry
 from onnxcomp.budget import Budget, Check, within
-from onnxcomp.candidates import NEAREST, NOISE, Candidate, Effort, Workbench
+from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
 from onnxcomp.drafts import drafts, variants
 from onnxcomp.metrics import Metric
@@ -29,6 +29,7 @@ from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.plans import PLANNED, Plans
 from onnxcomp.report import Figures
 from onnxcomp.sensitivity import ranking
+from onnxcomp.weights import NEAREST
 
 _BITS = (8, 4)
 """In which weights are stored that are still float."""

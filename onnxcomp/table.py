@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.candidates import NEAREST
 from onnxcomp.channels import ChannelGroups
 from onnxcomp.core import Context
 from onnxcomp.facts import observe, sized
@@ -60,7 +59,7 @@ def form_times(
     Returns:
         The times by the name of the precision, and the elements of each node's output.
     """
-    outcomes = {name: technique(model, for_timing(context)) for name, technique in techniques.items()}
+    outcomes = {name: technique.for_timing()(model, for_timing(context)) for name, technique in techniques.items()}
     outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
     whole, *found = profiles([model, *(outcome.model for outcome in outcomes.values())], context, feeds)
     forms = {FLOAT: FormTimes(None, units.times(whole), frozenset(), whole.untraced)}
@@ -81,8 +80,8 @@ def latency_table(model: ir.Model, context: Context, feeds: Feeds, groups: Chann
     """
     provider = context.target.providers[0].removesuffix("ExecutionProvider").lower()
     techniques: dict[str, Technique] = {
-        "static INT8": replace(QuantizeStatic.for_provider(provider), rounding=NEAREST),
-        "dynamic INT8": replace(QuantizeDynamic.for_provider(provider), rounding=NEAREST),
+        "static INT8": QuantizeStatic.for_provider(provider),
+        "dynamic INT8": QuantizeDynamic.for_provider(provider),
     }
     units = Units(model)
     context = replace(context, data=context.samples(model))

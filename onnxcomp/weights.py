@@ -37,6 +37,9 @@ class Rounding:
         return self.gptq or self.sweeps > 0 or self.bias_correction
 
 
+NEAREST = Rounding(gptq=False, sweeps=0, bias_correction=False)
+
+
 @dataclass(frozen=True, eq=False)
 class RoundedWeights:
     """Integers and what they stand for.

@@ -11,6 +11,7 @@ expanded.
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.affine import IntGrid, quantize
 from onnxcomp.numerics.ranges import weight_scales
 from onnxcomp.runtime import weight_bits
-from onnxcomp.weights import Rounding, Wanted, round_ahead, round_weights
+from onnxcomp.weights import NEAREST, Rounding, Wanted, round_ahead, round_weights
 
 _OPSET = 13
 _LEAST_ELEMENTS = 1024  # of a table
@@ -52,6 +53,9 @@ class QuantizeDynamic(Pass):
     def for_provider(cls, provider: str) -> "QuantizeDynamic":
         """The types that an execution provider has kernels for, by its short name."""
         return cls(weight_bits=weight_bits(provider))
+
+    def for_timing(self) -> "QuantizeDynamic":  # noqa: D102
+        return changed(self, rounding=NEAREST)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Quantize every matrix product with a constant weight, every LSTM and every table."""

@@ -18,7 +18,7 @@ stay in float (`inputs_only`).
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import ClassVar, NamedTuple
 
@@ -35,7 +35,7 @@ from onnxcomp.numerics import ranges
 from onnxcomp.numerics.affine import AffineParameters, IntGrid, parameters_from_range, quantize
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.runtime import weight_bits
-from onnxcomp.weights import Rounding, Wanted, mean_error, round_ahead, round_weights
+from onnxcomp.weights import NEAREST, Rounding, Wanted, mean_error, round_ahead, round_weights
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _INPUTS_ONLY = {"tensorrt", "nvtensorrtrtx"}
@@ -92,6 +92,9 @@ class QuantizeStatic(Pass):
         if provider.lower() in _INPUTS_ONLY:
             return cls(signed=True, inputs_only=True)
         return cls(weight_bits=weight_bits(provider))
+
+    def for_timing(self) -> "QuantizeStatic":  # noqa: D102
+        return replace(self, range=Range.MINMAX, rounding=NEAREST)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Choose the nodes, calibrate, insert the pairs."""

@@ -10,8 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from models import zoo
-from onnxcomp import latency, table
-from onnxcomp.candidates import NEAREST
+from onnxcomp import latency, planning, table
 from onnxcomp.core import Context, node_pattern
 from onnxcomp.cost import node_costs
 from onnxcomp.errors import OnnxcompError
@@ -26,6 +25,7 @@ from onnxcomp.planning import Planner
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Session, Target
 from onnxcomp.table import FLOAT
+from onnxcomp.weights import NEAREST
 from tests.passes.small import context, network
 from tests.passes.test_prune_depth import joins, residual
 
@@ -180,8 +180,10 @@ def test_a_sum_of_two_branches_loses_one_at_most() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(zoo.BUILDERS))
-def test_any_model_can_be_planned_or_says_why_not(name: str) -> None:
-    """Made-up times, real errors: what is planned can be made, and runs."""
+def test_any_model_can_be_planned_or_says_why_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up times, real errors, few widths: what is planned can be made, and runs."""
+    monkeypatch.setattr(planning, "_LEVELS", 2)
+    monkeypatch.setattr(planning, "_PROBES", 1)
     given = Context(None, Target(threads=1), seed=1)
     model = zoo.BUILDERS[name]()
     if any(spec_of(value) is None for value in free_inputs(model)):

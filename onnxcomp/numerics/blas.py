@@ -5,13 +5,18 @@ between one process that has all cores and several that share them.
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
-from threadpoolctl import threadpool_limits
+import scipy.linalg  # noqa: F401  (brings a BLAS of its own, which must be there when they are looked for)
+from threadpoolctl import ThreadpoolController
 
 _lock = threading.Lock()
-_inside: list[threadpool_limits] = []
+_inside: list[Any] = []
+_found = functools.cache(ThreadpoolController)
+"""Looks for the libraries once, which takes longer than a small product."""
 
 
 @contextlib.contextmanager
@@ -22,7 +27,7 @@ def one_thread() -> Iterator[None]:
     So each thread sets it, and what was before comes back when the last one leaves.
     """
     with _lock:
-        _inside.append(threadpool_limits(1))  # type: ignore[no-untyped-call]
+        _inside.append(_found().limit(limits=1))
     try:
         yield
     finally:
@@ -30,4 +35,4 @@ def one_thread() -> Iterator[None]:
             first = _inside[0]
             _inside.pop()
             if not _inside:
-                first.restore_original_limits()  # type: ignore[no-untyped-call]
+                first.restore_original_limits()
