@@ -38,9 +38,6 @@ ALONE = {
 }
 """One technique each, with clean-up."""
 
-SHARES = (0.95, 0.9, 0.8, 0.7)
-"""Of the FLOPs, that fixed orders leave."""
-
 LOSSES = {"minilm": 0.01}
 """What a model may lose, if not half a point."""
 
@@ -59,13 +56,15 @@ def orders(share: float, quantize: Pass) -> Mapping[str, Sequence[Pass]]:
     }
 
 
-def fixed(case: Case, original: Path, calib: Path, folder: Path, batch: int) -> dict[str, Path]:
-    """The fastest of each fixed order within the loss."""
+def fixed(
+    case: Case, original: Path, calib: Path, folder: Path, batch: int, shares: Sequence[float]
+) -> dict[str, Path]:
+    """Of each fixed order the one that leaves the fewest FLOPs within the loss."""
     quantize = QuantizeDynamic() if case.name == "minilm" else QuantizeStatic()
     target, loss = Target("cpu", 1), LOSSES.get(case.name, 0.005)
     baseline = case.evaluate(Session(original, target).run)
     found: dict[str, Path] = {}
-    for share in SHARES:
+    for share in sorted(shares, reverse=True):
         for name, passes in orders(share, quantize).items():
             path = folder / f"{name} {share}.onnx"
             convert(original, passes, output=path, calib=calib, target=target, batch=batch)
@@ -83,7 +82,7 @@ def ours(source: Any, folder: Path, name: str, **options: Any) -> tuple[Path, Re
 
 def told(report: Report, seconds: float) -> None:
     """What the search took, and how well plans foretold."""
-    print(f"\nThe search took {seconds:.0f} s.")
+    print(f"\nThe search took {seconds:.0f} s.", flush=True)
     for trial in report.trials:
         if trial.predicted is not None and trial.figures.speedup:
             off = trial.predicted / trial.figures.speedup - 1
@@ -96,16 +95,16 @@ def real(case: Case, folder: Path, arguments: argparse.Namespace) -> None:
     with scratch() as made:
         options = {**case.optimize, "batch": arguments.batch, "effort": arguments.effort}
         path, report, seconds = ours(original, made, "joint", **options)
+        told(report, seconds)
         versions = {"fp32": original}
         if arguments.peers:
             versions |= peers(original, case, calib, made)
         for name, passes in ALONE.items():
             versions[name], *_ = ours(original, made, name, **options, passes=passes)
         if arguments.orders:
-            versions |= fixed(case, original, calib, made, arguments.batch)
+            versions |= fixed(case, original, calib, made, arguments.batch, arguments.shares)
         versions["joint"] = path
         show(case.name, table(case, versions, rounds=arguments.rounds))
-        told(report, seconds)
 
 
 def built(name: str, arguments: argparse.Namespace) -> None:
@@ -143,6 +142,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="batch that the search optimizes for")
     parser.add_argument("--effort", type=Effort, default=Effort.DEFAULT)
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8], help="of FLOPs, of fixed orders")
     parser.add_argument("--no-orders", dest="orders", action="store_false", help="leave fixed orders out")
     parser.add_argument("--no-peers", dest="peers", action="store_false", help="leave other tools out")
     arguments = parser.parse_args()

@@ -258,6 +258,11 @@ class Pass(ABC):
         """
         yield from ()
 
+    @classmethod
+    def offers_options(cls) -> bool:
+        """Whether it has options for parts of models, and takes what is chosen of them."""
+        return cls.options is not Pass.options and "parts" in getattr(cls, "__dataclass_fields__", {})
+
     def taking(self, options: Iterable[Option]) -> Self:
         """The pass that does this and nothing else.
 
@@ -268,8 +273,8 @@ class Pass(ABC):
             raise OptionError(f"pass '{self.name}' takes models as a whole", remedy="leave the choice of parts out")
         return replace(self, parts=tuple((option.part, option.setting) for option in options))  # type: ignore[type-var]
 
-    def for_timing(self) -> Self:
-        """The same kernels for less work: what only decides which numbers the result holds is done the cheapest way."""
+    def drafted(self) -> Self:
+        """The same graph for less work: what only decides which numbers it holds is done the cheapest way."""
         return self
 
     def __call__(self, model: ir.Model, context: Context = Context()) -> Outcome:

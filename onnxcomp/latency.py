@@ -81,7 +81,7 @@ class LatencyModel:
             variants = list(self._variants(groups, members))
             made = [groups.model, *(model for _, model in variants)]
             if technique is not None:
-                made = [technique.for_timing()(model, context).model for model in made]
+                made = [technique.drafted()(model, context).model for model in made]
             found = profiles(made, context, self._feeds, rounds)
             whole, *cut = (profile.times if technique is None else units.times(profile) for profile in found)
             for (removed, _), times in zip(variants, cut, strict=True):

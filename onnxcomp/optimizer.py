@@ -13,7 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcomp import family, metrics, page, stopwatch
+from onnxcomp import family, metrics, page, registry, stopwatch
 from onnxcomp import model as models
 from onnxcomp.anatomy import layer_rows
 from onnxcomp.budget import Budget
@@ -30,7 +30,7 @@ from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side
 from onnxcomp.passes.simplify import Simplify
-from onnxcomp.plans import PLANNED
+from onnxcomp.plans import PLANNED, optional
 from onnxcomp.recipe import Recipe
 from onnxcomp.record import Record, stamped
 from onnxcomp.registry import GROUPS, resolve
@@ -96,7 +96,8 @@ def optimize(
             else relative error.
         budget: limits. Without `max_drop`: 0.5 points with labels, a relative output error of 0.2 without.
         passes: names of the passes to use, or groups; by default clean-up and quantization, and where the metric tells
-            accuracy and there are enough samples, fewer branches and channels.
+            accuracy and there are enough samples, fewer branches and channels; at `--effort extensive` also what other
+            passes offer for parts of a model, such as low ranks.
         exclude: regular expression of node names to leave alone.
         target: execution provider and threads, or the provider's name.
         batch: samples per run that latency is measured at.
@@ -150,6 +151,8 @@ def optimize(
     context = Context(judges.tune, target, batch, seed, memory, pattern, progress, store=store, executor=executor)
     if passes is None and judges.tell_accuracy and context.data is not None and context.data.samples >= _ENOUGH:
         allowed |= {*PLANNED}
+        if effort is Effort.EXTENSIVE:
+            allowed |= {technique.name for technique in optional(frozenset(registry.passes()))}
     prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
     bench = Workbench(model, original, context, judges, effort, prefix, deadline)
     figures = bench.original_figures(file_size(source, model), memory=budget.limits_memory)

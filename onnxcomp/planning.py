@@ -10,9 +10,11 @@
 4. What a plan really takes and loses is told back (`learn`, `compare`), and times and errors are rescaled by it.
 """
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations
 
 import numpy as np
@@ -22,11 +24,11 @@ from scipy.optimize import nnls
 
 from onnxcomp.branches import Branch, branches, without_branches
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
-from onnxcomp.core import Context, Parts, Pass
+from onnxcomp.core import Context, Option, Parts, Pass, Setting
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.latency import LatencyModel
-from onnxcomp.numerics.choice import Clash, Term, choose_together
+from onnxcomp.numerics.choice import Clash, Term, choose_together, undominated
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
@@ -47,6 +49,8 @@ _MULTIPLE = 4
 """Widths are multiples of this."""
 _SAVES = 0.08
 """Share of a unit's time that a width must save to be worth measuring its loss: less is noise."""
+_LITTLE = 0.002
+"""Share of the model's time that a part must be able to save, for another pass to be tried on it."""
 _GAP = 5e-3
 """Of a plan's time, that is given away for a quick answer: times are not known better."""
 _LAYOUT = 2.0
@@ -61,8 +65,10 @@ _LEVELS = 4
 _FITTED_LAYERS = 4
 """Behind a branch that goes, which are fitted before it is measured what the outputs lose: a fifth of it or less."""
 _FITTED_SAMPLES = 128
-_USUAL = np.array([0.8, 0.5, 1.0])
-"""What is left of the errors of branches, widths and precision, added up, once all layers are fitted again."""
+_SOURCES = ("branches", "widths", "other passes", "precision")
+"""Of errors."""
+_USUAL = np.array([0.8, 0.5, 0.5, 1.0])
+"""What is left of the errors of each source, added up, once all layers are fitted again."""
 _TRUST = 0.1
 """How much that counts beside what was measured: 1 as much as one plan."""
 _PROBES = 2
@@ -76,25 +82,35 @@ class Plan:
     Attributes:
         branches: sums that lose an operand, and which.
         widths: channels left by group.
+        others: what other passes do, and where.
         forms: the precision of each unit.
         error: predicted relative squared error of the outputs.
-        sources: what of it, as it was measured part by part, comes from branches, from widths and from precision.
+        sources: what of it, as it was measured part by part, comes from each of `_SOURCES`.
         time: predicted, as a share of the float model's.
-        found: what was chosen for each branch, each group and each unit, by number.
+        found: what was chosen for each branch, each row and each unit, by number.
         floats: names of nodes that stay in float although they need not.
     """
 
     branches: Parts
     widths: Parts
+    others: tuple[Pass, ...]
     forms: Mapping[str, str] = field(hash=False)
     error: float
-    sources: tuple[float, float, float]
+    sources: tuple[float, ...]
     time: float
     found: tuple[int, ...]
     floats: tuple[str, ...] = ()
 
+    def decisions(self) -> bool:
+        """Whether anything but precision is decided."""
+        return bool(self.branches or self.widths or self.others)
+
+    def same(self, other: "Plan") -> bool:
+        """Whether it does the same, whatever was predicted."""
+        return self.found == other.found
+
     def passes(self, *, jointly: bool) -> tuple[Pass, ...]:
-        """That make the model shallower and narrower.
+        """That make the model shallower and narrower, and do what else is to be done before it is quantized.
 
         Args:
             jointly: fit the layers of a row together.
@@ -102,6 +118,7 @@ class Plan:
         return (
             *([PruneDepth(parts=self.branches)] if self.branches and not self.widths else []),
             *([Prune(parts=self.widths, branches=self.branches, jointly=jointly)] if self.widths else []),
+            *self.others,
         )
 
 
@@ -122,6 +139,7 @@ class Planner:
         crossing: conversion times between precisions.
         prune: whether channels may go.
         prune_depth: whether branches may go.
+        others: passes whose options for parts of the model are choices too.
     """
 
     def __init__(
@@ -135,6 +153,7 @@ class Planner:
         *,
         prune: bool,
         prune_depth: bool,
+        others: Sequence[Pass] = (),
     ) -> None:
         self._model, self._context, self._crossing = model, context, crossing
         self._data = data
@@ -143,7 +162,7 @@ class Planner:
         self.untraced = ""
         self._layout = _LAYOUT
         self._ratios: list[float] = []
-        self._seen: list[tuple[tuple[float, float, float], float]] = []
+        self._seen: list[tuple[tuple[float, ...], float]] = []
         self._weights = _USUAL
         self.forms, self.elements = form_times(model, self._units, quantizers, replace(context, data=data), feeds)
         self._total = sum(self.forms[FLOAT].times.values())
@@ -152,11 +171,15 @@ class Planner:
         self.branches = self._found_branches() if prune_depth else []
         known = replace(context, data=data)
         self._branch_errors = context.recall("branch errors", (model, known, prune_depth), self._measured_branches)
-        self._widths: list[_Widths] = []
+        self._rows: list[_Row] = []
         if prune and self._groups:
-            technique = self.forms[best_form(self.forms)].technique
-            self._widths = context.recall(
-                "width errors", (model, known, technique, feeds), lambda: list(self._measured_widths(data, feeds))
+            quantizer = self.forms[best_form(self.forms)].technique
+            self._rows += context.recall(
+                "width errors", (model, known, quantizer, feeds), lambda: list(self._measured_widths(data, feeds))
+            )
+        for technique in others:
+            self._rows += context.recall(
+                "options", (technique, model, known), partial(self._measured_options, technique)
             )
 
     # -- what is measured -------------------------------------------------------------------------------------------
@@ -200,7 +223,7 @@ class Planner:
             found.append(self._answers.error(shallower))
         return found
 
-    def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator["_Widths"]:
+    def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator["_Row"]:
         """The groups whose narrowing saves time in the precision that the model will mostly have."""
         groups = self._groups
         assert groups is not None
@@ -228,7 +251,46 @@ class Planner:
             self._context.progress(0, 0, "measuring what channels are worth")
             curve = pruner.curve(group, ranking, int(counts[-1]), _PROBES)
             if curve is not None:
-                yield _Widths(group.name, group.size - counts, curve.errors[counts], shares, touched)
+                left = tuple((group.size - counts).tolist())
+                yield _Row(group.name, left, curve.errors[counts], shares, touched)
+
+    def _measured_options(self, technique: Pass) -> list["_Row"]:
+        """What another pass can do to save time, for each part where that is worth it."""
+        context = replace(self._context, data=self._data)
+        by_part: dict[str, list[Option]] = defaultdict(list)
+        context.progress(0, 0, f"looking for what {technique.name} can do")
+        for option in technique.options(self._model, context):
+            by_part[option.part].append(option)
+        rows = []
+        for place, options in enumerate(by_part.values()):
+            context.progress(place, len(by_part), f"measuring what {technique.name} loses")
+            if useful := self._useful(options):
+                with contextlib.suppress(OnnxcompError):  # it cannot do what it offers
+                    rows.append(self._row(technique, useful))
+        return rows
+
+    def _useful(self, options: Sequence[Option]) -> list[Option]:
+        """Those that save enough, and to which none is better in both error and time."""
+        whole = self.forms[FLOAT].times.get(self._units.of(options[0].part), 0.0)
+        least = max(_SAVES, _LITTLE * self._total / whole if whole else 1.0)
+        saving = [option for option in options if option.latency <= 1 - least]
+        errors, shares = (np.array([getattr(option, name) for option in saving]) for name in ("error", "latency"))
+        return [saving[number] for number in undominated(errors, shares[:, None])] if saving else []
+
+    def _row(self, technique: Pass, options: Sequence[Option]) -> "_Row":
+        """Of what the outputs lose: measured for the option in the middle, and in proportion for the others."""
+        probe = options[len(options) // 2]
+        # On all data: what is fitted to few vectors gives those right, at any rank.
+        made = technique.drafted().taking([probe])(self._model, replace(self._context, data=self._data)).model
+        gain = self._answers.error(made) / max(probe.error, 1e-12)
+        return _Row(
+            probe.part,
+            (0, *(option.setting for option in options)),
+            np.array([0.0, *(gain * option.error for option in options)]),
+            np.array([1.0, *(option.latency for option in options)]),
+            {self._units.of(probe.part)},
+            technique,
+        )
 
     # -- the program ------------------------------------------------------------------------------------------------
 
@@ -245,10 +307,10 @@ class Planner:
         return self._plan_of(program, found)
 
     def near(self, plan: Plan) -> list[Plan]:
-        """The plans that decide otherwise on one branch or the width of one group, the fastest first."""
+        """The plans that decide otherwise on one branch or one row, the fastest first."""
         program = self._program()
         found = []
-        for part in range(len(self.branches) + len(self._widths)):
+        for part in range(len(self.branches) + len(self._rows)):
             for option in range(len(program.errors[part])):
                 if option != plan.found[part]:
                     other = self._plan_of(program, [*plan.found[:part], option, *plan.found[part + 1 :]])
@@ -260,15 +322,19 @@ class Planner:
         forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items()}
         gone = [branch for place, branch in enumerate(self.branches) if found[place]]
         lost = {self._units.of(name) for branch in gone for name in branch.nodes}
-        narrow = tuple(
-            (row.group, int(row.left[found[program.widths[row.group]]]))
-            for row in self._widths
-            if found[program.widths[row.group]] and not row.touched <= lost
-        )
+        chosen = [
+            (row, number)
+            for row, number in zip(self._rows, found[len(self.branches) :], strict=False)
+            if number and not row.touched <= lost
+        ]
+        narrow = tuple((row.part, row.settings[number]) for row, number in chosen if row.technique is None)
+        others: dict[Pass, list[Option]] = defaultdict(list)
+        for row, number in chosen:
+            if row.technique is not None:
+                others[row.technique].append(row.option(number))
         losses = [float(own[number]) for own, number in zip(program.errors, found, strict=True)]
-        first, last = len(self.branches), len(self.branches) + len(self._widths)
-        parts = np.array([sum(losses[:first]), sum(losses[first:last]), sum(losses[last:])])
-        sources = np.divide(parts, self._weights, out=np.zeros(3), where=self._weights > 0)
+        parts = np.bincount(program.sources, losses, len(_SOURCES))
+        sources = np.divide(parts, self._weights, out=np.zeros(len(parts)), where=self._weights > 0)
         in_float = tuple(
             node.name or ""
             for unit, form in forms.items()
@@ -277,21 +343,22 @@ class Planner:
         )
         time = sum(program.taken(found)) / self._total * self._scale()
         joins = tuple((branch.join, branch.operand) for branch in gone)
-        return Plan(joins, narrow, forms, sum(losses), tuple(sources.tolist()), time, tuple(found), in_float)
+        passes = tuple(technique.taking(options) for technique, options in others.items())
+        return Plan(joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, tuple(found), in_float)
 
     def _program(self) -> "_Program":
         """What can be chosen, by what is known of times and errors now."""
-        gone_weight, width_weight, form_weight = self._weights
-        errors: list[NDArray[np.float64]] = []
-        errors += [gone_weight * np.array([0.0, lost]) for lost in self._branch_errors]
-        widths = {row.group: len(errors) + place for place, row in enumerate(self._widths)}
-        errors += [width_weight * row.errors for row in self._widths]
+        raw = [np.array([0.0, lost]) for lost in self._branch_errors] + [row.errors for row in self._rows]
+        sources = [0] * len(self.branches) + [1 if row.technique is None else 2 for row in self._rows]
+        rows = dict(enumerate(self._rows, len(self.branches)))
         units: dict[str, int] = {}
         options: dict[str, list[str]] = {}
         for unit in self._units.members:
             options[unit] = [name for name, form in self.forms.items() if name == FLOAT or unit in form.changed]
-            units[unit] = len(errors)
-            errors.append(form_weight * np.array([self._form_errors[name].get(unit, 0.0) for name in options[unit]]))
+            units[unit] = len(raw)
+            raw.append(np.array([self._form_errors[name].get(unit, 0.0) for name in options[unit]]))
+            sources.append(3)
+        errors = [self._weights[source] * own for source, own in zip(sources, raw, strict=True)]
         goes = self._gone_with()
         terms = [Term((part,), np.column_stack([np.zeros(len(own)), own])) for part, own in enumerate(errors)]
         terms += [
@@ -300,13 +367,18 @@ class Planner:
             if self.branches[first].join == self.branches[second].join
         ]
         terms += [
+            Term((first, second), _either(len(raw[first]), len(raw[second])))
+            for first, second in combinations(rows, 2)
+            if rows[first].excludes(rows[second])
+        ]
+        terms += [
             Term(
-                (units[unit], *goes[unit], *(widths[row.group] for row in self._widths if unit in row.touched)),
+                (units[unit], *goes[unit], *(place for place, row in rows.items() if unit in row.touched)),
                 self._costs(unit, options[unit], len(goes[unit])),
             )
             for unit in units
         ]
-        return _Program(errors, widths, units, options, terms, self._clashes(units, options))
+        return _Program(errors, sources, units, options, terms, self._clashes(units, options))
 
     def _gone_with(self) -> dict[str, list[int]]:
         """Numbers of the branches that take a unit with them."""
@@ -317,11 +389,11 @@ class Planner:
         return found
 
     def _costs(self, unit: str, options: Sequence[str], going: int) -> NDArray[np.float64]:
-        """(precisions, *[stays, goes] for each branch, *widths of each group, 2) microseconds, and no error."""
+        """(precisions, *[stays, goes] for each branch, *options of each row, 2) microseconds, and no error."""
         costs = np.array([self.forms[name].times.get(unit, 0.0) for name in options])
         for _ in range(going):
             costs = costs[..., None] * np.array([1.0, 0.0])
-        for row in self._widths:
+        for row in self._rows:
             if unit in row.touched:
                 costs = costs[..., None] * row.shares
         return np.stack([costs, np.zeros_like(costs)], axis=-1)
@@ -400,25 +472,30 @@ class Planner:
         self._weights = nnls(np.vstack([*rows, prior]), np.array(values))[0]
         return measured
 
+    def origin(self, name: str) -> str:
+        """The unit of a node of the model, or of what became of it."""
+        return self._units.of(name)
+
     @property
     def has_choices(self) -> bool:
         """Whether anything can go."""
-        return bool(self.branches or self._widths)
+        return bool(self.branches or self._rows)
 
 
 @dataclass(frozen=True, eq=False)
 class _Program:
-    """What can be chosen: first whether each branch goes, then each group's width, then each unit's precision.
+    """What can be chosen: first whether each branch goes, then the option of each row, then each unit's precision.
 
     Attributes:
         errors: of each choice's options.
-        widths, units: number of the choice by group and by unit.
+        sources: of these errors, by number.
+        units: number of the choice by unit.
         options: precisions by unit.
         terms, clashes: what choices cost, in microseconds and error.
     """
 
     errors: Sequence[NDArray[np.float64]]
-    widths: Mapping[str, int]
+    sources: Sequence[int]
     units: Mapping[str, int]
     options: Mapping[str, Sequence[str]]
     terms: Sequence[Term]
@@ -436,22 +513,40 @@ class _Program:
 
 
 @dataclass(frozen=True, eq=False)
-class _Widths:
-    """The widths of a group that are worth a thought.
+class _Row:
+    """What can be done to one part of the model, as far as it is worth a thought; the first option is nothing.
 
     Attributes:
-        group: its name.
-        left: (options,) channels left, all of them first.
+        part: name of a group of channels or of a layer.
+        settings: (options,) what the pass takes for it: channels left, for a group.
         errors: (options,) of the outputs.
         shares: (options,) of the time of the units that it touches.
         touched: these.
+        technique: the pass; None for channels, which go together with branches.
     """
 
-    group: str
-    left: NDArray[np.int64]
+    part: str
+    settings: tuple[Setting, ...]
     errors: NDArray[np.float64]
     shares: NDArray[np.float64]
     touched: set[str]
+    technique: Pass | None = None
+
+    def excludes(self, other: "_Row") -> bool:
+        """Whether only one of both may be: what an option is worth holds for layers that nothing else has changed."""
+        return not (self.technique is None and other.technique is None) and bool(self.touched & other.touched)
+
+    def option(self, number: int) -> Option:
+        """As the pass takes it; its bytes do not matter to that."""
+        error, share = float(self.errors[number]), float(self.shares[number])
+        return Option(self.part, self.settings[number], error, 0, share)
+
+
+def _either(first: int, second: int) -> NDArray[np.float64]:
+    """(options, options, 2): an error that no plan may have, where neither is left as it is."""
+    costs = np.zeros((first, second, 2))
+    costs[1:, 1:, 1] = _NEVER
+    return costs
 
 
 def _without(model: ir.Model, gone: Sequence[Branch]) -> ir.Model:

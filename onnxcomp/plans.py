@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from onnxcomp import placement
+from onnxcomp import placement, registry
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
+from onnxcomp.core import Pass
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
@@ -16,7 +17,7 @@ from onnxcomp.table import FLOAT
 from onnxcomp.weights import NEAREST
 
 PLANNED = ("prune", "prune-depth")
-"""Passes whose choices are made together, with those of precision."""
+"""Passes whose choices are made together, with those of precision. Those of any other with options can be too."""
 _USUAL_ERROR = 0.012
 """Relative squared error of the outputs that is taken to lose what is allowed, until something is known."""
 _TRUST = 0.5
@@ -48,6 +49,7 @@ class Plans:
         self.best = best
         self._planner: Planner | None = None
         self._count = 0
+        self._is_root = bench.judges.gate.name.partition(":")[0] == "relative-error"
         self._known: list[tuple[float, float]] = []
         self._plans: dict[Candidate, Plan] = {}
         try:
@@ -59,7 +61,16 @@ class Plans:
             self._share = clean.speedup / best.speedup
             self._planner.learn(self._planner.share(form), self._share)
             self._learn_crossings()
-            self._known.append((self._planner.error(best.model), bench.drop(best)))
+            self._known.append((self._planner.error(best.model), self._linear(bench.drop(best))))
+
+    def _linear(self, loss: float) -> float:
+        """A loss that grows with the squared error: the relative error is its root."""
+        return loss * loss if self._is_root else loss
+
+    def _aim(self, allowed: float) -> float:
+        """The error that the next plan is to have."""
+        usual = allowed * allowed if self._is_root else _USUAL_ERROR
+        return _next_error(self._known, self._linear(allowed), usual)
 
     def _learn_crossings(self) -> None:
         """From all drafts in static INT8 but for some nodes."""
@@ -79,7 +90,7 @@ class Plans:
             most: plans; fewer where the next one does not promise to be faster than `best`.
         """
         for _ in range(most):
-            found = self._at(_next_error(self._known, allowed), self.best)
+            found = self._at(self._aim(allowed), self.best)
             if found is None:
                 return
             yield from found
@@ -96,7 +107,7 @@ class Plans:
             plan = self._plans.get(self.best)
             if plan is None or self._planner is None:
                 return
-            error = _next_error(self._known, allowed) * _BEYOND
+            error = self._aim(allowed) * _BEYOND
             near = (other for other in self._planner.near(plan) if other.error <= error and other not in tried)
             other = next(near, None)
             if other is None or other.time >= plan.time:
@@ -112,7 +123,7 @@ class Plans:
     def _at(self, error: float, best: Candidate | None = None) -> Iterator[Candidate] | None:
         """The fastest plan of an error, as a candidate, if it promises to be faster than the best so far."""
         plan = None if self._planner is None else self._planner.plan(error)
-        if plan is None or not (plan.branches or plan.widths):
+        if plan is None or not plan.decisions() or any(plan.same(other) for other in self._plans.values()):
             return None
         if best is not None and self._clean.speedup / plan.time < best.speedup * (1 + NOISE):
             return None
@@ -126,23 +137,25 @@ class Plans:
             keep, quantized = {*last.keep, *plan.floats}, {unit for unit, form in plan.forms.items() if form != FLOAT}
             with contextlib.suppress(OnnxcompError):  # `make` says why
                 left = {node.name or "" for node in self._bench.applied(passes)[0].graph}
-                keep, quantized = keep & left, quantized & left
+                new = left - {node.name for node in self._clean.model.graph}  # what became of a layer is where it was
+                keep = (keep & left) | {name for name in new if self._planner.origin(name) in keep}
+                quantized = {name for name in left if self._planner.origin(name) in quantized}
             behind = (*behind[:-1], *([replace(last, keep=tuple(sorted(keep)))] if quantized else []))
         self._count += 1
-        name = f"{len(plan.branches)} branches gone and {len(plan.widths)} groups narrower, plan {self._count}"
-        trial = self._bench.make(name, (*passes, *behind))
+        trial = self._bench.make(f"plan {self._count}: {_in_words(plan)}", (*passes, *behind))
         trial.predicted = self._clean.speedup / plan.time
         self._plans[trial] = plan
         yield trial
         if trial.speedup:
             self._planner.learn(plan.time, self._share * self._base.speedup / trial.speedup)
-            self._known.append((self._planner.compare(plan, trial.model), self._bench.drop(trial)))
+            self._known.append((self._planner.compare(plan, trial.model), self._linear(self._bench.drop(trial))))
 
     def _measured(self, best: Candidate, allowed: Set[str]) -> Planner | None:
         """What can be planned with, if there is anything to choose."""
         context = self._bench.context
         ways = {name: name in allowed for name in PLANNED}
-        if context.data is None or not any(ways.values()) or best.speedup <= 0:
+        others = [technique() for technique in optional(allowed - {technique.name for technique in best.passes})]
+        if context.data is None or not (any(ways.values()) or others) or best.speedup <= 0:
             return None
         last = best.passes[-1] if best.passes else None
         quantizers: dict[str, QuantizeStatic | QuantizeDynamic] = {}
@@ -150,7 +163,7 @@ class Plans:
             quantizers["INT8"] = replace(last, rounding=NEAREST)
         planner = Planner(
             self._clean.model, quantizers, context.data, context, self._bench.batch.feeds, placement.crossing(context),
-            prune=ways["prune"], prune_depth=ways["prune-depth"],
+            prune=ways["prune"], prune_depth=ways["prune-depth"], others=others,
         )  # fmt: skip
         if planner.untraced:
             verdict = f"not possible: channels cannot be traced: {planner.untraced}"
@@ -158,13 +171,32 @@ class Plans:
         return planner if planner.has_choices else None
 
 
-def _next_error(known: Sequence[tuple[float, float]], allowed: float) -> float:
+def optional(names: Set[str]) -> list[type[Pass]]:
+    """The passes of some names that offer options for parts of a model, and may save time by them."""
+    able = names - {*PLANNED} - registry.STORING
+    return [kind for name, kind in registry.passes().items() if name in able and kind.offers_options()]
+
+
+def _in_words(plan: Plan) -> str:
+    """What it does, without precision."""
+    branches, groups = len(plan.branches), len(plan.widths)
+    said = [f"{branches} {'branch' if branches == 1 else 'branches'} gone"] if branches else []
+    said += [f"{groups} {'group' if groups == 1 else 'groups'} narrower"] if groups else []
+    for technique in plan.others:
+        parts = len(getattr(technique, "parts", ()))
+        said.append(f"{technique.name} on {parts} {'part' if parts == 1 else 'parts'}")
+    return ", ".join(said)
+
+
+def _next_error(known: Sequence[tuple[float, float]], allowed: float, usual: float) -> float:
     """The error of a plan that is to lose most of what is allowed.
 
     Losses on samples are noisy, errors are not: losses are taken to be proportional to errors, with the slope that fits
-    all of what is known best, the usual error among it.
+    all of what is known best, the usual error for what is allowed among it.
     """
-    points = [(_TRUST * _USUAL_ERROR, _TRUST * allowed), *known]
+    if not allowed:
+        return 0.0
+    points = [(_TRUST * usual, _TRUST * allowed), *known]
     slope = sum(error * lost for error, lost in points) / sum(error * error for error, _ in points)
-    usual = allowed / _USUAL_ERROR
-    return _AIM * allowed / float(np.clip(slope, usual / _STEP, usual * _STEP)) if allowed else 0.0
+    start = allowed / usual
+    return _AIM * allowed / float(np.clip(slope, start / _STEP, start * _STEP))

@@ -26,7 +26,7 @@ from onnxcomp.metrics import Metric
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.quantize_weights import QuantizeWeights
-from onnxcomp.plans import PLANNED, Plans
+from onnxcomp.plans import PLANNED, Plans, optional
 from onnxcomp.report import Figures
 from onnxcomp.sensitivity import ranking
 from onnxcomp.weights import NEAREST
@@ -88,10 +88,10 @@ class Search:
     def fallbacks(self, failed: Candidate) -> Iterator[Candidate]:
         """What to take instead of a candidate that fails on unseen data.
 
-        The best without a plan, one that loses half as much, then clean-up.
-        Not more: the final data would become one more judge.
+        The fastest so far that loses half as much, the best without a plan with nodes back in float until it does, then
+        clean-up. Not more: the final data would become one more judge.
         """
-        for make in (self._without_plan, self._careful):
+        for make in (self._gentler, self._careful):
             if not failed.passes:
                 return
             failed.verdict = "over the budget on the final data"
@@ -106,8 +106,14 @@ class Search:
         failed.verdict = "over the budget on the final data"
         yield self.clean
 
-    def _without_plan(self) -> Candidate | None:
-        return self._unplanned
+    def _gentler(self) -> Candidate | None:
+        """The fastest that was made and loses half of what is allowed at most; else the best without a plan."""
+        gentle = [
+            trial
+            for trial in self._bench.trials
+            if trial.drop is not None and within(trial.drop, self._max_drop / 2) and self._gains(trial, self.clean)
+        ]
+        return max(gentle, key=lambda trial: trial.speedup, default=self._unplanned)
 
     def _careful(self) -> Candidate | None:
         """One that loses half as much: the best without a plan, with nodes back in float."""
@@ -138,8 +144,9 @@ class Search:
 
     def _plan(self) -> None:
         """Branches, widths and precision together."""
-        most = max(self._effort.plans, any(way in self._named for way in PLANNED))
-        if not most or not self._allowed & {*PLANNED}:
+        planned = {*PLANNED, *(technique.name for technique in optional(self._allowed))}
+        most = max(self._effort.plans, any(way in self._named for way in planned))
+        if not most or not self._allowed & planned:
             return
         unplanned = self.best
         self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort)

@@ -59,7 +59,7 @@ def form_times(
     Returns:
         The times by the name of the precision, and the elements of each node's output.
     """
-    outcomes = {name: technique.for_timing()(model, for_timing(context)) for name, technique in techniques.items()}
+    outcomes = {name: technique.drafted()(model, for_timing(context)) for name, technique in techniques.items()}
     outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
     whole, *found = profiles([model, *(outcome.model for outcome in outcomes.values())], context, feeds)
     forms = {FLOAT: FormTimes(None, units.times(whole), frozenset(), whole.untraced)}

@@ -11,7 +11,7 @@ layer by itself are not used.
 """
 
 from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -133,6 +133,9 @@ class Factorize(Pass):
             skips += reconstruct(original, made, {}, data, context)
         remove_unused(made)
         return Outcome(made, tuple(changes), tuple(skips))
+
+    def drafted(self) -> "Factorize":  # noqa: D102
+        return replace(self, reconstruct=False)
 
     def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
         """Every form at about a dozen ranks, each timed beside the layer as it is."""

@@ -54,7 +54,7 @@ class QuantizeDynamic(Pass):
         """The types that an execution provider has kernels for, by its short name."""
         return cls(weight_bits=weight_bits(provider))
 
-    def for_timing(self) -> "QuantizeDynamic":  # noqa: D102
+    def drafted(self) -> "QuantizeDynamic":  # noqa: D102
         return changed(self, rounding=NEAREST)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:

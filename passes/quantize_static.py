@@ -93,7 +93,7 @@ class QuantizeStatic(Pass):
             return cls(signed=True, inputs_only=True)
         return cls(weight_bits=weight_bits(provider))
 
-    def for_timing(self) -> "QuantizeStatic":  # noqa: D102
+    def drafted(self) -> "QuantizeStatic":  # noqa: D102
         return replace(self, range=Range.MINMAX, rounding=NEAREST)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:

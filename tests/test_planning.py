@@ -1,9 +1,9 @@
 """Plans: branches, widths and precision chosen together, on made-up times."""
 
 import functools
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +11,7 @@ import pytest
 
 from models import zoo
 from onnxcomp import latency, planning, table
-from onnxcomp.core import Context, node_pattern
+from onnxcomp.core import Change, Context, Option, Outcome, Parts, Pass, node_pattern
 from onnxcomp.cost import node_costs
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.layers import layers
@@ -206,6 +206,65 @@ def test_any_model_can_be_planned_or_says_why_not(name: str, monkeypatch: pytest
     for technique in plan.passes(jointly=False):
         made = technique(made, given).model
     Session(made, given.target).run(feeds)
+
+
+@dataclass(frozen=True)
+class Offer(Pass):
+    """Scales the weights of layers; a pass of others might do anything."""
+
+    name: ClassVar[str] = "offer"
+    summary: ClassVar[str] = "for tests"
+    layer: str = ""
+    parts: Parts = ()
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        scales = dict(self.parts)
+        for layer in layers(model):
+            if layer.name in scales:
+                layer.set_matrix(layer.matrix() * np.float32(1 - float(scales[layer.name])))
+        return Outcome(model, tuple(Change(name, "scaled") for name in scales))
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        for part in (self.layer, "no such part"):
+            for scale, taken in ((0.01, 0.5), (0.02, 0.25), (0.03, 0.6), (0.0, 0.99), (0.0, 1.5)):
+                yield Option(part, scale, scale**2, 0, taken)
+
+
+def second(model: ir.Model) -> str:
+    """Name of the second layer."""
+    return [layer.name for layer in layers(model)][1]
+
+
+def offered(model: ir.Model, **settings: Any) -> Planner:
+    given = context(64)
+    assert given.data is not None
+    feeds = next(iter(given.data.batches(1))).feeds
+    others = [Offer(second(model))]
+    return Planner(model, {"INT8": INT8}, given.data, given, feeds, CROSSING, others=others, **settings)
+
+
+def test_options_of_any_pass_are_choices_where_they_save_time(model: ir.Model) -> None:
+    found = offered(model, prune=False, prune_depth=False)
+    name = second(model)
+    assert found.has_choices
+    careful, daring = found.plan(1e-9), found.plan(1.0)
+    assert careful is not None
+    assert daring is not None
+    assert not careful.others
+    assert [getattr(technique, "parts", ()) for technique in daring.others] == [((name, 0.02),)]
+    assert daring.time < careful.time
+    made = daring.passes(jointly=False)[0](model, context(64)).model
+    assert found.error(made) == pytest.approx(daring.sources[planning._SOURCES.index("other passes")], rel=0.2)
+
+
+def test_a_layer_is_narrower_or_otherwise_treated_not_both(model: ir.Model) -> None:
+    found = offered(model, prune=True, prune_depth=True)
+    plans = [plan for error in np.geomspace(1e-4, 1, 12) if (plan := found.plan(error)) is not None]
+    assert any(plan.others for plan in plans)
+    for plan in plans:
+        groups = {name for name, _ in plan.widths}
+        touched = {unit for row in found._rows if row.part in groups for unit in row.touched}
+        assert not plan.others or second(model) not in touched
 
 
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
