@@ -318,6 +318,23 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = Fal
     return (target, data)
 
 
+def save_as_given(source: ModelSource, model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Write a model to which nothing was done: the bytes that it came as, where it came as one file.
+
+    Raises:
+        ModelError: as `save`.
+    """
+    content = source if isinstance(source, bytes) else None
+    if isinstance(source, str | os.PathLike):
+        content = _read(Path(source))
+    if content is None or list(_external_parts(_parse(content, str(path)), str(path))):
+        save(model, path, overwrite=overwrite)
+        return
+    check_target(path, overwrite=overwrite)
+    with replacing(Path(path)) as temporary:
+        temporary.write_bytes(content)
+
+
 def check_target(
     path: str | os.PathLike[str], *, overwrite: bool, inputs: Sequence[object] = (), option: str = "-o"
 ) -> None:

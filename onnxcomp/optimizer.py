@@ -180,7 +180,10 @@ def optimize(
             family.write(others, made, pareto)
     refused = not result.report.met and not best_effort
     if output is not None and not dry_run and not refused:
-        models.save(result.model, output, overwrite=overwrite)
+        if result.report.steps:
+            models.save(result.model, output, overwrite=overwrite)
+        else:
+            models.save_as_given(source, result.model, output, overwrite=overwrite)
     if report is not None:
         result = replace(result, report=_with_layers(result, bench))
         models.write_text(page.html_of(result.report), report)
@@ -289,7 +292,8 @@ class _Proof:
         bench, judges, feeds, target = self.bench, self.bench.judges, self.bench.batch.feeds, self.bench.context.target
         protocol = self._protocol()
         sessions = [bench.original, *(Session(model, target) for model in made)]
-        sizes = [self.original.size, *map(models.file_bytes, made)]
+        sizes = [self.original.size]
+        sizes += [self.original.size if model is bench.model else models.file_bytes(model) for model in made]
         timings = stopwatch.time_apart([bench.model, *made], target, feeds, protocol)
         figures = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final, timings, bench.context)
         if judges.gate is not judges.metric:
