@@ -276,6 +276,7 @@ class _Conversion:
             result=after,
             steps=tuple(steps),
             notes=(*notes, *remarks),
+            recipe=recipe.to_yaml(),
         )
         result = Result(made, report)
         if unmet and not best_effort:

@@ -255,6 +255,7 @@ class _Proof:
             trials=trials,
             notes=(*judges.notes, *self._notes(best, before, after), *conflicts),
             command=self.command,
+            recipe=self._recipe(best).to_yaml() if best.steps else "",
         )
         return Result(model, report)
 

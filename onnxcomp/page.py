@@ -529,16 +529,15 @@ def _again(report: Report) -> str:
         "Machine": str(about.get("machine", "")),
     }
     command = f"<h3>Command</h3><pre>{_text(_folded(report.command))}</pre>" if report.command else ""
-    recipe = "\n".join(step.recipe for step in report.steps if step.changes)
     return _section(
         "How to reproduce it",
         _pairs(facts),
         command,
         _paragraph(
             "The search goes by measured time, so another machine may choose otherwise. What it chose is the recipe, "
-            "which the result also carries in its metadata: the same input, recipe and seed give the same bytes."
+            "which the result also carries in its metadata: `onnxcomp apply INPUT --recipe FILE` gives the same again."
         ),
-        f"<h3>Recipe</h3><pre>{_text(recipe)}</pre>" if recipe else _paragraph("The recipe is empty."),
+        f"<h3>Recipe</h3><pre>{_text(report.recipe)}</pre>" if report.recipe else _paragraph("The recipe is empty."),
     )
 
 

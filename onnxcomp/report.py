@@ -159,11 +159,12 @@ class Report(Document):
         met: whether the result keeps it.
         unmet: which limits it breaks, in words.
         original, result: the two models' figures.
-        steps: the recipe.
+        steps: what each pass of the recipe did.
         trials: what else was tried.
         notes: what the user should know.
         command: the command line that asks for the same again; empty where there is none.
         layers: each layer before and after; empty where no page was asked for.
+        recipe: as YAML, for `apply --recipe`; empty where nothing was done.
     """
 
     kind: ClassVar[str] = "report"
@@ -185,6 +186,7 @@ class Report(Document):
     notes: tuple[str, ...] = field(default_factory=tuple)
     command: str = ""
     layers: tuple[LayerRow, ...] = ()
+    recipe: str = ""
 
 
 @dataclass(frozen=True)

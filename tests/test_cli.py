@@ -25,6 +25,7 @@ from onnxcomp.cli import _CRITERIA, main
 from onnxcomp.errors import BudgetError
 from onnxcomp.footprint import Footprint
 from onnxcomp.passes.quantize_static import Range
+from onnxcomp.recipe import Recipe
 from onnxcomp.registry import passes
 from onnxcomp.report import Report, Result
 from onnxcomp.runtime import Protocol, Target
@@ -126,6 +127,9 @@ def test_settings_reach_the_passes(model: Path, data: Path) -> None:
     names = [step["recipe"].partition("(")[0] for step in plain["steps"]]
     assert names == ["Simplify", "Equalize", "Smooth", "QuantizeStatic"]
     assert "gptq=True" in plain["steps"][-1]["recipe"]
+    assert [technique.name for technique in Recipe.from_yaml(plain["recipe"]).passes] == [
+        "simplify", "equalize", "smooth", "quantize-static",
+    ]  # fmt: skip
 
 
 def test_excluded_nodes_are_left_with_that_reason(model: Path, data: Path) -> None:

@@ -41,6 +41,7 @@ FULL = Report(
     steps=(Step("Quantize(bits=8)", (Change("conv", "int8"),), (Skip("gemm", "no kernel"),)),),
     trials=(Trial("fp16", Figures(2000, drop=math.inf), "slower"),),
     notes=("a note",),
+    recipe="passes:\n- quantize-static: {keep: [gemm]}\n",
 )
 
 
