@@ -22,12 +22,15 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
+from onnxcomp import model as models
 from onnxcomp.branches import Branch, branches, without_branches
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
-from onnxcomp.core import Context, Option, Parts, Pass, Setting
+from onnxcomp.core import Context, Option, Parts, Pass, Setting, no_progress
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.executors import mapped
 from onnxcomp.latency import LatencyModel
+from onnxcomp.numerics.blas import one_thread
 from onnxcomp.numerics.choice import Clash, Term, choose_together, undominated
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
@@ -49,6 +52,8 @@ _MULTIPLE = 4
 """Widths are multiples of this."""
 _SAVES = 0.08
 """Share of a unit's time that a width must save to be worth measuring its loss: less is noise."""
+_COPIES = 4
+"""Of a model, that a process has in memory while it fits one."""
 _LITTLE = 0.002
 """Share of the model's time that a part must be able to save, for another pass to be tried on it."""
 _GAP = 5e-3
@@ -214,13 +219,18 @@ class Planner:
         ]
 
     def _measured_branches(self) -> list[float]:
-        found = []
-        for place, branch in enumerate(self.branches):
-            self._context.progress(place, len(self.branches), "measuring what branches are worth")
-            shallower = _without(self._model, [branch])
-            few = self._data.at_most(_FITTED_SAMPLES, self._context.seed + 1)  # mostly others than those that judge it
-            reconstruct(self._model, shallower, {}, few, self._context, jointly=False, most=_FITTED_LAYERS)
-            found.append(self._answers.error(shallower))
+        context, model = self._context, self._model
+        few = self._data.at_most(_FITTED_SAMPLES, context.seed + 1).loaded()  # mostly others than those that judge it
+        alone = replace(context, data=None, progress=no_progress, cache={}, store=None, executor=None)
+        source: ir.Model | bytes = model
+        if executor := context.executor if models.tensor_bytes(model) < models.PROTOBUF_LIMIT else None:
+            source = models.to_bytes(model)
+        work = partial(_branch_error, source, self._answers, few, alone)
+        room = context.memory // (_COPIES * models.tensor_bytes(model) + 1)
+        found: list[float] = []
+        for error in mapped(work, self.branches, executor, room):
+            found.append(error)
+            context.progress(len(found), len(self.branches), "measuring what branches are worth")
         return found
 
     def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator["_Row"]:
@@ -547,6 +557,15 @@ def _either(first: int, second: int) -> NDArray[np.float64]:
     costs = np.zeros((first, second, 2))
     costs[1:, 1:, 1] = _NEVER
     return costs
+
+
+@one_thread()
+def _branch_error(source: ir.Model | bytes, answers: Answers, data: Dataset, context: Context, branch: Branch) -> float:
+    """What the outputs lose where a branch is gone, once the layers behind it make up for it; the same anywhere."""
+    model = models.load(source)
+    shallower = _without(model, [branch])
+    reconstruct(model, shallower, {}, data, context, jointly=False, most=_FITTED_LAYERS)
+    return answers.error(shallower)
 
 
 def _without(model: ir.Model, gone: Sequence[Branch]) -> ir.Model:

@@ -117,6 +117,10 @@ class Dataset:
         entries = max(samples * self.size // self.samples, 1)
         return self.select(np.random.default_rng(seed).permutation(self.size)[:entries].tolist())
 
+    def loaded(self) -> "Dataset":
+        """The same entries in memory, which another process can be given."""
+        return replace(self, read=list(self).__getitem__)
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) over names, dtypes, shapes and values of every sample; reads them all."""
         digest = hashlib.sha256()

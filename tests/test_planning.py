@@ -14,6 +14,7 @@ from onnxcomp import latency, planning, table
 from onnxcomp.core import Change, Context, Option, Outcome, Parts, Pass, node_pattern
 from onnxcomp.cost import node_costs
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.executors import Processes
 from onnxcomp.layers import layers
 from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.passes.prune import Prune
@@ -265,6 +266,17 @@ def test_a_layer_is_narrower_or_otherwise_treated_not_both(model: ir.Model) -> N
         groups = {name for name, _ in plan.widths}
         touched = {unit for row in found._rows if row.part in groups for unit in row.touched}
         assert not plan.others or second(model) not in touched
+
+
+def test_branches_are_measured_by_other_processes_too(model: ir.Model) -> None:
+    alone = planner(model, prune=False)
+    with Processes(2, patience=0) as executor:
+        given = replace(context(64), executor=executor)
+        assert given.data is not None
+        feeds = next(iter(given.data.batches(1))).feeds
+        spread = Planner(model, {}, given.data, given, feeds, CROSSING, prune=False, prune_depth=True)
+    assert len(alone.branches) == len(STRENGTHS)
+    assert spread._branch_errors == alone._branch_errors
 
 
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
