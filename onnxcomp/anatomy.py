@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
 from onnxcomp.core import name_nodes
-from onnxcomp.cost import NodeCost, node_costs
+from onnxcomp.cost import node_costs
 from onnxcomp.graph import constant_of, single_consumer
 from onnxcomp.numerics.pack import unpack
 from onnxcomp.profiling import profiles
@@ -81,28 +81,6 @@ def layer_rows(
 
 class _Units(Units):
     """The original's layers, with what else is known of them."""
-
-    def bytes(self, costs: Iterable[NodeCost], parameters: Mapping[str, int]) -> dict[str, int]:
-        """Bytes of weights by layer; the sum is the model's, but for rounding.
-
-        Args:
-            costs: of either model.
-            parameters: of the original's nodes, by which tensors that several layers read are shared out.
-        """
-        readers: dict[ir.Value, dict[str, int]] = defaultdict(dict)
-        found: dict[str, float] = {}
-        for cost in costs:
-            head = self.of(cost.name)
-            found.setdefault(head, 0.0)
-            for value in (value for weight in cost.weights for value in weight.stored):
-                readers[value][head] = parameters.get(head, 0)
-        for value, shares in readers.items():
-            tensor = value.const_value or ir.convenience.get_const_tensor(value)
-            whole = sum(shares.values())
-            for head, share in shares.items():
-                part = share / whole if whole else 1 / len(shares)
-                found[head] += part * (tensor.nbytes if tensor is not None else 0)
-        return {head: round(size) for head, size in found.items()}
 
     def techniques(self, steps: Iterable[Step]) -> dict[str, tuple[str, ...]]:
         """What was done to each layer, pass by pass: to its first node, or else to those behind it."""

@@ -26,6 +26,7 @@ from onnxcomp import model as models
 from onnxcomp.branches import Branch, branches, without_branches
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
 from onnxcomp.core import Context, Option, Parts, Pass, Setting, no_progress
+from onnxcomp.cost import node_costs
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.executors import mapped
@@ -42,6 +43,7 @@ from onnxcomp.reconstruction import reconstruct
 from onnxcomp.runtime import Feeds
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset
+from onnxcomp.surgery import without
 from onnxcomp.table import FLOAT, best_form, form_times
 from onnxcomp.units import Units
 from onnxcomp.widths import Counts, may_go
@@ -92,6 +94,7 @@ class Plan:
         error: predicted relative squared error of the outputs.
         sources: what of it, as it was measured part by part, comes from each of `_SOURCES`.
         time: predicted, as a share of the float model's.
+        bytes: of the file, predicted where they count.
         found: what was chosen for each branch, each row and each unit, by number.
         floats: names of nodes that stay in float although they need not.
     """
@@ -103,6 +106,7 @@ class Plan:
     error: float
     sources: tuple[float, ...]
     time: float
+    bytes: int
     found: tuple[int, ...]
     floats: tuple[str, ...] = ()
 
@@ -145,6 +149,7 @@ class Planner:
         prune: whether channels may go.
         prune_depth: whether branches may go.
         others: passes whose options for parts of the model are choices too.
+        sized: whether bytes count beside time.
     """
 
     def __init__(
@@ -159,7 +164,9 @@ class Planner:
         prune: bool,
         prune_depth: bool,
         others: Sequence[Pass] = (),
+        sized: bool = False,
     ) -> None:
+        self._sized = sized
         self._model, self._context, self._crossing = model, context, crossing
         self._data = data
         self._answers = Answers(model, data, context)
@@ -180,11 +187,13 @@ class Planner:
         if prune and self._groups:
             quantizer = self.forms[best_form(self.forms)].technique
             self._rows += context.recall(
-                "width errors", (model, known, quantizer, feeds), lambda: list(self._measured_widths(data, feeds))
+                "width errors",
+                (model, known, quantizer, feeds, sized),
+                lambda: list(self._measured_widths(data, feeds)),
             )
         for technique in others:
             self._rows += context.recall(
-                "options", (technique, model, known), partial(self._measured_options, technique)
+                "options", (technique, model, known, sized), partial(self._measured_options, technique)
             )
 
     # -- what is measured -------------------------------------------------------------------------------------------
@@ -249,7 +258,7 @@ class Planner:
         for index, (group, counts) in enumerate(zip(groups, clock.counts, strict=True)):
             shares = np.array([clock.share(index, int(count)) for count in counts])
             best_so_far = np.minimum.accumulate(np.append(1.0, shares[:-1]))
-            keep = np.flatnonzero((shares < best_so_far - _SAVES) | (counts == 0))
+            keep = np.flatnonzero(self._sized | (shares < best_so_far - _SAVES) | (counts == 0))
             if len(keep) > 1:
                 touched = {self._units.of(name) for name in clock.touched[index]}
                 useful[group] = counts[keep], shares[keep], touched
@@ -261,8 +270,21 @@ class Planner:
             self._context.progress(0, 0, "measuring what channels are worth")
             curve = pruner.curve(group, ranking, int(counts[-1]), _PROBES)
             if curve is not None:
-                left = tuple((group.size - counts).tolist())
-                yield _Row(group.name, left, curve.errors[counts], shares, touched)
+                left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
+                settings = tuple((group.size - counts).tolist())
+                yield _Row(group.name, settings, curve.errors[counts], shares, left, touched)
+
+    def _bytes_left(self, group: ChannelGroup, counts: Counts, touched: Set[str]) -> NDArray[np.float64]:
+        """Share of their bytes that units have left without some channels of a group, by how many of them."""
+        assert self._groups is not None
+        parameters = {cost.name: cost.parameters for cost in node_costs(self._model)}
+        whole = sum(self.forms[FLOAT].bytes.get(unit, 0) for unit in touched)
+        found = []
+        for count in counts.tolist():
+            cut = without(self._groups, {group: range(count)}) if count else self._model
+            left = self._units.bytes(node_costs(cut), parameters)
+            found.append(sum(left.get(unit, 0) for unit in touched) / max(whole, 1))
+        return np.array(found)
 
     def _measured_options(self, technique: Pass) -> list["_Row"]:
         """What another pass can do to save time, for each part where that is worth it."""
@@ -280,12 +302,20 @@ class Planner:
         return rows
 
     def _useful(self, options: Sequence[Option]) -> list[Option]:
-        """Those that save enough, and to which none is better in both error and time."""
-        whole = self.forms[FLOAT].times.get(self._units.of(options[0].part), 0.0)
+        """Those that save enough, and to which none is better in error and all that counts."""
+        unit, table = self._units.of(options[0].part), self.forms[FLOAT]
+        whole, size = table.times.get(unit, 0.0), table.bytes.get(unit, 0)
         least = max(_SAVES, _LITTLE * self._total / whole if whole else 1.0)
-        saving = [option for option in options if option.latency <= 1 - least]
-        errors, shares = (np.array([getattr(option, name) for option in saving]) for name in ("error", "latency"))
-        return [saving[number] for number in undominated(errors, shares[:, None])] if saving else []
+        saving = [
+            option
+            for option in options
+            if option.latency <= 1 - least or (self._sized and option.bytes < size * (1 - _SAVES))
+        ]
+        if not saving:
+            return []
+        errors = np.array([option.error for option in saving])
+        costs = np.array([(option.latency, option.bytes if self._sized else 0) for option in saving])
+        return [saving[number] for number in undominated(errors, costs)]
 
     def _row(self, technique: Pass, options: Sequence[Option]) -> "_Row":
         """Of what the outputs lose: measured for the option in the middle, and in proportion for the others."""
@@ -293,23 +323,30 @@ class Planner:
         # On all data: what is fitted to few vectors gives those right, at any rank.
         made = technique.drafted().taking([probe])(self._model, replace(self._context, data=self._data)).model
         gain = self._answers.error(made) / max(probe.error, 1e-12)
+        whole = max(self.forms[FLOAT].bytes.get(self._units.of(probe.part), 0), 1)
         return _Row(
             probe.part,
             (0, *(option.setting for option in options)),
             np.array([0.0, *(gain * option.error for option in options)]),
             np.array([1.0, *(option.latency for option in options)]),
+            np.array([1.0, *(option.bytes / whole for option in options)]),
             {self._units.of(probe.part)},
             technique,
         )
 
     # -- the program ------------------------------------------------------------------------------------------------
 
-    def plan(self, error: float) -> Plan | None:
-        """The least time for an error of the outputs; None where nothing keeps that, or takes any time."""
+    def plan(self, error: float, size: float = np.inf) -> Plan | None:
+        """The least time for an error of the outputs; None where nothing keeps that, or takes any time.
+
+        Args:
+            error: relative squared error that the outputs may have.
+            size: bytes that the file may take.
+        """
         if not self._total:
             return None
         program = self._program()
-        limits = np.array([min(error, _NEVER - 1)])
+        limits = np.array([min(error, _NEVER - 1), size - self._rest()])
         sizes = [len(own) for own in program.errors]
         found = choose_together(sizes, program.terms, program.clashes, limits, gap=_GAP)
         if found is None:
@@ -351,10 +388,13 @@ class Planner:
             if form == FLOAT and len(program.options[unit]) > 1
             for node in self._units.members[unit]
         )
-        time = sum(program.taken(found)) / self._total * self._scale()
+        *times, taken = program.taken(found)
+        time, size = sum(times) / self._total * self._scale(), round(taken) + self._rest()
         joins = tuple((branch.join, branch.operand) for branch in gone)
         passes = tuple(technique.taking(options) for technique, options in others.items())
-        return Plan(joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, tuple(found), in_float)
+        return Plan(
+            joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, size, tuple(found), in_float
+        )
 
     def _program(self) -> "_Program":
         """What can be chosen, by what is known of times and errors now."""
@@ -370,9 +410,10 @@ class Planner:
             sources.append(3)
         errors = [self._weights[source] * own for source, own in zip(sources, raw, strict=True)]
         goes = self._gone_with()
-        terms = [Term((part,), np.column_stack([np.zeros(len(own)), own])) for part, own in enumerate(errors)]
+        nothing = [np.zeros(len(own)) for own in errors]
+        terms = [Term((part,), np.column_stack([nothing[part], own, nothing[part]])) for part, own in enumerate(errors)]
         terms += [
-            Term((first, second), np.array([[[0.0, 0.0]] * 2, [[0.0, 0.0], [0.0, _NEVER]]]))  # a sum keeps one operand
+            Term((first, second), _either(2, 2))  # a sum keeps one operand
             for first, second in combinations(range(len(self.branches)), 2)
             if self.branches[first].join == self.branches[second].join
         ]
@@ -399,14 +440,20 @@ class Planner:
         return found
 
     def _costs(self, unit: str, options: Sequence[str], going: int) -> NDArray[np.float64]:
-        """(precisions, *[stays, goes] for each branch, *options of each row, 2) microseconds, and no error."""
-        costs = np.array([self.forms[name].times.get(unit, 0.0) for name in options])
+        """(precisions, *[stays, goes] for each branch, *options of each row, 3) microseconds, no error, and bytes."""
+        times = np.array([self.forms[name].times.get(unit, 0.0) for name in options])
+        sizes = np.array([float(self.forms[name].bytes.get(unit, 0)) for name in options])
         for _ in range(going):
-            costs = costs[..., None] * np.array([1.0, 0.0])
+            times, sizes = (costs[..., None] * np.array([1.0, 0.0]) for costs in (times, sizes))
         for row in self._rows:
             if unit in row.touched:
-                costs = costs[..., None] * row.shares
-        return np.stack([costs, np.zeros_like(costs)], axis=-1)
+                times, sizes = times[..., None] * row.shares, sizes[..., None] * row.left
+        return np.stack([times, np.zeros_like(times), sizes], axis=-1)
+
+    def _rest(self) -> int:
+        """Bytes of the file that no unit's constants take."""
+        form = self.forms[best_form(self.forms)]
+        return form.size - sum(form.bytes.values())
 
     def _clashes(self, units: Mapping[str, int], options: Mapping[str, list[str]]) -> list[Clash]:
         """Conversions between static INT8 and the rest; other precisions convert within their nodes."""
@@ -423,7 +470,7 @@ class Planner:
             readers = {unit: None for unit in readers if unit in units and unit != origin}
             size = self.elements.get(maker.name or "", 0) or self.elements.get(origin, 0)
             for inside, integers in ((is_static, False), (None, True)):
-                cost = np.array([self._layout * self._crossing.cost(size, to_integers=integers), 0.0])
+                cost = np.array([self._layout * self._crossing.cost(size, to_integers=integers), 0.0, 0.0])
                 first = is_static[origin] if inside is not None else ~is_static[origin]
                 others = tuple(
                     (units[unit], ~is_static[unit] if inside is not None else is_static[unit]) for unit in readers
@@ -460,7 +507,7 @@ class Planner:
         for unit, place in program.units.items():
             if kept.isdisjoint(node.name or "" for node in self._units.members[unit]):
                 found[place] = len(program.options[unit]) - 1
-        units, crossings = program.taken(found)
+        units, crossings, _ = program.taken(found)
         if crossings > 0:
             self._layout *= max((taken / self._scale() * self._total - units) / crossings, 1.0)
 
@@ -511,15 +558,15 @@ class _Program:
     terms: Sequence[Term]
     clashes: Sequence[Clash]
 
-    def taken(self, found: Sequence[int]) -> tuple[float, float]:
-        """Microseconds of units, and of conversions between them."""
-        units = sum(float(term.costs[tuple(found[part] for part in term.parts)][0]) for term in self.terms)
+    def taken(self, found: Sequence[int]) -> tuple[float, float, float]:
+        """Microseconds of units, and of conversions between them; bytes of units."""
+        units, _, size = sum(term.costs[tuple(found[part] for part in term.parts)] for term in self.terms).tolist()
         crossings = 0.0
         for clash in self.clashes:
             part, counts = clash.first
             if counts[found[part]] and any(own[found[other]] for other, own in clash.others):
                 crossings += float(clash.costs[0])
-        return units, crossings
+        return units, crossings, size
 
 
 @dataclass(frozen=True, eq=False)
@@ -531,6 +578,7 @@ class _Row:
         settings: (options,) what the pass takes for it: channels left, for a group.
         errors: (options,) of the outputs.
         shares: (options,) of the time of the units that it touches.
+        left: (options,) of their bytes; not measured where those do not count.
         touched: these.
         technique: the pass; None for channels, which go together with branches.
     """
@@ -539,6 +587,7 @@ class _Row:
     settings: tuple[Setting, ...]
     errors: NDArray[np.float64]
     shares: NDArray[np.float64]
+    left: NDArray[np.float64]
     touched: set[str]
     technique: Pass | None = None
 
@@ -547,14 +596,13 @@ class _Row:
         return not (self.technique is None and other.technique is None) and bool(self.touched & other.touched)
 
     def option(self, number: int) -> Option:
-        """As the pass takes it; its bytes do not matter to that."""
-        error, share = float(self.errors[number]), float(self.shares[number])
-        return Option(self.part, self.settings[number], error, 0, share)
+        """As the pass takes it, which goes by part and setting."""
+        return Option(self.part, self.settings[number], float(self.errors[number]), 0, float(self.shares[number]))
 
 
 def _either(first: int, second: int) -> NDArray[np.float64]:
-    """(options, options, 2): an error that no plan may have, where neither is left as it is."""
-    costs = np.zeros((first, second, 2))
+    """(options, options, 3): an error that no plan may have, where neither is left as it is."""
+    costs = np.zeros((first, second, 3))
     costs[1:, 1:, 1] = _NEVER
     return costs
 

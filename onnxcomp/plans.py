@@ -26,6 +26,10 @@ _AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
 _BEYOND = 1.25
 """How far a neighbour of a plan may go beyond the error that plans are to have: what it loses is measured."""
+_FILLED = 0.97
+"""Share of a limit on size that a plan may take: bytes are foretold by parts, and the result gets its recipe."""
+_STRETCH = (1.0, 2.0, 4.0)
+"""Times the error that plans are to have, that one may have which the limit on size needs."""
 _STEP = 4.0
 """The most by which what is known changes that error."""
 
@@ -39,12 +43,22 @@ class Plans:
         best: the best without a plan; what it is made by comes behind each plan.
         allowed: names of the passes that may be used.
         effort: how long to fit.
+        most: bytes that the result may take; None for no limit.
 
     Attributes:
         best: the best so far, which whoever asks for candidates keeps up to date.
     """
 
-    def __init__(self, bench: Workbench, clean: Candidate, best: Candidate, allowed: Set[str], effort: Effort) -> None:
+    def __init__(
+        self,
+        bench: Workbench,
+        clean: Candidate,
+        best: Candidate,
+        allowed: Set[str],
+        effort: Effort,
+        most: int | None = None,
+    ) -> None:
+        self._most = most
         self._bench, self._clean, self._base, self._effort, self._behind = bench, clean, best, effort, best.passes
         self.best = best
         self._planner: Planner | None = None
@@ -121,13 +135,28 @@ class Plans:
             yield from self._at(error) or ()
 
     def _at(self, error: float, best: Candidate | None = None) -> Iterator[Candidate] | None:
-        """The fastest plan of an error, as a candidate, if it promises to be faster than the best so far."""
-        plan = None if self._planner is None else self._planner.plan(error)
+        """The fastest plan of an error, as a candidate, if it promises to be faster than the best so far.
+
+        Under a limit on size, one that keeps it if there is any. Where the best does not, that need not be faster, and
+        may have a larger error: what it loses is measured.
+        """
+        if self._planner is None:
+            return None
+        plan = self._small(error, best)
+        needed = plan is not None and best is not None and best.size > (self._most or 0)
+        plan = plan or self._planner.plan(error)
         if plan is None or not plan.decisions() or any(plan.same(other) for other in self._plans.values()):
             return None
-        if best is not None and self._clean.speedup / plan.time < best.speedup * (1 + NOISE):
+        if best is not None and not needed and self._clean.speedup / plan.time < best.speedup * (1 + NOISE):
             return None
         return self._made(plan)
+
+    def _small(self, error: float, best: Candidate | None) -> Plan | None:
+        """The fastest plan within the limit on size, if there is one."""
+        if self._planner is None or self._most is None:
+            return None
+        errors = [error * more for more in _STRETCH] if best is not None and best.size > self._most else [error]
+        return next(filter(None, (self._planner.plan(each, _FILLED * self._most) for each in errors)), None)
 
     def _made(self, plan: Plan) -> Iterator[Candidate]:
         """The plan as a candidate; what it took and lost is learnt."""
@@ -164,6 +193,7 @@ class Plans:
         planner = Planner(
             self._clean.model, quantizers, context.data, context, self._bench.batch.feeds, placement.crossing(context),
             prune=ways["prune"], prune_depth=ways["prune-depth"], others=others,
+            sized=self._most is not None,
         )  # fmt: skip
         if planner.untraced:
             verdict = f"not possible: channels cannot be traced: {planner.untraced}"

@@ -149,17 +149,21 @@ class Search:
         if not most or not self._allowed & planned:
             return
         unplanned = self.best
-        self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort)
+        limit = self._budget.size_limit(self._original.size)
+        self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort, limit)
         polished = self.plans.polished(self._max_drop, most if self._effort is Effort.EXTENSIVE else 0)
         for trial in chain(self.plans.towards(self._max_drop, most), polished):
             if not self._bench.works(trial):
                 return
             self._bench.time(*dict.fromkeys([unplanned, self.best, trial]))
-            if self._within(trial) and self._gains(trial, self.best):
+            fits, known = (limit is None or each.size <= limit for each in (trial, self.best))
+            if not self._within(trial):
+                continue
+            if fits > known or (fits == known and self._gains(trial, self.best)):
                 self.best, self._unplanned = trial, unplanned
                 self.plans.best = trial
-            elif trial.verdict == "within the budget":
-                trial.verdict = "not faster beyond noise"
+            else:
+                trial.verdict = "not faster beyond noise" if fits == known else "above the limit on size"
 
     def others(self) -> list[Candidate]:
         """All candidates that run and were timed and judged, more of them made for a choice."""

@@ -16,8 +16,10 @@ import onnx_ir as ir
 
 from onnxcomp.channels import ChannelGroups
 from onnxcomp.core import Context
+from onnxcomp.cost import node_costs
 from onnxcomp.facts import observe, sized
 from onnxcomp.latency import LatencyModel, form_of
+from onnxcomp.model import file_bytes
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing, crossing
@@ -43,12 +45,16 @@ class FormTimes:
         times: microseconds by unit.
         changed: the units that it changes.
         layouts: microseconds of what ONNX Runtime put in by itself.
+        bytes: of constants by unit.
+        size: bytes of the whole file.
     """
 
     technique: Technique | None
     times: Mapping[str, float]
     changed: Set[str]
-    layouts: float = 0.0
+    layouts: float
+    bytes: Mapping[str, int]
+    size: int
 
 
 def form_times(
@@ -62,10 +68,14 @@ def form_times(
     outcomes = {name: technique.drafted()(model, for_timing(context)) for name, technique in techniques.items()}
     outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
     whole, *found = profiles([model, *(outcome.model for outcome in outcomes.values())], context, feeds)
-    forms = {FLOAT: FormTimes(None, units.times(whole), frozenset(), whole.untraced)}
+    costs, size = node_costs(model), file_bytes(model)
+    parameters = {cost.name: cost.parameters for cost in costs}
+    taken = units.bytes(costs, parameters)
+    forms = {FLOAT: FormTimes(None, units.times(whole), frozenset(), whole.untraced, taken, size)}
     for (name, outcome), profile in zip(outcomes.items(), found, strict=True):
         changed = {units.of(change.node) for change in outcome.changes} & set(units.members)
-        forms[name] = FormTimes(techniques[name], units.times(profile), changed, profile.untraced)
+        taken, size = units.bytes(node_costs(outcome.model), parameters), file_bytes(outcome.model)
+        forms[name] = FormTimes(techniques[name], units.times(profile), changed, profile.untraced, taken, size)
     return forms, whole.elements
 
 

@@ -5,10 +5,11 @@ model and what became of it. What passes add is named after the node or the tens
 """
 
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 
 import onnx_ir as ir
 
-from onnxcomp.cost import node_costs
+from onnxcomp.cost import NodeCost, node_costs
 from onnxcomp.graph import single_consumer
 from onnxcomp.profiling import Profile
 
@@ -59,6 +60,28 @@ class Units:
                 return head
             start = start.rpartition("_")[0]
         return name
+
+    def bytes(self, costs: Iterable[NodeCost], parameters: Mapping[str, int]) -> dict[str, int]:
+        """Bytes of weights by unit; the sum is the model's, but for rounding.
+
+        Args:
+            costs: of either model.
+            parameters: of the original's nodes, by which tensors that several layers read are shared out.
+        """
+        readers: dict[ir.Value, dict[str, int]] = defaultdict(dict)
+        found: dict[str, float] = {}
+        for cost in costs:
+            head = self.of(cost.name)
+            found.setdefault(head, 0.0)
+            for value in (value for weight in cost.weights for value in weight.stored):
+                readers[value][head] = parameters.get(head, 0)
+        for value, shares in readers.items():
+            tensor = value.const_value or ir.convenience.get_const_tensor(value)
+            whole = sum(shares.values())
+            for head, share in shares.items():
+                part = share / whole if whole else 1 / len(shares)
+                found[head] += part * (tensor.nbytes if tensor is not None else 0)
+        return {head: round(size) for head, size in found.items()}
 
     def times(self, profile: Profile) -> dict[str, float]:
         """Microseconds by unit."""

@@ -11,6 +11,7 @@ import pytest
 
 from models import zoo
 from onnxcomp import latency, planning, table
+from onnxcomp import model as models
 from onnxcomp.core import Change, Context, Option, Outcome, Parts, Pass, node_pattern
 from onnxcomp.cost import node_costs
 from onnxcomp.errors import OnnxcompError
@@ -277,6 +278,29 @@ def test_branches_are_measured_by_other_processes_too(model: ir.Model) -> None:
         spread = Planner(model, {}, given.data, given, feeds, CROSSING, prune=False, prune_depth=True)
     assert len(alone.branches) == len(STRENGTHS)
     assert spread._branch_errors == alone._branch_errors
+
+
+def test_a_limit_on_size_is_kept_at_the_price_of_time(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_integers(models: Sequence[ir.Model], *_: Any, **__: Any) -> list[Profile]:
+        return [
+            Profile({name: 9 * time if model is not models[0] else time for name, time in found.times.items()}, {})
+            for model, found in zip(models, made_up(models), strict=True)
+        ]
+
+    monkeypatch.setattr(table, "profiles", slow_integers)
+    found = planner(model, prune=False, prune_depth=False)
+    free = found.plan(0.2)
+    assert free is not None
+    assert set(free.forms.values()) == {FLOAT}
+    assert free.bytes == models.file_bytes(model)
+    limited = found.plan(0.2, size=0.8 * free.bytes)
+    assert limited is not None
+    assert limited.bytes <= 0.8 * free.bytes
+    assert limited.time > free.time
+    made = replace(INT8, keep=limited.floats)(model, context(64)).model
+    unread = 3 * 9280  # bytes of weights that nothing reads, which go with the first pass
+    assert models.file_bytes(made) == pytest.approx(limited.bytes - unread, rel=0.1)
+    assert found.plan(0.2, size=100) is None
 
 
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
