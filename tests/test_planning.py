@@ -181,7 +181,13 @@ def test_a_sum_of_two_branches_loses_one_at_most() -> None:
     PruneDepth(parts=plan.branches, reconstruct=False)(network(), context())
 
 
-@pytest.mark.parametrize("name", sorted(zoo.BUILDERS))
+SLOW = {"densenet", "detector", "inception", "preact_resnet", "shufflenet", "superres", "vgg"}
+"""Which have convolutions and branches as others have, and take seconds."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(zoo.BUILDERS)]
+)
 def test_any_model_can_be_planned_or_says_why_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up times, real errors, few widths: what is planned can be made, and runs."""
     monkeypatch.setattr(planning, "_LEVELS", 2)
