@@ -25,19 +25,20 @@ from scipy.optimize import nnls
 from onnxcomp import model as models
 from onnxcomp.branches import Branch, branches, without_branches
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
-from onnxcomp.core import Context, Option, Parts, Pass, Setting, no_progress
+from onnxcomp.core import Context, Option, Parts, Pass, no_progress
 from onnxcomp.cost import node_costs
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.executors import mapped
 from onnxcomp.latency import LatencyModel
 from onnxcomp.numerics.blas import one_thread
-from onnxcomp.numerics.choice import Clash, Term, choose_together, undominated
+from onnxcomp.numerics.choice import Clash, Term, undominated
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing
+from onnxcomp.program import Program, Row, either
 from onnxcomp.pruning import Pruner
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.runtime import Feeds
@@ -58,13 +59,9 @@ _COPIES = 4
 """Of a model, that a process has in memory while it fits one."""
 _LITTLE = 0.002
 """Share of the model's time that a part must be able to save, for another pass to be tried on it."""
-_GAP = 5e-3
-"""Of a plan's time, that is given away for a quick answer: times are not known better."""
 _LAYOUT = 2.0
 """What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself: at
 least that, until it was measured."""
-_NEVER = 1e3
-"""An error that no plan may have."""
 _ROUNDS = 2
 """Of profiles of models with fewer channels, of five runs each."""
 _LEVELS = 4
@@ -110,7 +107,8 @@ class Plan:
     found: tuple[int, ...]
     floats: tuple[str, ...] = ()
 
-    def decisions(self) -> bool:
+    @property
+    def decides(self) -> bool:
         """Whether anything but precision is decided."""
         return bool(self.branches or self.widths or self.others)
 
@@ -183,7 +181,7 @@ class Planner:
         self.branches = self._found_branches() if prune_depth else []
         known = replace(context, data=data)
         self._branch_errors = context.recall("branch errors", (model, known, prune_depth), self._measured_branches)
-        self._rows: list[_Row] = []
+        self._rows: list[Row] = []
         if prune and self._groups:
             quantizer = self.forms[best_form(self.forms)].technique
             self._rows += context.recall(
@@ -242,7 +240,7 @@ class Planner:
             context.progress(len(found), len(self.branches), "measuring what branches are worth")
         return found
 
-    def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator["_Row"]:
+    def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator[Row]:
         """The groups whose narrowing saves time in the precision that the model will mostly have."""
         groups = self._groups
         assert groups is not None
@@ -272,7 +270,7 @@ class Planner:
             if curve is not None:
                 left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
                 settings = tuple((group.size - counts).tolist())
-                yield _Row(group.name, settings, curve.errors[counts], shares, left, touched)
+                yield Row(group.name, settings, curve.errors[counts], shares, left, touched)
 
     def _bytes_left(self, group: ChannelGroup, counts: Counts, touched: Set[str]) -> NDArray[np.float64]:
         """Share of their bytes that units have left without some channels of a group, by how many of them."""
@@ -286,7 +284,7 @@ class Planner:
             found.append(sum(left.get(unit, 0) for unit in touched) / max(whole, 1))
         return np.array(found)
 
-    def _measured_options(self, technique: Pass) -> list["_Row"]:
+    def _measured_options(self, technique: Pass) -> list[Row]:
         """What another pass can do to save time, for each part where that is worth it."""
         context = replace(self._context, data=self._data)
         by_part: dict[str, list[Option]] = defaultdict(list)
@@ -317,14 +315,14 @@ class Planner:
         costs = np.array([(option.latency, option.bytes if self._sized else 0) for option in saving])
         return [saving[number] for number in undominated(errors, costs)]
 
-    def _row(self, technique: Pass, options: Sequence[Option]) -> "_Row":
+    def _row(self, technique: Pass, options: Sequence[Option]) -> Row:
         """Of what the outputs lose: measured for the option in the middle, and in proportion for the others."""
         probe = options[len(options) // 2]
         # On all data: what is fitted to few vectors gives those right, at any rank.
         made = technique.drafted().taking([probe])(self._model, replace(self._context, data=self._data)).model
         gain = self._answers.error(made) / max(probe.error, 1e-12)
         whole = max(self.forms[FLOAT].bytes.get(self._units.of(probe.part), 0), 1)
-        return _Row(
+        return Row(
             probe.part,
             (0, *(option.setting for option in options)),
             np.array([0.0, *(gain * option.error for option in options)]),
@@ -346,12 +344,8 @@ class Planner:
         if not self._total:
             return None
         program = self._program()
-        limits = np.array([min(error, _NEVER - 1), size - self._rest()])
-        sizes = [len(own) for own in program.errors]
-        found = choose_together(sizes, program.terms, program.clashes, limits, gap=_GAP)
-        if found is None:
-            return None
-        return self._plan_of(program, found)
+        found = program.solved(error, size - self._rest())
+        return None if found is None else self._plan_of(program, found)
 
     def near(self, plan: Plan) -> list[Plan]:
         """The plans that decide otherwise on one branch or one row, the fastest first."""
@@ -359,13 +353,12 @@ class Planner:
         found = []
         for part in range(len(self.branches) + len(self._rows)):
             for option in range(len(program.errors[part])):
-                if option != plan.found[part]:
-                    other = self._plan_of(program, [*plan.found[:part], option, *plan.found[part + 1 :]])
-                    if len({join for join, _ in other.branches}) == len(other.branches):
-                        found.append(other)
+                other = [*plan.found[:part], option, *plan.found[part + 1 :]]
+                if option != plan.found[part] and program.allows(other):
+                    found.append(self._plan_of(program, other))
         return sorted(found, key=lambda other: other.time)
 
-    def _plan_of(self, program: "_Program", found: Sequence[int]) -> Plan:
+    def _plan_of(self, program: Program, found: Sequence[int]) -> Plan:
         forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items()}
         gone = [branch for place, branch in enumerate(self.branches) if found[place]]
         lost = {self._units.of(name) for branch in gone for name in branch.nodes}
@@ -396,7 +389,7 @@ class Planner:
             joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, size, tuple(found), in_float
         )
 
-    def _program(self) -> "_Program":
+    def _program(self) -> Program:
         """What can be chosen, by what is known of times and errors now."""
         raw = [np.array([0.0, lost]) for lost in self._branch_errors] + [row.errors for row in self._rows]
         sources = [0] * len(self.branches) + [1 if row.technique is None else 2 for row in self._rows]
@@ -413,12 +406,12 @@ class Planner:
         nothing = [np.zeros(len(own)) for own in errors]
         terms = [Term((part,), np.column_stack([nothing[part], own, nothing[part]])) for part, own in enumerate(errors)]
         terms += [
-            Term((first, second), _either(2, 2))  # a sum keeps one operand
+            Term((first, second), either(2, 2))  # a sum keeps one operand
             for first, second in combinations(range(len(self.branches)), 2)
             if self.branches[first].join == self.branches[second].join
         ]
         terms += [
-            Term((first, second), _either(len(raw[first]), len(raw[second])))
+            Term((first, second), either(len(raw[first]), len(raw[second])))
             for first, second in combinations(rows, 2)
             if rows[first].excludes(rows[second])
         ]
@@ -429,7 +422,7 @@ class Planner:
             )
             for unit in units
         ]
-        return _Program(errors, sources, units, options, terms, self._clashes(units, options))
+        return Program(errors, sources, units, options, terms, self._clashes(units, options))
 
     def _gone_with(self) -> dict[str, list[int]]:
         """Numbers of the branches that take a unit with them."""
@@ -537,74 +530,6 @@ class Planner:
     def has_choices(self) -> bool:
         """Whether anything can go."""
         return bool(self.branches or self._rows)
-
-
-@dataclass(frozen=True, eq=False)
-class _Program:
-    """What can be chosen: first whether each branch goes, then the option of each row, then each unit's precision.
-
-    Attributes:
-        errors: of each choice's options.
-        sources: of these errors, by number.
-        units: number of the choice by unit.
-        options: precisions by unit.
-        terms, clashes: what choices cost, in microseconds and error.
-    """
-
-    errors: Sequence[NDArray[np.float64]]
-    sources: Sequence[int]
-    units: Mapping[str, int]
-    options: Mapping[str, Sequence[str]]
-    terms: Sequence[Term]
-    clashes: Sequence[Clash]
-
-    def taken(self, found: Sequence[int]) -> tuple[float, float, float]:
-        """Microseconds of units, and of conversions between them; bytes of units."""
-        units, _, size = sum(term.costs[tuple(found[part] for part in term.parts)] for term in self.terms).tolist()
-        crossings = 0.0
-        for clash in self.clashes:
-            part, counts = clash.first
-            if counts[found[part]] and any(own[found[other]] for other, own in clash.others):
-                crossings += float(clash.costs[0])
-        return units, crossings, size
-
-
-@dataclass(frozen=True, eq=False)
-class _Row:
-    """What can be done to one part of the model, as far as it is worth a thought; the first option is nothing.
-
-    Attributes:
-        part: name of a group of channels or of a layer.
-        settings: (options,) what the pass takes for it: channels left, for a group.
-        errors: (options,) of the outputs.
-        shares: (options,) of the time of the units that it touches.
-        left: (options,) of their bytes; not measured where those do not count.
-        touched: these.
-        technique: the pass; None for channels, which go together with branches.
-    """
-
-    part: str
-    settings: tuple[Setting, ...]
-    errors: NDArray[np.float64]
-    shares: NDArray[np.float64]
-    left: NDArray[np.float64]
-    touched: set[str]
-    technique: Pass | None = None
-
-    def excludes(self, other: "_Row") -> bool:
-        """Whether only one of both may be: what an option is worth holds for layers that nothing else has changed."""
-        return not (self.technique is None and other.technique is None) and bool(self.touched & other.touched)
-
-    def option(self, number: int) -> Option:
-        """As the pass takes it, which goes by part and setting."""
-        return Option(self.part, self.settings[number], float(self.errors[number]), 0, float(self.shares[number]))
-
-
-def _either(first: int, second: int) -> NDArray[np.float64]:
-    """(options, options, 3): an error that no plan may have, where neither is left as it is."""
-    costs = np.zeros((first, second, 3))
-    costs[1:, 1:, 1] = _NEVER
-    return costs
 
 
 @one_thread()

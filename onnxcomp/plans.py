@@ -145,7 +145,7 @@ class Plans:
         plan = self._small(error, best)
         needed = plan is not None and best is not None and best.size > (self._most or 0)
         plan = plan or self._planner.plan(error)
-        if plan is None or not plan.decisions() or any(plan.same(other) for other in self._plans.values()):
+        if plan is None or not plan.decides or any(plan.same(other) for other in self._plans.values()):
             return None
         if best is not None and not needed and self._clean.speedup / plan.time < best.speedup * (1 + NOISE):
             return None

@@ -33,6 +33,9 @@ from onnxcomp.weights import NEAREST
 
 _BITS = (8, 4)
 """In which weights are stored that are still float."""
+_UNTOLD = 0.05
+"""The loss up to which channels and branches go, where nothing tells accuracy and the user named no limit: within 0.2,
+a detector lost nine faces of ten."""
 _RUNGS = (0.25, 0.5)
 """Shares of the nodes in INT8 that return to float, for a choice."""
 _ERRORS = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -151,13 +154,19 @@ class Search:
         unplanned = self.best
         limit = self._budget.size_limit(self._original.size)
         self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort, limit)
-        polished = self.plans.polished(self._max_drop, most if self._effort is Effort.EXTENSIVE else 0)
-        for trial in chain(self.plans.towards(self._max_drop, most), polished):
+        allowed = self._max_drop
+        if self._budget.max_drop is None and not self._bench.judges.tell_accuracy:
+            allowed = min(allowed, _UNTOLD)
+        polished = self.plans.polished(allowed, most if self._effort is Effort.EXTENSIVE else 0)
+        for trial in chain(self.plans.towards(allowed, most), polished):
             if not self._bench.works(trial):
                 return
             self._bench.time(*dict.fromkeys([unplanned, self.best, trial]))
             fits, known = (limit is None or each.size <= limit for each in (trial, self.best))
             if not self._within(trial):
+                continue
+            if not within(self._bench.drop(trial), allowed):
+                trial.verdict = f"an error above {allowed:g}, and nothing tells what that means for accuracy"
                 continue
             if fits > known or (fits == known and self._gains(trial, self.best)):
                 self.best, self._unplanned = trial, unplanned

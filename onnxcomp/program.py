@@ -1,0 +1,100 @@
+"""What can be chosen of a model, as a mixed-integer program: rows of options, and what choices cost together.
+
+Sums have three columns: microseconds, errors of the outputs, and bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnxcomp.core import Option, Pass, Setting
+from onnxcomp.numerics.choice import Clash, Term, choose_together
+
+_GAP = 5e-3
+"""Of a plan's time, that is given away for a quick answer: times are not known better."""
+NEVER = 1e3
+"""An error that no plan may have."""
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What can be chosen: first whether each branch goes, then the option of each row, then each unit's precision.
+
+    Attributes:
+        errors: of each choice's options.
+        sources: of these errors, by number.
+        units: number of the choice by unit.
+        options: precisions by unit.
+        terms, clashes: what choices cost, in microseconds and error.
+    """
+
+    errors: Sequence[NDArray[np.float64]]
+    sources: Sequence[int]
+    units: Mapping[str, int]
+    options: Mapping[str, Sequence[str]]
+    terms: Sequence[Term]
+    clashes: Sequence[Clash]
+
+    def taken(self, found: Sequence[int]) -> tuple[float, float, float]:
+        """Microseconds of units, and of conversions between them; bytes of units."""
+        units, _, size = sum(term.costs[tuple(found[part] for part in term.parts)] for term in self.terms).tolist()
+        crossings = 0.0
+        for clash in self.clashes:
+            part, counts = clash.first
+            if counts[found[part]] and any(own[found[other]] for other, own in clash.others):
+                crossings += float(clash.costs[0])
+        return units, crossings, size
+
+    def solved(self, error: float, size: float) -> list[int] | None:
+        """The choices that take the least time; None where nothing keeps the limits.
+
+        Args:
+            error: that may be.
+            size: bytes that units may take.
+        """
+        limits = np.array([min(error, NEVER - 1), size])
+        return choose_together([len(own) for own in self.errors], self.terms, self.clashes, limits, gap=_GAP)
+
+    def allows(self, found: Sequence[int]) -> bool:
+        """Whether no two choices exclude each other."""
+        return all(term.costs[tuple(found[part] for part in term.parts)][1] < NEVER for term in self.terms)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """What can be done to one part of the model, as far as it is worth a thought; the first option is nothing.
+
+    Attributes:
+        part: name of a group of channels or of a layer.
+        settings: (options,) what the pass takes for it: channels left, for a group.
+        errors: (options,) of the outputs.
+        shares: (options,) of the time of the units that it touches.
+        left: (options,) of their bytes; not measured where those do not count.
+        touched: these.
+        technique: the pass; None for channels, which go together with branches.
+    """
+
+    part: str
+    settings: tuple[Setting, ...]
+    errors: NDArray[np.float64]
+    shares: NDArray[np.float64]
+    left: NDArray[np.float64]
+    touched: set[str]
+    technique: Pass | None = None
+
+    def excludes(self, other: "Row") -> bool:
+        """Whether only one of both may be: what an option is worth holds for layers that nothing else has changed."""
+        return not (self.technique is None and other.technique is None) and bool(self.touched & other.touched)
+
+    def option(self, number: int) -> Option:
+        """As the pass takes it, which goes by part and setting."""
+        return Option(self.part, self.settings[number], float(self.errors[number]), 0, float(self.shares[number]))
+
+
+def either(first: int, second: int) -> NDArray[np.float64]:
+    """(options, options, 3): an error that no plan may have, where neither is left as it is."""
+    costs = np.zeros((first, second, 3))
+    costs[1:, 1:, 1] = NEVER
+    return costs
