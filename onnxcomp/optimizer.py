@@ -324,6 +324,11 @@ class _Proof:
             notes.append(f"Runs have {self.bench.rows} rows: the model or its data fix that.")
         if self.bench.deadline.passed:
             notes.append("The time limit ended the search before all that might help was tried.")
+        if not self.bench.judges.tell_accuracy and any(technique.name in PLANNED for technique in best.passes):
+            notes.append(
+                f"Channels or branches went by the {metric.name} of the outputs alone, which can hide what is lost "
+                "where it matters: give labels, or --metric FILE.py:FUNCTION."
+            )
         if not best.steps:
             notes.append("Nothing made it better: the result is the model as it was.")
         elif not best.passes and self.search.drafted:
