@@ -12,6 +12,7 @@ import pytest
 from models import zoo
 from onnxcomp import latency, planning, table
 from onnxcomp import model as models
+from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Context, Option, Outcome, Parts, Pass, node_pattern
 from onnxcomp.cost import node_costs
 from onnxcomp.errors import OnnxcompError
@@ -28,8 +29,11 @@ from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Session, Target
 from onnxcomp.table import FLOAT
 from onnxcomp.weights import NEAREST
+from tests.lab import Lab, lab
 from tests.passes.small import context, network
 from tests.passes.test_prune_depth import joins, residual
+
+__all__ = ["lab"]
 
 STRENGTHS = (1.0, 0.05, 0.5)
 CROSSING = Crossing((1, 10), (1.0, 1.0), (1.0, 1.0))
@@ -307,6 +311,27 @@ def test_a_limit_on_size_is_kept_at_the_price_of_time(model: ir.Model, monkeypat
     unread = 3 * 9280  # bytes of weights that nothing reads, which go with the first pass
     assert models.file_bytes(made) == pytest.approx(limited.bytes - unread, rel=0.1)
     assert found.plan(0.2, size=100) is None
+
+
+@pytest.mark.parametrize(
+    ("loss", "budget", "chosen"), [(0.03, Budget(), False), (0.01, Budget(), True), (0.03, Budget(max_drop=0.05), True)]
+)
+def test_where_nothing_tells_accuracy_less_goes_and_a_note_says_so(
+    lab: Lab, model: ir.Model, loss: float, budget: Budget, chosen: bool
+) -> None:
+    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
+    lab.latency = lambda model: float(models.tensor_bytes(model))
+    lab.loss = lambda model: loss if models.tensor_bytes(model) < whole else 0.0
+    data = context(64).data
+    assert data is not None
+    calib = [batch.feeds for batch in data]
+    report = lab.optimize(
+        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=budget
+    ).report
+    assert any(trial.name.startswith("plan ") for trial in report.trials)
+    assert any("error above 0.02" in trial.verdict for trial in report.trials) != chosen
+    assert any("Prune" in step.recipe for step in report.steps) == chosen
+    assert any("by the relative-error of the outputs alone" in note for note in report.notes) == chosen
 
 
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
