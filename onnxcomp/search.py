@@ -100,7 +100,7 @@ class Search:
             failed.verdict = "over the budget on the final data"
             best = None
             with self._bench.deadline:
-                best = make()
+                best = make(failed)
                 if best is not None:
                     best = self._shrink(best)
             if best is not None and best.passes not in {(), failed.passes}:
@@ -109,16 +109,19 @@ class Search:
         failed.verdict = "over the budget on the final data"
         yield self.clean
 
-    def _gentler(self) -> Candidate | None:
+    def _gentler(self, failed: Candidate) -> Candidate | None:
         """The fastest that was made and loses half of what is allowed at most; else the best without a plan."""
         gentle = [
             trial
             for trial in self._bench.trials
-            if trial.drop is not None and within(trial.drop, self._max_drop / 2) and self._gains(trial, self.clean)
+            if trial.drop is not None
+            and within(trial.drop, self._max_drop / 2)
+            and failed.passes[: len(trial.passes)] != trial.passes  # what failed, or was made into it
+            and self._gains(trial, self.clean)
         ]
         return max(gentle, key=lambda trial: trial.speedup, default=self._unplanned)
 
-    def _careful(self) -> Candidate | None:
+    def _careful(self, _: Candidate) -> Candidate | None:
         """One that loses half as much: the best without a plan, with nodes back in float."""
         self._max_drop /= 2
         passes = self._unplanned.passes if self._unplanned is not None else self.best.passes

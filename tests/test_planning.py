@@ -334,6 +334,29 @@ def test_where_nothing_tells_accuracy_less_goes_and_a_note_says_so(
     assert any("by the relative-error of the outputs alone" in note for note in report.notes) == chosen
 
 
+def test_a_plan_that_fails_on_the_final_data_gives_way_to_another(lab: Lab, model: ir.Model) -> None:
+    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
+    failed: list[int] = []
+
+    def first_fails(made: ir.Model) -> float:
+        size = models.tensor_bytes(made)
+        if size < whole and not failed:
+            failed.append(size)
+        return float(size in failed)
+
+    lab.latency, lab.final_loss = lambda made: float(models.tensor_bytes(made)), first_fails
+    data = context(121).data
+    assert data is not None
+    calib = [batch.feeds for batch in data]
+    result = lab.optimize(
+        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=Budget(max_drop=0.1)
+    )
+    verdicts = [trial.verdict for trial in result.report.trials if trial.name.startswith("plan ")]
+    assert len(verdicts) > 1
+    assert verdicts.count("over the budget on the final data") == 1
+    assert verdicts.count("chosen") == 1
+
+
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
     found = usual(model)
     plan = found.plan(0.1)
