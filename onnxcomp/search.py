@@ -77,6 +77,7 @@ class Search:
         self.best = self.clean = bench.make("clean-up", ())
         self.plans: Plans | None = None
         self._unplanned: Candidate | None = None
+        self._sound: list[Candidate] = []  # faster than clean-up, and within all limits by the judging data
         self.drafted, self.allows_more = False, bool(allowed - {"simplify"})
 
     def run(self) -> Candidate:
@@ -113,11 +114,9 @@ class Search:
         """The fastest that was made and loses half of what is allowed at most; else the best without a plan."""
         gentle = [
             trial
-            for trial in self._bench.trials
-            if trial.drop is not None
-            and within(trial.drop, self._max_drop / 2)
+            for trial in self._sound
+            if within(self._bench.drop(trial), self._max_drop / 2)
             and failed.passes[: len(trial.passes)] != trial.passes  # what failed, or was made into it
-            and self._gains(trial, self.clean)
         ]
         return max(gentle, key=lambda trial: trial.speedup, default=self._unplanned)
 
@@ -143,6 +142,7 @@ class Search:
             refined = self._refine(draft) if self._gains(draft, self.best) else draft
             if refined is not None and self._gains(refined, self.best):
                 self.best = refined
+                self._sound.append(refined)
             elif refined is not None and self._larger(refined):
                 refined.verdict = "larger than the original"
             elif refined is not None:
@@ -171,6 +171,8 @@ class Search:
             if not within(self._bench.drop(trial), allowed):
                 trial.verdict = f"an error above {allowed:g}, and nothing tells what that means for accuracy"
                 continue
+            if fits and self._gains(trial, self.clean):
+                self._sound.append(trial)
             if fits > known or (fits == known and self._gains(trial, self.best)):
                 self.best, self._unplanned = trial, unplanned
                 self.plans.best = trial
