@@ -158,7 +158,7 @@ class Workbench:
     @property
     def provider(self) -> str:
         """Short name of the execution provider, however the user wrote it."""
-        return self.context.target.providers[0].removesuffix("ExecutionProvider").lower()
+        return self.context.target.short
 
     def make(self, name: str, passes: tuple[Pass, ...]) -> Candidate:
         """Apply passes to the original. Where one fails, the candidate has no steps and its verdict says why.

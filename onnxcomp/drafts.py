@@ -47,7 +47,7 @@ def drafts(
     if bench.provider not in _NO_INT8 and "quantize-static" in allowed and bench.context.data is not None:
         made.extend(_static(bench, base, effort))
     if bench.provider == "cpu" and "quantize-dynamic" in allowed:
-        dynamic = replace(QuantizeDynamic.for_provider(bench.provider), rounding=NEAREST)
+        dynamic = replace(QuantizeDynamic.for_target(bench.context.target), rounding=NEAREST)
         made.append(_upon(bench, base, "dynamic INT8", dynamic))
     tried = {draft.passes for draft in made}
     for name in named:
@@ -64,7 +64,7 @@ def _upon(bench: Workbench, base: Candidate, name: str, technique: Pass) -> Cand
 
 def _static(bench: Workbench, base: Candidate, effort: Effort) -> list[Candidate]:
     """Static INT8 wherever it can be and, on the CPU, where measured times say."""
-    everywhere = replace(QuantizeStatic.for_provider(bench.provider), rounding=NEAREST)
+    everywhere = replace(QuantizeStatic.for_target(bench.context.target), rounding=NEAREST)
     full = _upon(bench, base, "static INT8", everywhere)
     if bench.provider != "cpu" or not bench.works(full):
         return [full]

@@ -125,7 +125,7 @@ def text_of(executor: Executor | None) -> str | None:
 def spare(target: Target) -> int:
     """Processes that run at a time without taking cores from each other; 1 where one takes all, or an accelerator."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    alone = target.threads == 0 or target.provider.lower() != "cpu"
+    alone = target.threads == 0 or target.short != "cpu"
     return 1 if alone else max(cores // target.threads, 1)
 
 

@@ -63,6 +63,11 @@ class Target:
         return target if isinstance(target, Target) else cls(target)
 
     @property
+    def short(self) -> str:
+        """The provider's short name, however the user wrote it."""
+        return _short(self.provider)
+
+    @property
     def providers(self) -> list[str]:
         """Full provider names, most wanted first.
 
@@ -71,10 +76,10 @@ class Target:
         """
         available = ort.get_available_providers()
         for name in available:
-            if name.removesuffix(_SUFFIX).lower() == self.provider.lower().removesuffix(_SUFFIX.lower()):
+            if _short(name) == _short(self.provider):
                 fallback = ["CUDA" + _SUFFIX] if name.startswith("Tensorrt") and "CUDA" + _SUFFIX in available else []
                 return list(dict.fromkeys([name, *fallback, "CPU" + _SUFFIX]))
-        short = ", ".join(name.removesuffix(_SUFFIX).lower() for name in available)
+        short = ", ".join(map(_short, available))
         raise ProviderError(
             f"execution provider '{self.provider}' is not available; available: {short}",
             f"the installed onnxruntime {VERSION} was built without it",
@@ -82,19 +87,27 @@ class Target:
         )
 
 
-def weight_bits(provider: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> int:
-    """Bits that INT8 weights may use: 7 where the processor adds pairs of uint8 * int8 products in 16 bits.
+@functools.cache
+def weight_bits(target: Target) -> int:
+    """Bits that INT8 weights may use: 7 where the target's kernels add pairs of uint8 * int8 products in 16 bits.
 
     x86 without VNNI does (vpmaddubsw), and saturates: two products of 255 * 127 exceed 32,767. Half the range cannot.
+    The kernels tell: they are given the largest numbers to multiply.
 
-    Args:
-        provider: short name of an execution provider; only the CPU's kernels do this.
-        cpuinfo: where Linux says what the processor can do; elsewhere 8 bits are assumed to be safe.
+    Raises:
+        ProviderError: the target is not available here.
     """
-    if provider.lower() != "cpu" or not cpuinfo.is_file():
-        return 8
-    flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "").split()
-    return 7 if "ssse3" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags) else 8
+    import onnx_ir as ir
+
+    text = """<ir_version: 8, opset_import: ["" : 13]>
+        g (uint8[M, K] data, int8[K, N] weights) => (int32[M, N] sums) { sums = MatMulInteger(data, weights) }"""
+    data, weights = np.full((4, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    sums = Session(ir.from_onnx_text(text), target).run({"data": data, "weights": weights})["sums"]
+    return 8 if (sums == 255 * 127 * 64).all() else 7
+
+
+def _short(provider: str) -> str:
+    return provider.lower().removesuffix(_SUFFIX.lower())
 
 
 class Session:

@@ -88,10 +88,9 @@ def latency_table(model: ir.Model, context: Context, feeds: Feeds, groups: Chann
         feeds: one run.
         groups: whose widths are timed too.
     """
-    provider = context.target.providers[0].removesuffix("ExecutionProvider").lower()
     techniques: dict[str, Technique] = {
-        "static INT8": QuantizeStatic.for_provider(provider),
-        "dynamic INT8": QuantizeDynamic.for_provider(provider),
+        "static INT8": QuantizeStatic.for_target(context.target),
+        "dynamic INT8": QuantizeDynamic.for_target(context.target),
     }
     units = Units(model)
     context = replace(context, data=context.samples(model))

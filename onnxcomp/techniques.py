@@ -96,8 +96,8 @@ def quantize(
             "scheme int8 needs calibration data", "activation ranges come from data", "add --calib, or use int8-dynamic"
         )
     rounding = Rounding(gptq, Rounding.sweeps if polish else 0, bias_correction)
-    provider = Target.of(common.get("target", Target())).provider
-    passes = _quantization(scheme, method, rounding, equalize, smooth, provider)
+    target = Target.of(common.get("target", Target()))
+    passes = _quantization(scheme, method, rounding, equalize, smooth, target)
     return convert(source, [Simplify(keep_overridable), *passes], **common)
 
 
@@ -282,16 +282,16 @@ def factorize(
 
 
 def _quantization(
-    scheme: Scheme, range_: Range, rounding: Rounding, equalize: bool, smooth: bool, provider: str
+    scheme: Scheme, range_: Range, rounding: Rounding, equalize: bool, smooth: bool, target: Target
 ) -> list[Pass]:
     smoothing: list[Pass] = [Smooth()] if smooth else []
     match scheme:
         case Scheme.INT8:
             equalizing: list[Pass] = [Equalize()] if equalize else []
-            static = replace(QuantizeStatic.for_provider(provider), range=range_, rounding=rounding)
+            static = replace(QuantizeStatic.for_target(target), range=range_, rounding=rounding)
             return [*equalizing, *smoothing, static]
         case Scheme.INT8_DYNAMIC:
-            return [*smoothing, replace(QuantizeDynamic.for_provider(provider), rounding=rounding)]
+            return [*smoothing, replace(QuantizeDynamic.for_target(target), rounding=rounding)]
         case Scheme.INT8_WEIGHTS:
             return [QuantizeWeights(bits=8, rounding=rounding)]
         case Scheme.INT4_WEIGHTS:

@@ -164,7 +164,7 @@ class _Planner:
             if obstacle := self._obstacle(node, exact, beyond):
                 plan = _Plan(reason=plan.reason or obstacle)
             elif not plan.reason and not self._has_kernel(node, plan):
-                provider = self._context.target.provider
+                provider = self._context.target.short
                 plan = _Plan(reason=f"{provider} has no {self._settings.to} kernel for {node.op_type}", stores=True)
             plans[node] = plan
         self._drop_islands(plans)
@@ -212,7 +212,7 @@ class _Planner:
         if any(other is not None and other.op_type in _QUANTIZING for other in neighbours):
             return "stands beside quantized operators"
         products = [node, *(use.node for value in node.outputs for use in value.uses())]
-        if self._context.target.provider.lower().startswith("cpu") and any(map(_crosses_batch, products)):
+        if self._context.target.short == "cpu" and any(map(_crosses_batch, products)):
             return "ONNX Runtime crashes on the product behind a Transpose of the batch axis"
         return ""
 

@@ -24,7 +24,7 @@ from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, replac
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.affine import IntGrid, quantize
 from onnxcomp.numerics.ranges import weight_scales
-from onnxcomp.runtime import weight_bits
+from onnxcomp.runtime import Target, weight_bits
 from onnxcomp.weights import NEAREST, Rounding, Wanted, round_ahead, round_weights
 
 _OPSET = 13
@@ -38,7 +38,7 @@ class QuantizeDynamic(Pass):
 
     Attributes:
         rounding: how weights are rounded; without calibration data to the nearest.
-        weight_bits: 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
+        weight_bits: None for 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
         keep: names of the nodes that stay in float.
     """
 
@@ -46,13 +46,13 @@ class QuantizeDynamic(Pass):
     summary: ClassVar[str] = "dynamic INT8: MatMul, Gemm and embeddings; activation ranges taken at run time"
 
     rounding: Rounding = field(default_factory=Rounding)
-    weight_bits: int = 8
+    weight_bits: int | None = None
     keep: tuple[str, ...] = ()
 
     @classmethod
-    def for_provider(cls, provider: str) -> "QuantizeDynamic":
-        """The types that an execution provider has kernels for, by its short name."""
-        return cls(weight_bits=weight_bits(provider))
+    def for_target(cls, target: Target) -> "QuantizeDynamic":
+        """The types that the target has kernels for."""
+        return cls(weight_bits=weight_bits(target))
 
     def drafted(self) -> "QuantizeDynamic":  # noqa: D102
         return changed(self, rounding=NEAREST)
@@ -71,19 +71,19 @@ class QuantizeDynamic(Pass):
             else:
                 chosen.append(layer)
         grams = _grams(converted, chosen, self.rounding, context)
-        grid = IntGrid(self.weight_bits, signed=True, symmetric=True)
-        changes = []
+        grid = IntGrid(self.weight_bits or weight_bits(context.target), signed=True, symmetric=True)
+        changes, done = [], f"{grid} weights per channel, dynamic uint8 activations"
         round_ahead([Wanted(layer, grid, grams.get(layer.name)) for layer in chosen], self.rounding, context)
         for layer in chosen:
             _quantize(layer, grid, self.rounding, grams.get(layer.name), context.cache)
-            changes.append(Change(layer.name, "int8 weights per channel, dynamic uint8 activations"))
+            changes.append(Change(layer.name, done))
         for node in [node for node in converted.graph.all_nodes() if node.op_type in _RECURRENT and node.domain == ""]:
             reason = self._refused([node], context) or _recurrent_obstacle(node)
             if reason is not None:
                 skips.append(Skip(node.name or "", reason))
             else:
                 _quantize_lstm(node, grid)
-                changes.append(Change(node.name or "", "int8 weights per channel, dynamic uint8 activations"))
+                changes.append(Change(node.name or "", done))
         for table, nodes in lookups(converted).items():
             if (reason := self._refused(nodes, context) or _table_obstacle(table)) is not None:
                 skips += [Skip(node.name or "", reason) for node in nodes if reason]

@@ -34,7 +34,7 @@ from onnxcomp.layers import Layer, layer_of
 from onnxcomp.numerics import ranges
 from onnxcomp.numerics.affine import AffineParameters, IntGrid, parameters_from_range, quantize
 from onnxcomp.numerics.histogram import Histogram
-from onnxcomp.runtime import weight_bits
+from onnxcomp.runtime import Target, weight_bits
 from onnxcomp.weights import NEAREST, Rounding, Wanted, mean_error, round_ahead, round_weights
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
@@ -69,7 +69,7 @@ class QuantizeStatic(Pass):
     Attributes:
         range: how activation ranges are chosen.
         signed: int8 activations instead of uint8. On x86 CPUs ONNX Runtime has fast kernels for uint8 only.
-        weight_bits: 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
+        weight_bits: None for 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
         rounding: how weights are rounded.
         inputs_only: pairs in front of layers and residual sums only, as TensorRT wants them, instead of around
             everything that ONNX Runtime computes or moves in integers.
@@ -81,17 +81,17 @@ class QuantizeStatic(Pass):
 
     range: Range = Range.MSE
     signed: bool = False
-    weight_bits: int = 8
+    weight_bits: int | None = None
     rounding: Rounding = field(default_factory=Rounding)
     inputs_only: bool = False
     keep: tuple[str, ...] = ()
 
     @classmethod
-    def for_provider(cls, provider: str) -> "QuantizeStatic":
-        """The placement and types that an execution provider has kernels for, by its short name."""
-        if provider.lower() in _INPUTS_ONLY:
+    def for_target(cls, target: Target) -> "QuantizeStatic":
+        """The placement and types that the target has kernels for."""
+        if target.short in _INPUTS_ONLY:
             return cls(signed=True, inputs_only=True)
-        return cls(weight_bits=weight_bits(provider))
+        return cls(weight_bits=weight_bits(target))
 
     def drafted(self) -> "QuantizeStatic":  # noqa: D102
         return replace(self, range=Range.MINMAX, rounding=NEAREST)
@@ -128,6 +128,8 @@ class _Surgery:
         self._settings = settings
         self._context = context
         self._grid = IntGrid(8, settings.signed, symmetric=settings.signed)
+        bits = settings.weight_bits or weight_bits(context.target)
+        self._weight_grid = IntGrid(bits, signed=True, symmetric=True)
         self._dtype = ir.DataType.from_numpy(self._grid.dtype)
         self._builder = Builder(model.graph)
         self.layers = [layer for node in chosen.values() if (layer := layer_of(node)) is not None]
@@ -176,7 +178,7 @@ class _Surgery:
                     node.replace_input_with(index, self._round_trip(value))
         if self._needs_pair(node):
             self._to_integers(node.outputs[0])
-        what = f"int8 weights per channel, {self._grid.dtype} activations" if layer else str(self._grid.dtype)
+        what = f"{self._weight_grid} weights per channel, {self._grid} activations" if layer else str(self._grid)
         return Change(node.name or "", what)
 
     def _needs_pair(self, node: ir.Node) -> bool:
@@ -321,7 +323,7 @@ class _Surgery:
         sharing: dict[tuple[ir.Value, int], list[Layer]] = defaultdict(list)
         for layer in self.layers:
             sharing[layer.weight, layer.channel_axis].append(layer)
-        grid, rounding = IntGrid(self._settings.weight_bits, signed=True, symmetric=True), self._settings.rounding
+        grid, rounding = self._weight_grid, self._settings.rounding
         wanted = []
         for group in sharing.values():
             # With smaller scales a bias would not fit 32 bits in steps of s_x s_W.

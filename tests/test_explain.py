@@ -69,7 +69,7 @@ def test_a_record_comes_back() -> None:
 def test_explain_shows_layers_with_their_deeds_and_reasons(made: Path) -> None:
     text = run("explain", made).stdout
     assert "- quantize-static:\n      range: mse" in text
-    assert re.search(r"1 x Gemm_h\n.*\n? +quantize-static: int8 weights per channel, uint8 activations", text)
+    assert re.search(r"1 x Gemm_h\n.*\n? +quantize-static: (7-bit )?int8 weights per channel, uint8 activations", text)
     assert "left by quantize-static: excluded by the user" in text
     plain = json.loads(run("explain", made, "--json", "-").stdout)
     jsonschema.validate(plain, SCHEMA)
@@ -77,7 +77,9 @@ def test_explain_shows_layers_with_their_deeds_and_reasons(made: Path) -> None:
     assert plain["input"] == models.fingerprint(made.with_name("wide.onnx"))
     rows = {row["name"]: row for row in plain["layers"]}
     assert list(rows) == ["Gemm_h", "Relu_a", "Gemm_y"]
-    assert rows["Gemm_h"]["done"] == ["quantize-static: int8 weights per channel, uint8 activations"]
+    assert re.fullmatch(
+        "quantize-static: (7-bit )?int8 weights per channel, uint8 activations", *rows["Gemm_h"]["done"]
+    )
     assert rows["Gemm_y"]["left"][-1] == "quantize-static: excluded by the user"
     assert Recipe.from_yaml(plain["recipe"]) == Origin.of(made).recipe
     assert re.search("^  Gemm_y +left by quantize-static: excluded", run("explain", made, "-v").stdout, re.MULTILINE)

@@ -34,15 +34,34 @@ def test_a_provider_has_a_short_and_a_long_name(name: str) -> None:
     assert Target(name).providers == ["CPUExecutionProvider"]
 
 
-@pytest.mark.parametrize(
-    ("flags", "bits"), [("ssse3 avx2", 7), ("ssse3 avx2 avx512_vnni", 8), ("ssse3 avx_vnni", 8), ("asimd", 8)]
-)
-def test_weights_lose_a_bit_where_pairs_of_products_saturate(tmp_path: Path, flags: str, bits: int) -> None:
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"processor : 0\nflags : {flags}\n")
-    assert runtime.weight_bits("cpu", cpuinfo) == bits
-    assert runtime.weight_bits("cuda", cpuinfo) == 8
-    assert runtime.weight_bits("cpu", tmp_path / "absent") == 8
+class _Adds:
+    """A session of MatMulInteger that adds pairs of products as some processors do."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        products = feeds["data"].astype(np.int64)[:, :, None] * feeds["weights"].astype(np.int64)
+        pairs = products.reshape(len(products), -1, 2, products.shape[2]).sum(axis=2)
+        return {"sums": np.clip(pairs, -self.limit, self.limit).sum(axis=1)}
+
+
+@pytest.mark.parametrize(("limit", "bits"), [(2**15 - 1, 7), (2**31 - 1, 8)])
+def test_weights_lose_a_bit_where_pairs_of_products_saturate(
+    monkeypatch: pytest.MonkeyPatch, limit: int, bits: int
+) -> None:
+    monkeypatch.setattr(runtime, "Session", lambda *_: _Adds(limit))
+    assert runtime.weight_bits.__wrapped__(Target()) == bits
+
+
+@pytest.mark.parametrize("extreme", [-1, 1])
+def test_sums_of_weights_with_these_bits_are_exact_here(extreme: int) -> None:
+    largest = 2 ** (runtime.weight_bits(Target()) - 1) - (extreme > 0)
+    largest = min(largest, 127)  # as the grid of the weights
+    model = ir.from_onnx_text("""<ir_version: 8, opset_import: ["" : 13]>
+        g (uint8[N, 32, 5, 5] x, int8[16, 32, 3, 3] w) => (int32[N, 16, 3, 3] y) { y = ConvInteger(x, w) }""")
+    feeds = {"x": np.full((1, 32, 5, 5), 255, np.uint8), "w": np.full((16, 32, 3, 3), extreme * largest, np.int8)}
+    assert (Session(model).run(feeds)["y"] == extreme * largest * 255 * 32 * 9).all()
 
 
 def test_a_missing_provider_is_told_with_what_there_is() -> None:

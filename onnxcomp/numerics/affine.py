@@ -60,6 +60,9 @@ class IntGrid:
         """NumPy's narrowest type that holds the grid (int8 or uint8 below 8 bits too)."""
         return np.dtype(f"{'int' if self.signed else 'uint'}{8 if self.bits <= 8 else 16}")
 
+    def __str__(self) -> str:
+        return str(self.dtype) if self.bits in (8, 16) else f"{self.bits}-bit {self.dtype}"
+
 
 class AffineParameters(NamedTuple):
     """Scale (float32, positive, finite, not denormal) and zero point (the grid's dtype) of the same shape."""
