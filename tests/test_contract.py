@@ -20,6 +20,7 @@ from onnxcomp.passes.sparsify import Choose
 from onnxcomp.registry import passes
 from onnxcomp.runtime import Session, Target
 from onnxcomp.weights import Rounding
+from tests.slices import sliced
 
 PASSES = passes()
 MODELS = [*zoo.BUILDERS, *zoo.PROTO_BUILDERS]
@@ -29,6 +30,9 @@ TARGET = Target(threads=1)
 DEFAULT = "shufflenet"
 """The model that passes treat with all their defaults; elsewhere weights are rounded to the nearest, become zero
 by their size and are not fitted again, for speed."""
+
+LONG = ("binarize", "factorize", "prune", "share")
+"""Passes that learn whatever their settings are, and take seconds: a third of the models each, but every model."""
 
 every_pass = pytest.mark.parametrize("technique", PASSES)
 
@@ -67,8 +71,11 @@ def made(technique: str, name: str) -> Pass:
     return kind() if name == DEFAULT else kind(**{key: cheap[key] for key in cheap.keys() & fields})
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
-@every_pass
+@pytest.mark.parametrize(
+    ("technique", "name"),
+    [(technique, name) for technique in sorted(PASSES.keys() - set(LONG)) for name in RUNNABLE]
+    + sliced([(technique, name) for name in RUNNABLE for technique in LONG], 3),
+)
 def test_a_result_keeps_the_contract(technique: str, name: str) -> None:
     before = case(name).content
     outcome = made(technique, name)(case(name).model, case(name).context)

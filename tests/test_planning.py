@@ -32,6 +32,7 @@ from onnxcomp.weights import NEAREST
 from tests.lab import Lab, lab
 from tests.passes.small import context, network
 from tests.passes.test_prune_depth import joins, residual
+from tests.slices import sliced
 
 __all__ = ["lab"]
 
@@ -185,13 +186,7 @@ def test_a_sum_of_two_branches_loses_one_at_most() -> None:
     PruneDepth(parts=plan.branches, reconstruct=False)(network(), context())
 
 
-SLOW = {"densenet", "detector", "inception", "preact_resnet", "shufflenet", "superres", "vgg"}
-"""Which have convolutions and branches as others have, and take seconds."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in sorted(zoo.BUILDERS)]
-)
+@pytest.mark.parametrize("name", sliced(sorted(zoo.BUILDERS), 3))
 def test_any_model_can_be_planned_or_says_why_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up times, real errors, few widths: what is planned can be made, and runs."""
     monkeypatch.setattr(planning, "_LEVELS", 2)
