@@ -1,5 +1,6 @@
 """Each command does what it says, and says what it did."""
 
+import functools
 import json
 import re
 import signal
@@ -544,7 +545,10 @@ def test_ctrl_c_leaves_nothing_behind(model: Path, data: Path, monkeypatch: pyte
     )
     monkeypatch.setenv("TMPDIR", str(scratch))
     command = child("quantize", model, "--calib", data, "--eval", data, "--metric", f"{metric}:f", "--json", "r.json")
-    with subprocess.Popen(command, cwd=model.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as work:
+    usual = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # shells' background jobs ignore it
+    with subprocess.Popen(
+        command, cwd=model.parent, preexec_fn=usual, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as work:
         deadline = time.monotonic() + 60
         while not started.exists() and work.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
