@@ -8,6 +8,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from itertools import islice
@@ -258,6 +259,15 @@ class Pass(ABC):
         """
         yield from ()
 
+    def offered(self, model: ir.Model, context: Context) -> list[Option]:
+        """All of its options.
+
+        Raises:
+            OnnxcompError: it cannot tell.
+        """
+        with self._answering():
+            return list(self.options(model, context))
+
     @classmethod
     def offers_options(cls) -> bool:
         """Whether it has options for parts of models, and takes what is chosen of them."""
@@ -284,18 +294,36 @@ class Pass(ABC):
             The outcome. Without changes its model is the one given, byte for byte: not even nodes were named.
 
         Raises:
-            OnnxcompError: the pass broke its contract, a defect of the pass.
+            OnnxcompError: the pass failed, or broke its contract.
         """
         signature = _signature(model)
         clone = model.clone()
         name_nodes(clone)
-        outcome = self.apply(clone, context)
+        with self._answering():
+            outcome = self.apply(clone, context)
         if _signature(outcome.model) != signature:
             raise OnnxcompError(f"pass '{self.name}' changed the model's inputs or outputs", "a defect of the pass")
         if not outcome.modified:
             return replace(outcome, model=model)
         name_nodes(outcome.model)
         return outcome
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """What a pass of others raises is an error with its name on it, and no defect of ours."""
+        try:
+            yield
+        except OnnxcompError:
+            raise
+        except Exception as error:
+            module = type(self).__module__
+            if module.startswith(f"{__package__}."):
+                raise
+            raise OnnxcompError(
+                f"pass '{self.name}' raised {type(error).__name__}: {error}",
+                f"a defect of the pass, which comes from {module}",
+                "leave it out, or report it to who made it",
+            ) from error
 
 
 def _signature(model: ir.Model) -> tuple[object, ...]:

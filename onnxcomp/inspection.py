@@ -143,7 +143,7 @@ def _table(model: ir.Model, context: Context, feeds: Feeds, notes: list[str]) ->
 
 def _offered(model: ir.Model, context: Context, techniques: Sequence[Pass], notes: list[str]) -> Iterator[OptionRow]:
     for technique in techniques:
-        options = list(technique.options(model, context))
+        options = technique.offered(model, context)
         if not options:
             notes.append(f"{technique.name} has no choice to offer here for single layers.")
         for option in options:

@@ -10,7 +10,6 @@
 4. What a plan really takes and loses is told back (`learn`, `compare`), and times and errors are rescaled by it.
 """
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -136,6 +135,7 @@ class Planner:
         forms: the precisions, and what the model takes in each.
         branches: that may go.
         untraced: why channels could not be traced, so that nothing may go; empty where they could.
+        refused: what other passes offer and cannot do, and why.
 
     Args:
         model: cleaned up, in float.
@@ -189,10 +189,13 @@ class Planner:
                 (model, known, quantizer, feeds, sized),
                 lambda: list(self._measured_widths(data, feeds)),
             )
+        self.refused: list[tuple[str, str]] = []
         for technique in others:
-            self._rows += context.recall(
+            rows, refused = context.recall(
                 "options", (technique, model, known, sized), partial(self._measured_options, technique)
             )
+            self._rows += rows
+            self.refused += refused
 
     # -- what is measured -------------------------------------------------------------------------------------------
 
@@ -284,20 +287,25 @@ class Planner:
             found.append(sum(left.get(unit, 0) for unit in touched) / max(whole, 1))
         return np.array(found)
 
-    def _measured_options(self, technique: Pass) -> list[Row]:
-        """What another pass can do to save time, for each part where that is worth it."""
+    def _measured_options(self, technique: Pass) -> tuple[list[Row], list[tuple[str, str]]]:
+        """What another pass can do to save time, for each part where that is worth it; and what it cannot, and why."""
         context = replace(self._context, data=self._data)
         by_part: dict[str, list[Option]] = defaultdict(list)
         context.progress(0, 0, f"looking for what {technique.name} can do")
-        for option in technique.options(self._model, context):
-            by_part[option.part].append(option)
-        rows = []
+        rows, refused = [], []
+        try:
+            for option in technique.offered(self._model, context):
+                by_part[option.part].append(option)
+        except OnnxcompError as failure:
+            refused.append((technique.name, failure.fact))
         for place, options in enumerate(by_part.values()):
             context.progress(place, len(by_part), f"measuring what {technique.name} loses")
             if useful := self._useful(options):
-                with contextlib.suppress(OnnxcompError):  # it cannot do what it offers
+                try:
                     rows.append(self._row(technique, useful))
-        return rows
+                except OnnxcompError as failure:
+                    refused.append((f"{technique.name} on {useful[0].part}", failure.fact))
+        return rows, refused
 
     def _useful(self, options: Sequence[Option]) -> list[Option]:
         """Those that save enough, and to which none is better in error and all that counts."""

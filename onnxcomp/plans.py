@@ -195,9 +195,9 @@ class Plans:
             prune=ways["prune"], prune_depth=ways["prune-depth"], others=others,
             sized=self._most is not None,
         )  # fmt: skip
-        if planner.untraced:
-            verdict = f"not possible: channels cannot be traced: {planner.untraced}"
-            self._bench.trials.append(Candidate("plans", (), best.model, (), verdict=verdict))
+        untraced = [("plans", f"channels cannot be traced: {planner.untraced}")] if planner.untraced else []
+        for name, reason in [*untraced, *planner.refused]:
+            self._bench.trials.append(Candidate(name, (), best.model, (), verdict=f"not possible: {reason}"))
         return planner if planner.has_choices else None
 
 

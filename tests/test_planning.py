@@ -242,11 +242,25 @@ def second(model: ir.Model) -> str:
     return [layer.name for layer in layers(model)][1]
 
 
-def offered(model: ir.Model, **settings: Any) -> Planner:
+class Fails(Offer):
+    name = "fails"
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        raise ValueError("an odd layer")
+
+
+class Mute(Offer):
+    name = "mute"
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        raise KeyError("nothing")
+
+
+def offered(model: ir.Model, kind: type[Offer] = Offer, **settings: Any) -> Planner:
     given = context(64)
     assert given.data is not None
     feeds = next(iter(given.data.batches(1))).feeds
-    others = [Offer(second(model))]
+    others = [kind(second(model))]
     return Planner(model, {"INT8": INT8}, given.data, given, feeds, CROSSING, others=others, **settings)
 
 
@@ -262,6 +276,15 @@ def test_options_of_any_pass_are_choices_where_they_save_time(model: ir.Model) -
     assert daring.time < careful.time
     made = daring.passes(jointly=False)[0](model, context(64)).model
     assert found.error(made) == pytest.approx(daring.sources[planning._SOURCES.index("other passes")], rel=0.2)
+
+
+def test_what_a_pass_offers_and_cannot_do_is_told(model: ir.Model) -> None:
+    name = second(model)
+    fails, mute = (offered(model, kind, prune=False, prune_depth=False) for kind in (Fails, Mute))
+    assert fails.refused == [(f"fails on {name}", "pass 'fails' raised ValueError: an odd layer")]
+    assert mute.refused == [("mute", "pass 'mute' raised KeyError: 'nothing'")]
+    assert not fails.has_choices
+    assert not mute.has_choices
 
 
 def test_a_layer_is_narrower_or_otherwise_treated_not_both(model: ir.Model) -> None:
