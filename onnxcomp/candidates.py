@@ -85,6 +85,16 @@ class Candidate:
         """Against the original; 0 where it was not timed."""
         return self.timing.speedup if self.timing else 0.0
 
+    @property
+    def gains_time(self) -> bool:
+        """Whether it is faster than the original, beyond noise: by the median, and in three of four rounds."""
+        return self.timing is not None and self.speedup > 1 + NOISE and self.timing.speedup_low > 1
+
+    @property
+    def loses_time(self) -> bool:
+        """Whether it is slower than the original, beyond noise."""
+        return self.timing is not None and self.speedup < 1 - NOISE and self.timing.speedup_high < 1
+
     def faster(self, other: "Candidate") -> bool:
         """Whether it is, beyond noise: by the median, and in three of four rounds."""
         return (
@@ -216,15 +226,21 @@ class Workbench:
             return False
         return True
 
-    def time(self, *candidates: Candidate) -> None:
-        """Time candidates beside the original."""
+    def time(self, *candidates: Candidate, rounds: int = 1) -> None:
+        """Time candidates beside the original.
+
+        Args:
+            candidates: to time.
+            rounds: how many times as many as usual.
+        """
         self._tell("timing side by side")
+        protocol = replace(self._protocol, rounds=rounds * self._protocol.rounds)
         timed = [self.model, *(candidate.model for candidate in candidates)]
-        measure = partial(stopwatch.time_apart, timed, self.context.target, self.batch.feeds, self._protocol)
+        measure = partial(stopwatch.time_apart, timed, self.context.target, self.batch.feeds, protocol)
         timings, seconds = self.context.recall(
-            "timings", (timed, self.batch.feeds, self._protocol), partial(_clocked, measure)
+            "timings", (timed, self.batch.feeds, protocol), partial(_clocked, measure)
         )
-        self._timing_seconds = max(self._timing_seconds, seconds)
+        self._timing_seconds = max(self._timing_seconds, seconds / rounds)
         self._reserve()
         for candidate, timing in zip(candidates, timings[1:], strict=True):
             candidate.timing = timing

@@ -245,7 +245,7 @@ class _Conversion:
             steps.append(Step.of(technique, outcome))
         fingerprint = models.fingerprint(self._source)
         size = file_size(self._source, self.model)
-        made = stamped(current, recipe, replace(before, steps=tuple(steps)), fingerprint, size)
+        made = stamped(current, self.model, recipe, replace(before, steps=tuple(steps)), fingerprint, size)
         sizes = size, file_size(made, made)
         first, after = (Figures(size) for size in sizes)
         protocol, name, data, notes = str(_PROTOCOL), "", "nothing was measured", []

@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -620,6 +620,24 @@ def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
     else:
         dense[tuple(indices.T)] = values
     return onnx.numpy_helper.from_array(dense, sparse.values.name)
+
+
+def typed(model: ir.Model) -> set[str]:
+    """Names of the values between nodes whose type is known."""
+    return {value.name or "" for value in _between_nodes(model) if value.type is not None}
+
+
+def forget_types(model: ir.Model, known: Set[str]) -> None:
+    """Take the types from all values between nodes but some, in place."""
+    for value in _between_nodes(model):
+        if value.name not in known:
+            value.type = value.shape = None
+
+
+def _between_nodes(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        for node in graph:
+            yield from (value for value in node.outputs if not value.is_graph_output())
 
 
 def _initializers(model: ir.Model) -> Iterator[ir.Value]:

@@ -200,7 +200,9 @@ def optimize(
 
 def _worth(clean: Candidate, report: Report) -> bool:
     """Whether clean-up gained anything; by the times that a resumed search finds again, not by those of the proof."""
-    return bool(clean.changed) and (report.result.size <= report.original.size or clean.speedup >= 1 + NOISE)
+    if not clean.changed or clean.loses_time:
+        return False
+    return clean.gains_time or report.result.size <= report.original.size
 
 
 def _with_layers(result: Result, bench: Workbench) -> Report:
@@ -283,7 +285,7 @@ class _Proof:
             return best.model
         trials = tuple(trial.trial() for trial in self.bench.trials)
         record = Record(best.steps, trials, self.bench.judges.gate.name)
-        return stamped(best.model, self._recipe(best), record, self.fingerprint, self.original.size)
+        return stamped(best.model, self.bench.model, self._recipe(best), record, self.fingerprint, self.original.size)
 
     def _protocol(self) -> Protocol:
         return paced(_PROOF, self.bench.original, self.bench.batch.feeds)

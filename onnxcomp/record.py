@@ -136,19 +136,25 @@ def _count(value: Any) -> int:
 # --- in models ------------------------------------------------------------------------------------------------------
 
 
-def stamped(model: ir.Model, recipe: Recipe, record: Record, fingerprint: str, original_bytes: int) -> ir.Model:
+def stamped(
+    model: ir.Model, source: ir.Model, recipe: Recipe, record: Record, fingerprint: str, original_bytes: int
+) -> ir.Model:
     """A clone that says in its metadata what made it.
 
-    The record is left out of a model so small that it would end up larger than the input for it.
+    Types of values between nodes go where the input did not tell them: readers infer them, and in a small model they
+    take more bytes than the recipe does. The record is left out of a model so small that it would end up larger than
+    the input for it.
 
     Args:
         model: the result.
+        source: the input.
         recipe: what made it.
         record: what came of each pass.
         fingerprint: of the input.
         original_bytes: of the input's file.
     """
     clone = model.clone()
+    models.forget_types(clone, models.typed(source))
     for key in [key for key in clone.metadata_props if key.startswith(_PREFIX)]:
         del clone.metadata_props[key]
     clone.metadata_props.update(

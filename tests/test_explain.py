@@ -196,7 +196,7 @@ HOSTILE = {
 @pytest.mark.parametrize("how", HOSTILE)
 def test_damaged_and_hostile_records_are_refused(tmp_path: Path, how: str) -> None:
     path = mlp(tmp_path / "m.onnx", weights())
-    made = stamped(models.load(path), RECIPE, RECORD, "00", 10**9)
+    made = stamped(models.load(path), models.load(path), RECIPE, RECORD, "00", 10**9)
     made.metadata_props["onnxcomp.record"] = HOSTILE[how]
     models.save(made, path, overwrite=True)
     message = run("explain", path, code=2).stderr

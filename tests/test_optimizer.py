@@ -16,6 +16,7 @@ import onnxruntime
 import pytest
 
 import onnxcomp
+from models import zoo
 from onnxcomp import candidates, optimizer, plots
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
@@ -84,6 +85,7 @@ def test_the_recipe_reads_back_and_gives_the_same_bytes(lab: Lab) -> None:
     made = result.model.clone()
     for key in list(made.metadata_props):
         del made.metadata_props[key]
+    models.forget_types(model, models.typed(network()))
     assert models.to_bytes(model) == models.to_bytes(made)
 
 
@@ -117,6 +119,20 @@ def test_an_output_in_the_way_is_refused_before_any_work(lab: Lab, tmp_path: Pat
     assert not lab.protocols
     lab.optimize(output=tmp_path / RESULT, overwrite=True)
     assert models.load(tmp_path / RESULT).graph.num_nodes() > 0
+
+
+def test_types_that_the_input_did_not_tell_are_not_written(tmp_path: Path) -> None:
+    plain, told, output = (tmp_path / name for name in ("m.onnx", "told.onnx", RESULT))
+    proto = zoo.build("gpt")
+    onnx.save(proto, plain)
+    onnx.save(onnx.shape_inference.infer_shapes(proto), told)
+    for source in (plain, told):
+        onnxcomp.simplify(source, output=output, overwrite=True)
+        between, known = ({value.name for value in onnx.load(path).graph.value_info} for path in (output, source))
+        constants = {tensor.name for tensor in onnx.load(source).graph.initializer}
+        assert between <= known - constants
+        assert bool(between) == (source is told)
+    assert output.stat().st_size < told.stat().st_size
 
 
 # --- the page -------------------------------------------------------------------------------------------------------

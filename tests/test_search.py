@@ -1,6 +1,7 @@
 """What the search decides, on made-up latencies and losses."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ import pytest
 
 from models import zoo
 from onnxcomp import model as models
-from onnxcomp import runtime
+from onnxcomp import runtime, stopwatch
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Change, Context, Outcome, Pass
@@ -20,7 +21,7 @@ from onnxcomp.judges import Judges
 from onnxcomp.measure import paced
 from onnxcomp.metrics import METRICS
 from onnxcomp.passes.quantize_static import QuantizeStatic
-from onnxcomp.runtime import Session, Target, Timing
+from onnxcomp.runtime import Protocol, Session, Target, Timing
 from onnxcomp.search import Search, accepted_drop
 from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial, wasteful
 
@@ -171,6 +172,28 @@ def test_where_nothing_is_gained_the_result_is_the_input_byte_for_byte(lab: Lab,
     assert result.report.result.size == source.stat().st_size
     assert trial(result, "clean-up").verdict == "nothing to change"
     assert any("Nothing made it better" in note for note in result.report.notes)
+
+
+def test_what_proves_slower_at_length_gives_way(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Effort.QUICK.protocol.rounds
+    given = wasteful()
+
+    def apart(models: Sequence[ir.Model], target: Target, feeds: Any, protocol: Protocol) -> list[Timing]:
+        ratios = [1.0 if made is given or protocol.rounds <= few else 0.9 for made in models]
+        return [Timing(1 / ratio, 1.0, 1.0, ratio, ratio, ratio) for ratio in ratios]
+
+    monkeypatch.setattr(stopwatch, "time_apart", apart)
+    source, output = tmp_path / "m.onnx", tmp_path / "m.opt.onnx"
+    models.save(given, source)
+    given = models.load(source)
+    result = lab.optimize(given, output=output, passes=["simplify", "quantize-weights"])
+    verdicts = {each.name: each.verdict for each in result.report.trials}
+    assert verdicts["the model as it was"] == "chosen"
+    assert verdicts["clean-up, remaining weights stored in 8 bits"] == "slower than the original"
+    assert operators(result.model) == operators(given)
+    small = lab.optimize(given, passes=["simplify", "quantize-weights"], budget=Budget(max_size_share=0.5))
+    assert small.report.met
+    assert small.report.result.size < 0.5 * small.report.original.size
 
 
 def test_nothing_larger_than_the_original_is_chosen_unless_that_is_allowed(
