@@ -292,14 +292,15 @@ class Search:
         return self._no_slower([self.clean, best, *self._smaller(best)])
 
     def _no_slower(self, made: Sequence[Candidate]) -> Candidate:
-        """The last that is no slower than the original, or the first; what does not tell is timed again, at length.
+        """The last that is no slower than the original, or the first.
 
-        Where size or memory has a limit, that comes before time.
+        What does not tell is timed again, at length, and so is clean-up, which may be faster but larger. Where size or
+        memory has a limit, that comes before time.
         """
         if self._budget.size_limit(self._original.size) or self._budget.memory_limit(self._original.memory or 0):
             return made[-1]
         for trial in reversed(made):
-            if not trial.gains_time:
+            if not (trial.gains_time and trial.passes):
                 self._bench.time(trial, rounds=_AT_LENGTH)
             if not trial.loses_time:
                 return trial
