@@ -628,9 +628,13 @@ def typed(model: ir.Model) -> set[str]:
 
 
 def forget_types(model: ir.Model, known: Set[str]) -> None:
-    """Take the types from all values between nodes but some, in place."""
+    """Take the types from values between nodes, in place.
+
+    Those stay that are known by name, and those that other domains' operators give: not everyone can infer them.
+    """
     for value in _between_nodes(model):
-        if value.name not in known:
+        maker = value.producer()
+        if value.name not in known and maker is not None and maker.domain == "":
             value.type = value.shape = None
 
 

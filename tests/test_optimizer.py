@@ -133,6 +133,11 @@ def test_types_that_the_input_did_not_tell_are_not_written(tmp_path: Path) -> No
         assert between <= known - constants
         assert bool(between) == (source is told)
     assert output.stat().st_size < told.stat().st_size
+    onnxcomp.quantize(plain, scheme="int4-weights", output=output, overwrite=True)
+    graph = onnx.load(output).graph
+    of_others = {name for node in graph.node if node.domain for name in node.output}
+    assert of_others
+    assert {value.name for value in graph.value_info} == of_others - {value.name for value in graph.output}
 
 
 # --- the page -------------------------------------------------------------------------------------------------------
