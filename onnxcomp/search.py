@@ -32,7 +32,7 @@ from onnxcomp.sensitivity import ranking
 from onnxcomp.weights import NEAREST
 
 _BITS = (8, 4)
-"""In which weights are stored that are still float."""
+"""In which weights are stored that are still float; the first alone where nothing tells accuracy and no limit asks."""
 _UNTOLD = 0.02
 """The loss up to which channels and branches go, where nothing tells accuracy and the user named no limit: a detector
 lost one face of seven at 0.04, and nine of ten within 0.2."""
@@ -163,7 +163,7 @@ class Search:
         limit = self._budget.size_limit(self._original.size)
         self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort, limit)
         allowed = self._max_drop
-        if self._budget.max_drop is None and not self._bench.judges.tell_accuracy:
+        if self._untold:
             allowed = min(allowed, _UNTOLD)
         polished = self.plans.polished(allowed, most if self._effort is Effort.EXTENSIVE else 0)
         for trial in chain(self.plans.towards(allowed, most), polished):
@@ -314,7 +314,8 @@ class Search:
         """
         limit = self._budget.size_limit(self._original.size)
         if "quantize-weights" in self._allowed:
-            storages = {f"remaining weights stored in {bits} bits": self._storage(bits) for bits in _BITS}
+            widths = _BITS[:1] if self._untold and limit is None else _BITS
+            storages = {f"remaining weights stored in {bits} bits": self._storage(bits) for bits in widths}
             for smaller in self._stored(best, best, storages, limit, slower=False):
                 yield (best := smaller)
             if limit is not None and best.size > limit:
@@ -356,6 +357,11 @@ class Search:
             yield best
             if limit is None or fits:
                 return
+
+    @property
+    def _untold(self) -> bool:
+        """Whether nothing tells accuracy, and the user named no limit."""
+        return self._budget.max_drop is None and not self._bench.judges.tell_accuracy
 
     # -- the budget -------------------------------------------------------------------------------------------------
 

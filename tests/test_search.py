@@ -174,6 +174,20 @@ def test_where_nothing_is_gained_the_result_is_the_input_byte_for_byte(lab: Lab,
     assert any("Nothing made it better" in note for note in result.report.notes)
 
 
+def test_weights_go_to_four_bits_where_accuracy_is_told_or_a_limit_asks(lab: Lab) -> None:
+    def tried(labels: bool, budget: Budget = Budget()) -> bool:
+        result = lab.optimize(
+            calib=samples(labels=labels), passes=["quantize-weights"], budget=budget, best_effort=True
+        )
+        return any("4 bits" in each.name for each in result.report.trials)
+
+    lab.latency = lambda model: 1.0 + (operators(model) != operators(network()))  # no form is fast enough
+    assert not tried(labels=False)
+    assert tried(labels=True)
+    assert tried(labels=False, budget=Budget(max_drop=0.2))
+    assert tried(labels=False, budget=Budget(max_size_share=0.2))
+
+
 def test_what_proves_slower_at_length_gives_way(lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = Effort.QUICK.protocol.rounds
     given = wasteful()
