@@ -169,8 +169,8 @@ def optimize(
     fallbacks = search.fallbacks(best)
     while not search.holds(result.report.result.drop) and (fallback := next(fallbacks, None)) is not None:
         best, result = fallback, proof.of(fallback)
-    if best.steps and not best.passes and not _worth(best, result.report):
-        best.verdict = "larger than the original, and not faster" if best.changed else "nothing to change"
+    if best.steps and not best.passes and (fault := _fault(best, result.report, search)):
+        best.verdict = fault
         best = bench.untouched(figures.size)
         result = proof.of(best)
     if pareto is not None:
@@ -198,11 +198,15 @@ def optimize(
     return result
 
 
-def _worth(clean: Candidate, report: Report) -> bool:
-    """Whether clean-up gained anything; by the times that a resumed search finds again, not by those of the proof."""
-    if not clean.changed or clean.loses_time:
-        return False
-    return clean.gains_time or report.result.size <= report.original.size
+def _fault(clean: Candidate, report: Report, search: Search) -> str:
+    """Why clean-up is worth nothing, if it is; by times that a resumed search finds again, not by those of the proof."""
+    if not clean.changed:
+        return "nothing to change"
+    if clean.loses_time and not search.time_comes_last:
+        return "slower than the original"
+    if report.result.size > report.original.size and not clean.gains_time:
+        return "larger than the original, and not faster"
+    return ""
 
 
 def _with_layers(result: Result, bench: Workbench) -> Report:

@@ -294,12 +294,11 @@ class Search:
     def _no_slower(self, made: Sequence[Candidate]) -> Candidate:
         """The last that is no slower than the original, or the first.
 
-        What does not tell is timed again, at length, and so is clean-up, which may be faster but larger. Where size or
-        memory has a limit, that comes before time.
+        What does not tell is timed again, at length, and so is clean-up, which may be faster but larger.
         """
-        if self._budget.size_limit(self._original.size) or self._budget.memory_limit(self._original.memory or 0):
+        if self.time_comes_last:
             return made[-1]
-        for trial in reversed(made):
+        for trial in reversed(dict.fromkeys(made)):
             if not (trial.gains_time and trial.passes):
                 self._bench.time(trial, rounds=_AT_LENGTH)
             if not trial.loses_time:
@@ -357,6 +356,12 @@ class Search:
             yield best
             if limit is None or fits:
                 return
+
+    @property
+    def time_comes_last(self) -> bool:
+        """Whether size or memory has a limit, which comes before time."""
+        budget, original = self._budget, self._original
+        return budget.size_limit(original.size) is not None or budget.memory_limit(original.memory or 0) is not None
 
     @property
     def _untold(self) -> bool:
