@@ -199,7 +199,7 @@ def optimize(
 
 
 def _fault(clean: Candidate, report: Report, search: Search) -> str:
-    """Why clean-up is worth nothing, if it is; by times that a resumed search finds again, not by those of the proof."""
+    """Why clean-up is worth nothing, if it is; by times that a resumed search finds again, not by the proof's."""
     if not clean.changed:
         return "nothing to change"
     if clean.loses_time and not search.time_comes_last:
