@@ -151,7 +151,7 @@ class Workbench:
         prefix: tuple[Pass, ...],
         deadline: Deadline | None = None,
     ) -> None:
-        self.model, self._prefix = model, prefix
+        self.model, self._prefix, self._typed = model, prefix, models.typed(model)
         self.original, self.judges, self.deadline = original, judges, deadline or Deadline()
         self.context = replace(context, progress=self.deadline.watching(context.progress))
         self.batch = judges.run_of(context.batch)
@@ -179,13 +179,19 @@ class Workbench:
         self._tell(name)
         try:
             model, steps = self.applied(passes)
-            candidate = Candidate(name, passes, model, steps, models.file_bytes(model))
+            candidate = Candidate(name, passes, model, steps, self._written(model))
         except OnnxcompError as error:
             for _ in self.context.data or ():
                 pass  # reading all samples tells broken data from a model that overflows on good ones
             candidate = Candidate(name, passes, self.model, (), verdict=f"not possible: {error.fact}")
         self.trials.append(candidate)
         return candidate
+
+    def _written(self, model: ir.Model) -> int:
+        """Bytes of a result's file, but for its recipe."""
+        clone = model.clone()
+        models.forget_types(clone, self._typed)
+        return models.file_bytes(clone)
 
     def applied(self, passes: tuple[Pass, ...]) -> tuple[ir.Model, tuple[Step, ...]]:
         """What passes make of the original, behind the prefix."""
@@ -234,7 +240,8 @@ class Workbench:
             rounds: how many times as many as usual.
         """
         self._tell("timing side by side")
-        protocol = replace(self._protocol, rounds=rounds * self._protocol.rounds)
+        usual = self._protocol
+        protocol = replace(usual, rounds=rounds * usual.rounds, seconds=rounds * usual.seconds)
         timed = [self.model, *(candidate.model for candidate in candidates)]
         measure = partial(stopwatch.time_apart, timed, self.context.target, self.batch.feeds, protocol)
         timings, seconds = self.context.recall(

@@ -236,6 +236,7 @@ class _Conversion:
         best_effort: bool,
     ) -> Result:
         """Apply the passes, measure, judge and write."""
+        recipe = replace(recipe, passes=tuple(technique.settled(context) for technique in recipe.passes))
         current, steps, remarks = self.model, [], []
         for technique in recipe.passes:
             _refuse_unknown(technique, current, recipe.places)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import onnx_ir as ir
 
+from onnxcomp.deadline import TimeIsUp
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.model import all_nodes, free_inputs, input_specs, spec_of, vocabularies
 from onnxcomp.runtime import Target
@@ -265,7 +266,7 @@ class Pass(ABC):
         Raises:
             OnnxcompError: it cannot tell.
         """
-        with self._answering():
+        with self.answering():
             return list(self.options(model, context))
 
     @classmethod
@@ -287,6 +288,10 @@ class Pass(ABC):
         """The same graph for less work: what only decides which numbers it holds is done the cheapest way."""
         return self
 
+    def settled(self, context: Context) -> Self:
+        """The same with all settings that depend on the target as they are there: a recipe gives the same anywhere."""
+        return self
+
     def __call__(self, model: ir.Model, context: Context = Context()) -> Outcome:
         """Apply to a clone and check the result; the given model is not touched.
 
@@ -299,7 +304,7 @@ class Pass(ABC):
         signature = _signature(model)
         clone = model.clone()
         name_nodes(clone)
-        with self._answering():
+        with self.answering():
             outcome = self.apply(clone, context)
         if _signature(outcome.model) != signature:
             raise OnnxcompError(f"pass '{self.name}' changed the model's inputs or outputs", "a defect of the pass")
@@ -309,18 +314,18 @@ class Pass(ABC):
         return outcome
 
     @contextmanager
-    def _answering(self) -> Iterator[None]:
+    def answering(self) -> Iterator[None]:
         """What a pass of others raises is an error with its name on it, and no defect of ours."""
         try:
             yield
-        except OnnxcompError:
+        except (OnnxcompError, TimeIsUp):
             raise
         except Exception as error:
             module = type(self).__module__
             if module.startswith(f"{__package__}."):
                 raise
             raise OnnxcompError(
-                f"pass '{self.name}' raised {type(error).__name__}: {error}",
+                f"pass '{self.name}' raised {type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
                 f"a defect of the pass, which comes from {module}",
                 "leave it out, or report it to who made it",
             ) from error

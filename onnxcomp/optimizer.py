@@ -202,7 +202,7 @@ def _fault(clean: Candidate, report: Report, search: Search) -> str:
     """Why clean-up is worth nothing, if it is; by times that a resumed search finds again, not by the proof's."""
     if not clean.changed:
         return "nothing to change"
-    if clean.loses_time and not search.time_comes_last:
+    if clean.loses_time and not search.needs(clean, report.original.size):
         return "slower than the original"
     if report.result.size > report.original.size and not clean.gains_time:
         return "larger than the original, and not faster"

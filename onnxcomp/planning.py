@@ -293,6 +293,7 @@ class Planner:
         by_part: dict[str, list[Option]] = defaultdict(list)
         context.progress(0, 0, f"looking for what {technique.name} can do")
         rows, refused = [], []
+        failed: dict[str, list[str]] = defaultdict(list)
         try:
             for option in technique.offered(self._model, context):
                 by_part[option.part].append(option)
@@ -302,9 +303,12 @@ class Planner:
             context.progress(place, len(by_part), f"measuring what {technique.name} loses")
             if useful := self._useful(options):
                 try:
-                    rows.append(self._row(technique, useful))
+                    with technique.answering():
+                        rows.append(self._row(technique, useful))
                 except OnnxcompError as failure:
-                    refused.append((f"{technique.name} on {useful[0].part}", failure.fact))
+                    failed[failure.fact].append(useful[0].part)
+        for fact, (first, *others) in failed.items():
+            refused.append((f"{technique.name} on {first}{f' and {len(others)} more' if others else ''}", fact))
         return rows, refused
 
     def _useful(self, options: Sequence[Option]) -> list[Option]:

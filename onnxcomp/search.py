@@ -13,7 +13,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, product
+from itertools import chain, pairwise, product
 
 import onnx_ir as ir
 
@@ -91,7 +91,8 @@ class Search:
             for smaller in self._smaller(self.best):
                 made.append(smaller)
                 self.best = smaller
-            self.best = self._no_slower(made)
+            for safer in self._safer(made):
+                self.best = safer
         return self.best
 
     def fallbacks(self, failed: Candidate) -> Iterator[Candidate]:
@@ -289,22 +290,32 @@ class Search:
 
     def _shrink(self, best: Candidate) -> Candidate:
         """The smallest that is made of a candidate, and no slower than the original."""
-        return self._no_slower([self.clean, best, *self._smaller(best)])
+        made = [self.clean, best, *self._smaller(best)]
+        return [made[-1], *self._safer(made)][-1]
 
-    def _no_slower(self, made: Sequence[Candidate]) -> Candidate:
-        """The last that is no slower than the original, or the first.
+    def _safer(self, made: Sequence[Candidate]) -> Iterator[Candidate]:
+        """What to take instead of the last, and so on, each time that what was taken proves slower than the original.
 
-        What does not tell is timed again, at length, and so is clean-up, which may be faster but larger.
+        What does not tell is timed again, at length, and so is clean-up, which may be faster but larger. What was named
+        for storage is as fast as before, as sessions decode it.
+
+        Args:
+            made: each of what is before it.
         """
-        if self.time_comes_last:
-            return made[-1]
-        for trial in reversed(dict.fromkeys(made)):
-            if not (trial.gains_time and trial.passes):
-                self._bench.time(trial, rounds=_AT_LENGTH)
-            if not trial.loses_time:
-                return trial
+        made = list(dict.fromkeys(made))
+        for before, trial in reversed(list(pairwise(made))):
+            if trial.passes[-1].name in registry.STORING or self.needs(trial, before.size) or not self._slower(trial):
+                return
+            yield before
+        self._slower(made[0])
+
+    def _slower(self, trial: Candidate) -> bool:
+        """Whether it is slower than the original; the verdict then says so."""
+        if not (trial.gains_time and trial.passes) and trial.changed:
+            self._bench.time(trial, rounds=_AT_LENGTH)
+        if trial.loses_time:
             trial.verdict = "slower than the original"
-        return made[0]
+        return trial.loses_time
 
     def _smaller(self, best: Candidate) -> Iterator[Candidate]:
         """Weights stored in fewer bits, where that costs no budget; nor time, unless size has a limit.
@@ -313,7 +324,8 @@ class Search:
         """
         limit = self._budget.size_limit(self._original.size)
         if "quantize-weights" in self._allowed:
-            widths = _BITS[:1] if self._untold and limit is None else _BITS
+            limited = limit is not None or self._budget.memory_limit(self._original.memory or 0) is not None
+            widths = _BITS[:1] if self._untold and not limited else _BITS
             storages = {f"remaining weights stored in {bits} bits": self._storage(bits) for bits in widths}
             for smaller in self._stored(best, best, storages, limit, slower=False):
                 yield (best := smaller)
@@ -357,11 +369,13 @@ class Search:
             if limit is None or fits:
                 return
 
-    @property
-    def time_comes_last(self) -> bool:
-        """Whether size or memory has a limit, which comes before time."""
+    def needs(self, trial: Candidate, size: int) -> bool:
+        """Whether a limit needs a candidate, however slow, in place of something of that size."""
         budget, original = self._budget, self._original
-        return budget.size_limit(original.size) is not None or budget.memory_limit(original.memory or 0) is not None
+        limit = budget.size_limit(original.size)
+        return budget.memory_limit(original.memory or 0) is not None or (
+            limit is not None and trial.size <= limit < size
+        )
 
     @property
     def _untold(self) -> bool:

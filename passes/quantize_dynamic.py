@@ -38,7 +38,7 @@ class QuantizeDynamic(Pass):
 
     Attributes:
         rounding: how weights are rounded; without calibration data to the nearest.
-        weight_bits: None for 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
+        weight_bits: null: 7 where the target's kernels add pairs of products in 16 bits and would saturate, else 8.
         keep: names of the nodes that stay in float.
     """
 
@@ -53,6 +53,9 @@ class QuantizeDynamic(Pass):
     def for_target(cls, target: Target) -> "QuantizeDynamic":
         """The types that the target has kernels for."""
         return cls(weight_bits=weight_bits(target))
+
+    def settled(self, context: Context) -> "QuantizeDynamic":  # noqa: D102
+        return self if self.weight_bits is not None else changed(self, weight_bits=weight_bits(context.target))
 
     def drafted(self) -> "QuantizeDynamic":  # noqa: D102
         return changed(self, rounding=NEAREST)
@@ -71,7 +74,9 @@ class QuantizeDynamic(Pass):
             else:
                 chosen.append(layer)
         grams = _grams(converted, chosen, self.rounding, context)
-        grid = IntGrid(self.weight_bits or weight_bits(context.target), signed=True, symmetric=True)
+        bits = self.settled(context).weight_bits
+        assert bits is not None
+        grid = IntGrid(bits, signed=True, symmetric=True)
         changes, done = [], f"{grid} weights per channel, dynamic uint8 activations"
         round_ahead([Wanted(layer, grid, grams.get(layer.name)) for layer in chosen], self.rounding, context)
         for layer in chosen:

@@ -69,7 +69,7 @@ class QuantizeStatic(Pass):
     Attributes:
         range: how activation ranges are chosen.
         signed: int8 activations instead of uint8. On x86 CPUs ONNX Runtime has fast kernels for uint8 only.
-        weight_bits: None for 8, or 7 where the processor adds pairs of products in 16 bits and would saturate.
+        weight_bits: null: 7 where the target's kernels add pairs of products in 16 bits and would saturate, else 8.
         rounding: how weights are rounded.
         inputs_only: pairs in front of layers and residual sums only, as TensorRT wants them, instead of around
             everything that ONNX Runtime computes or moves in integers.
@@ -90,8 +90,11 @@ class QuantizeStatic(Pass):
     def for_target(cls, target: Target) -> "QuantizeStatic":
         """The placement and types that the target has kernels for."""
         if target.short in _INPUTS_ONLY:
-            return cls(signed=True, inputs_only=True)
+            return cls(weight_bits=8, signed=True, inputs_only=True)
         return cls(weight_bits=weight_bits(target))
+
+    def settled(self, context: Context) -> "QuantizeStatic":  # noqa: D102
+        return self if self.weight_bits is not None else replace(self, weight_bits=weight_bits(context.target))
 
     def drafted(self) -> "QuantizeStatic":  # noqa: D102
         return replace(self, range=Range.MINMAX, rounding=NEAREST)
@@ -109,7 +112,7 @@ class QuantizeStatic(Pass):
             chosen = {
                 name: node for name, node in chosen.items() if layer_of(node) or node.op_type in {"Add", "MatMul"}
             }
-        surgery = _Surgery(converted, chosen, self, context)
+        surgery = _Surgery(converted, chosen, self.settled(context), context)
         grams = [layer for layer in surgery.layers if self.rounding.needs_gram]
         statistics = calibrate(converted, context.data, context, surgery.observed(), grams)
         changes = surgery.run(statistics)
@@ -128,8 +131,8 @@ class _Surgery:
         self._settings = settings
         self._context = context
         self._grid = IntGrid(8, settings.signed, symmetric=settings.signed)
-        bits = settings.weight_bits or weight_bits(context.target)
-        self._weight_grid = IntGrid(bits, signed=True, symmetric=True)
+        assert settings.weight_bits is not None
+        self._weight_grid = IntGrid(settings.weight_bits, signed=True, symmetric=True)
         self._dtype = ir.DataType.from_numpy(self._grid.dtype)
         self._builder = Builder(model.graph)
         self.layers = [layer for node in chosen.values() if (layer := layer_of(node)) is not None]

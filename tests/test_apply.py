@@ -19,12 +19,13 @@ from onnxcomp import model as models
 from onnxcomp.core import name_nodes
 from onnxcomp.errors import BudgetError, OptionError
 from onnxcomp.graph import prepared
+from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.passes.share import Share
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.recipe import Recipe
 from onnxcomp.record import Origin
-from onnxcomp.runtime import Protocol, Target
+from onnxcomp.runtime import Protocol, Target, weight_bits
 from tests.commands import child, mlp, run, samples
 from tests.lab import Lab, integers, lab, network
 from tests.lab import samples as lab_samples
@@ -355,3 +356,10 @@ def test_recipes_use_passes_of_others(theirs: dict[str, str], model: Path, tmp_p
 def test_a_pass_that_is_not_installed_here_is_named(model: Path) -> None:
     message = refused(model, "onnxcomp: 1\npasses: [rename]\n")
     assert "there is no pass 'rename'" in message
+
+
+def test_what_depends_on_the_target_is_settled_in_the_recipe_of_a_result(tmp_path: Path) -> None:
+    result = onnxcomp.apply(mlp(tmp_path / "m.onnx"), recipe=Recipe((QuantizeDynamic(),)))
+    (made,) = Recipe.from_yaml(result.model.metadata_props["onnxcomp.recipe"]).passes
+    assert made == QuantizeDynamic(weight_bits=weight_bits(Target()))
+    assert result.report.steps[0].recipe == repr(made)

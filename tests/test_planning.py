@@ -15,6 +15,7 @@ from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Context, Option, Outcome, Parts, Pass, node_pattern
 from onnxcomp.cost import node_costs
+from onnxcomp.deadline import TimeIsUp
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.executors import Processes
 from onnxcomp.layers import layers
@@ -285,6 +286,15 @@ def test_what_a_pass_offers_and_cannot_do_is_told(model: ir.Model) -> None:
     assert mute.refused == [("mute", "pass 'mute' raised KeyError: 'nothing'")]
     assert not fails.has_choices
     assert not mute.has_choices
+
+
+def test_the_time_limit_stops_passes_of_others_too(model: ir.Model) -> None:
+    class Slow(Offer):
+        def apply(self, model: ir.Model, context: Context) -> Outcome:
+            raise TimeIsUp
+
+    with pytest.raises(TimeIsUp):
+        Slow()(model, context())
 
 
 def test_a_layer_is_narrower_or_otherwise_treated_not_both(model: ir.Model) -> None:

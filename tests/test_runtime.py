@@ -52,6 +52,7 @@ def test_weights_lose_a_bit_where_pairs_of_products_saturate(
 ) -> None:
     monkeypatch.setattr(runtime, "Session", lambda *_: _Adds(limit))
     assert runtime.weight_bits.__wrapped__(Target()) == bits
+    assert runtime.weight_bits.__wrapped__(Target("cuda")) == 8
 
 
 @pytest.mark.parametrize("extreme", [-1, 1])
