@@ -88,4 +88,7 @@ def _values(random: np.random.Generator, spec: TensorSpec, shape: tuple[int, ...
             return np.ones(shape, dtype)
         pixels = dtype == np.uint8 and len(shape) >= 4
         return random.integers(0, bound or (256 if pixels else _UNKNOWN_INTEGERS), shape).astype(dtype)
-    return random.standard_normal(shape).astype(dtype)
+    values = random.standard_normal(shape)
+    if np.isnan(np.float32(-1).astype(dtype).astype(np.float32)):  # float8e8m0 has no sign
+        values = np.abs(values)
+    return values.astype(dtype)

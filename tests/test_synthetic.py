@@ -48,12 +48,14 @@ def test_floats_are_standard_normal() -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", ["f2", "f4", "f8", "i1", "u2", "i8", "?", "c8", object, ml_dtypes.bfloat16, ml_dtypes.int4]
+    "dtype",
+    ["f2", "f4", "f8", "i1", "u2", "i8", "?", "c8", object, ml_dtypes.bfloat16, ml_dtypes.int4]
+    + [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu],
 )
 def test_every_dtype(dtype: Any) -> None:
-    (sample,) = synthetic([spec("x", 3, dtype=dtype)], 1)
+    (sample,) = synthetic([spec("x", 30, dtype=dtype)], 1)
     assert sample.feeds["x"].dtype == np.dtype(dtype)
-    assert sample.feeds["x"].shape == (3,)
+    assert sample.feeds["x"].shape == (30,)
 
 
 def test_images_of_unknown_size_are_large_enough_to_shrink() -> None:
