@@ -49,8 +49,10 @@ def test_floats_are_standard_normal() -> None:
 
 @pytest.mark.parametrize(
     "dtype",
-    ["f2", "f4", "f8", "i1", "u2", "i8", "?", "c8", object, ml_dtypes.bfloat16, ml_dtypes.int4]
-    + [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu],
+    [
+        *("f2", "f4", "f8", "i1", "u2", "i8", "?", "c8", object),
+        *(ml_dtypes.bfloat16, ml_dtypes.int4, ml_dtypes.float8_e8m0fnu),
+    ],
 )
 def test_every_dtype(dtype: Any) -> None:
     (sample,) = synthetic([spec("x", 30, dtype=dtype)], 1)
