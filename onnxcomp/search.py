@@ -9,6 +9,7 @@
    time for it, look at the best plan's neighbours too.
 5. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
    sparse or binary, where the user asked for it.
+6. What shows no clear gain is timed at length, and gives way to what it was made of if it is slower than the original.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
