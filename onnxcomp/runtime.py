@@ -92,7 +92,8 @@ def weight_bits(target: Target) -> int:
     """Bits that INT8 weights may use: 7 where the target's kernels add pairs of uint8 * int8 products in 16 bits.
 
     x86 without VNNI does (vpmaddubsw), and saturates: two products of 255 * 127 exceed 32,767. Half the range cannot.
-    The kernels tell: they are given the largest numbers to multiply. Other providers' kernels add in 32 bits.
+    The CPU's kernels tell: they are given the largest numbers to multiply. Of other providers it is assumed, not
+    measured, that they add in 32 bits.
 
     Raises:
         ProviderError: the target is not available here.
