@@ -62,7 +62,13 @@ class Effort(StrEnum):
 
 @dataclass(eq=False)
 class Candidate:
-    """A recipe, what it made of the model, and what was measured of that."""
+    """A recipe, what it made of the model, and what was measured of that.
+
+    Attributes:
+        drop: how much worse than the original it judges.
+        noise: standard error of that; None where it is not known.
+        predicted: speed-up that was foretold.
+    """
 
     name: str
     passes: tuple[Pass, ...]
@@ -71,6 +77,7 @@ class Candidate:
     size: int = 0
     timing: Timing | None = None
     drop: float | None = None
+    noise: float | None = None
     verdict: str = ""
     predicted: float | None = None
     memory: int | None = None
@@ -279,30 +286,32 @@ class Workbench:
         """How much worse than the original it judges; infinite where it fails."""
         if candidate.drop is None:
             self._tell(f"judging: {candidate.name}")
-            candidate.drop = self._judge(candidate)
+            candidate.drop, candidate.noise = self._judge(candidate)
         return candidate.drop
 
-    def _judge(self, candidate: Candidate) -> float:
+    def _judge(self, candidate: Candidate) -> tuple[float, float | None]:
+        """The drop, and its standard error."""
         if candidate.model is self.model:
-            return 0.0
+            return 0.0, 0.0
         judges, compare = self.judges, partial(self._compared, candidate.model)
-        (drop, failure), seconds = self.context.recall(
+        (drop, noise, failure), seconds = self.context.recall(
             "drop", (candidate.model, self.model, judges.judge, judges.gate), partial(_clocked, compare)
         )
         self._scoring_seconds = max(self._scoring_seconds, seconds)
         self._reserve()
         candidate.verdict = failure or candidate.verdict
-        return drop
+        return drop, noise
 
-    def _compared(self, model: ir.Model) -> tuple[float, str]:
-        """The drop, and why it is infinite."""
+    def _compared(self, model: ir.Model) -> tuple[float, float | None, str]:
+        """The drop, its standard error, and why it is infinite."""
         if self._baseline is None:
             self._baseline = self.judges.score(self.original, self.original, self.context)
         try:
             score = self.judges.score(Session(model, self.context.target), self.original, self.context)
         except OnnxcompError as error:  # the original gave a score, so it is the candidate's fault
-            return float("inf"), error.fact
-        return metrics.compare(self._baseline, score).value, ""
+            return float("inf"), None, error.fact
+        found = metrics.compare(self._baseline, score)
+        return found.value, found.standard_error, ""
 
     def _reserve(self) -> None:
         """Leave time to time the result once more, and to score it and the original on the final data."""

@@ -145,6 +145,11 @@ class Drop:
     value: float
     interval: Interval | None
 
+    @property
+    def standard_error(self) -> float | None:
+        """By the interval, as if the drop were normally distributed; None without one."""
+        return None if self.interval is None else float(np.ptp(self.interval)) / (2 * 1.96)
+
 
 def evaluate(
     metric: Metric, predict: Predict, dataset: Dataset, reference: Predict | None = None, batch_size: int = 1

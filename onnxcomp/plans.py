@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence, Set
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,8 +20,12 @@ PLANNED = ("prune", "prune-depth")
 """Passes whose choices are made together, with those of precision. Those of any other with options can be too."""
 _USUAL_ERROR = 0.012
 """Relative squared error of the outputs that is taken to lose what is allowed, until something is known."""
-_TRUST = 0.5
-"""How far: like one plan that had this share of that error."""
+_USUAL_LOSS = 0.005
+"""What that is taken to lose where labels tell, whatever is allowed: half a point of accuracy."""
+_SCATTER = 0.3
+"""Losses of the same error differ by about this share."""
+_UNKNOWN_NOISE = 0.25
+"""Standard error of a loss, as a share of what is allowed, where the metric tells none."""
 _AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
 _BEYOND = 1.25
@@ -43,6 +47,7 @@ class Plans:
         best: the best without a plan; what it is made by comes behind each plan.
         allowed: names of the passes that may be used.
         effort: how long to fit.
+        loss: that a plan may have.
         most: bytes that the result may take; None for no limit.
 
     Attributes:
@@ -56,15 +61,18 @@ class Plans:
         best: Candidate,
         allowed: Set[str],
         effort: Effort,
+        loss: float,
         most: int | None = None,
     ) -> None:
-        self._most = most
+        self._loss, self._most = loss, most
         self._bench, self._clean, self._base, self._effort, self._behind = bench, clean, best, effort, best.passes
         self.best = best
         self._planner: Planner | None = None
         self._count = 0
         self._is_root = bench.judges.gate.name.partition(":")[0] == "relative-error"
-        self._known: list[tuple[float, float]] = []
+        self._has_labels = bench.judges.gate.needs == "labels"
+        self._known: list[Lost] = []
+        self._errors: dict[Candidate, float] = {}
         self._plans: dict[Candidate, Plan] = {}
         try:
             self._planner = self._measured(best, allowed)
@@ -75,16 +83,38 @@ class Plans:
             self._share = clean.speedup / best.speedup
             self._planner.learn(self._planner.share(form), self._share)
             self._learn_crossings()
-            self._known.append((self._planner.error(best.model), self._linear(bench.drop(best))))
+            self._learn_loss(best, self._planner.error(best.model))
 
     def _linear(self, loss: float) -> float:
         """A loss that grows with the squared error: the relative error is its root."""
         return loss * loss if self._is_root else loss
 
-    def _aim(self, allowed: float) -> float:
-        """The error that the next plan is to have."""
-        usual = allowed * allowed if self._is_root else _USUAL_ERROR
-        return _next_error(self._known, self._linear(allowed), usual)
+    def _learn_loss(self, trial: Candidate, error: float) -> None:
+        """From what a candidate lost, by the data that judge, at some error of its outputs."""
+        loss, noise = self._bench.drop(trial), trial.noise
+        if noise is not None and self._is_root:
+            noise *= 2 * loss
+        self._known.append(Lost(error, self._linear(loss), noise))
+        self._errors[trial] = error
+
+    def _slope(self) -> float:
+        """What is lost for each unit of error."""
+        usual = 1.0 if self._is_root else (_USUAL_LOSS if self._has_labels else self._loss) / _USUAL_ERROR
+        return loss_per_error(self._known, self._linear(self._loss), usual)
+
+    def _aim(self, share: float = 1.0) -> float:
+        """The error that the next plan is to have, if it may lose a share of what is allowed."""
+        return _AIM * self._linear(share * self._loss) / self._slope() if self._loss else 0.0
+
+    def expected(self, trial: Candidate) -> float:
+        """The loss that the error of a candidate's outputs suggests, with less noise than what judges has.
+
+        That which was measured, where nothing is known about the error or nothing may be lost.
+        """
+        if trial not in self._errors or not self._loss:
+            return self._bench.drop(trial)
+        lost = self._slope() * self._errors[trial]
+        return float(np.sqrt(lost)) if self._is_root else lost
 
     def _learn_crossings(self) -> None:
         """From all drafts in static INT8 but for some nodes."""
@@ -94,26 +124,25 @@ class Plans:
             if isinstance(first, QuantizeStatic) and first.keep and trial.speedup:
                 self._planner.learn_crossings(set(first.keep), self._clean.speedup / trial.speedup)
 
-    def towards(self, allowed: float, most: int) -> Iterator[Candidate]:
+    def towards(self, most: int, share: float = 1.0) -> Iterator[Candidate]:
         """Candidates, each planned with what those before it took and lost.
 
         Between them they are timed beside the best without a plan, and judged.
 
         Args:
-            allowed: loss that a plan may have.
             most: plans; fewer where the next one does not promise to be faster than `best`.
+            share: of the loss that is allowed, that a plan may have.
         """
         for _ in range(most):
-            found = self._at(self._aim(allowed), self.best)
+            found = self._at(self._aim(share), self.best)
             if found is None:
                 return
             yield from found
 
-    def polished(self, allowed: float, most: int) -> Iterator[Candidate]:
+    def polished(self, most: int) -> Iterator[Candidate]:
         """Neighbours of the best plan that promise to be faster within the loss: local search, as far as it helps.
 
         Args:
-            allowed: loss that a plan may have.
             most: candidates.
         """
         tried: set[Plan] = set(self._plans.values())
@@ -121,7 +150,7 @@ class Plans:
             plan = self._plans.get(self.best)
             if plan is None or self._planner is None:
                 return
-            error = self._aim(allowed) * _BEYOND
+            error = self._aim() * _BEYOND
             near = (other for other in self._planner.near(plan) if other.error <= error and other not in tried)
             other = next(near, None)
             if other is None or other.time >= plan.time:
@@ -177,7 +206,7 @@ class Plans:
         yield trial
         if trial.speedup:
             self._planner.learn(plan.time, self._share * self._base.speedup / trial.speedup)
-            self._known.append((self._planner.compare(plan, trial.model), self._linear(self._bench.drop(trial))))
+            self._learn_loss(trial, self._planner.compare(plan, trial.model))
 
     def _measured(self, best: Candidate, allowed: Set[str]) -> Planner | None:
         """What can be planned with, if there is anything to choose."""
@@ -218,15 +247,37 @@ def _in_words(plan: Plan) -> str:
     return ", ".join(said)
 
 
-def _next_error(known: Sequence[tuple[float, float]], allowed: float, usual: float) -> float:
-    """The error of a plan that is to lose most of what is allowed.
+@dataclass(frozen=True)
+class Lost:
+    """What was lost at some error of the outputs.
 
-    Losses on samples are noisy, errors are not: losses are taken to be proportional to errors, with the slope that fits
-    all of what is known best, the usual error for what is allowed among it.
+    Attributes:
+        error: relative squared error.
+        loss: that grows with it.
+        noise: standard error of the loss; None where it is not known.
     """
-    if not allowed:
-        return 0.0
-    points = [(_TRUST * usual, _TRUST * allowed), *known]
-    slope = sum(error * lost for error, lost in points) / sum(error * error for error, _ in points)
-    start = allowed / usual
-    return _AIM * allowed / float(np.clip(slope, start / _STEP, start * _STEP))
+
+    error: float
+    loss: float
+    noise: float | None
+
+
+def loss_per_error(known: Sequence[Lost], allowed: float, usual: float) -> float:
+    """The slope that fits best, if losses are proportional to errors.
+
+    Errors are free of noise, losses on samples are not: each counts by its variance, and so does the slope that is
+    taken until something is known (Bayesian linear regression with a normal prior).
+
+    Args:
+        known: what was measured.
+        allowed: loss, which sets the scale of a noise that is not known.
+        usual: slope to start with, give or take as much again.
+    """
+    weights, products = [1 / usual**2], [1 / usual]
+    for lost in known:
+        noise = _UNKNOWN_NOISE * allowed if lost.noise is None else lost.noise
+        variance = noise**2 + (_SCATTER * usual * lost.error) ** 2
+        if np.isfinite(lost.loss) and variance > 0:
+            weights.append(lost.error**2 / variance)
+            products.append(lost.error * lost.loss / variance)
+    return float(np.clip(sum(products) / sum(weights), usual / _STEP, usual * _STEP))

@@ -99,7 +99,7 @@ class Search:
     def fallbacks(self, failed: Candidate) -> Iterator[Candidate]:
         """What to take instead of a candidate that fails on unseen data.
 
-        The fastest so far that loses half as much, the best without a plan with nodes back in float until it does, then
+        The fastest that loses half as much, the best without a plan with nodes back in float until it does, then
         clean-up. Not more: the final data would become one more judge.
         """
         for make in (self._gentler, self._careful):
@@ -108,7 +108,8 @@ class Search:
             failed.verdict = "over the budget on the final data"
             best = None
             with self._bench.deadline:
-                best = make(failed)
+                for better in make(failed):
+                    best = better
                 if best is not None:
                     best = self._shrink(best)
             if best is not None and best.passes not in {(), failed.passes}:
@@ -117,26 +118,40 @@ class Search:
         failed.verdict = "over the budget on the final data"
         yield self.clean
 
-    def _gentler(self, failed: Candidate) -> Candidate | None:
-        """The fastest that was made and loses half of what is allowed at most; else the best without a plan."""
+    def _gentler(self, failed: Candidate) -> Iterator[Candidate]:
+        """The fastest that is to lose half of what is allowed at most, else without a plan; then a plan for that loss.
+
+        By what the errors of outputs suggest where those are known: one part of the data proved too noisy a judge.
+        """
+        lost = self._bench.drop if self.plans is None else self.plans.expected
         gentle = [
             trial
             for trial in self._sound
-            if within(self._bench.drop(trial), self._max_drop / 2)
+            if within(lost(trial), self._allowed_to_plans / 2)
             and failed.passes[: len(trial.passes)] != trial.passes  # what failed, or was made into it
         ]
-        return max(gentle, key=lambda trial: trial.speedup, default=self._unplanned)
+        best = max(gentle, key=lambda trial: trial.speedup, default=self._unplanned)
+        if best is None:
+            return
+        yield best
+        if self.plans is not None:
+            self.plans.best = best
+            for trial in self.plans.towards(1, share=0.5):
+                if self._sounds(trial, best) and self._gains(trial, best):
+                    yield trial
 
-    def _careful(self, _: Candidate) -> Candidate | None:
+    def _careful(self, _: Candidate) -> Iterator[Candidate]:
         """One that loses half as much: the best without a plan, with nodes back in float."""
         self._max_drop /= 2
         passes = self._unplanned.passes if self._unplanned is not None else self.best.passes
         quantized = max((place for place, technique in enumerate(passes) if _has_nodes(technique)), default=None)
         if quantized is None:
-            return None
+            return
         before = passes[: quantized + 1]
         known = next((trial for trial in self._bench.trials if trial.passes == before), None)
-        return self._back_off(known or self._bench.make("before what followed", before))
+        found = self._back_off(known or self._bench.make("before what followed", before))
+        if found is not None:
+            yield found
 
     def _draft(self) -> None:
         """Every quantization as a draft, and the fastest refined."""
@@ -163,21 +178,13 @@ class Search:
             return
         unplanned = self.best
         limit = self._budget.size_limit(self._original.size)
-        self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort, limit)
-        allowed = self._max_drop
-        if self._untold:
-            allowed = min(allowed, _UNTOLD)
-        polished = self.plans.polished(allowed, most if self._effort is Effort.EXTENSIVE else 0)
-        for trial in chain(self.plans.towards(allowed, most), polished):
-            if not self._bench.works(trial):
-                return
-            self._bench.time(*dict.fromkeys([unplanned, self.best, trial]))
+        loss = self._allowed_to_plans
+        self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort, loss, limit)
+        polished = self.plans.polished(most if self._effort is Effort.EXTENSIVE else 0)
+        for trial in chain(self.plans.towards(most), polished):
+            if not self._sounds(trial, unplanned, self.best):
+                continue
             fits, known = (limit is None or each.size <= limit for each in (trial, self.best))
-            if not self._within(trial):
-                continue
-            if not within(self._bench.drop(trial), allowed):
-                trial.verdict = f"an error above {allowed:g}, and nothing tells what that means for accuracy"
-                continue
             if fits and self._gains(trial, self.clean):
                 self._sound.append(trial)
             if fits > known or (fits == known and self._gains(trial, self.best)):
@@ -185,6 +192,24 @@ class Search:
                 self.plans.best = trial
             else:
                 trial.verdict = "not faster beyond noise" if fits == known else "above the limit on size"
+
+    def _sounds(self, trial: Candidate, *others: Candidate) -> bool:
+        """Whether a plan runs and loses little enough; it is timed beside others."""
+        if not self._bench.works(trial):
+            return False
+        self._bench.time(*dict.fromkeys([*others, trial]))
+        if not self._within(trial):
+            return False
+        if not within(self._bench.drop(trial), self._allowed_to_plans):
+            allowed = f"{self._allowed_to_plans:g}"
+            trial.verdict = f"an error above {allowed}, and nothing tells what that means for accuracy"
+            return False
+        return True
+
+    @property
+    def _allowed_to_plans(self) -> float:
+        """The loss that plans may have."""
+        return min(self._max_drop, _UNTOLD) if self._untold else self._max_drop
 
     def others(self) -> list[Candidate]:
         """All candidates that run and were timed and judged, more of them made for a choice."""

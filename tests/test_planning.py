@@ -26,6 +26,7 @@ from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.placement import Crossing
 from onnxcomp.planning import Planner
+from onnxcomp.plans import Lost, loss_per_error
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Session, Target
 from onnxcomp.table import FLOAT
@@ -357,7 +358,7 @@ def test_where_nothing_tells_accuracy_less_goes_and_a_note_says_so(
         model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=budget
     ).report
     assert any(trial.name.startswith("plan ") for trial in report.trials)
-    assert any("error above 0.02" in trial.verdict for trial in report.trials) != chosen
+    assert any("an error above 0.02" in trial.verdict for trial in report.trials) != chosen
     assert any("Prune" in step.recipe for step in report.steps) == chosen
     assert any("by the relative-error of the outputs alone" in note for note in report.notes) == chosen
 
@@ -383,6 +384,28 @@ def test_a_plan_that_fails_on_the_final_data_gives_way_to_another(lab: Lab, mode
     assert len(verdicts) > 1
     assert verdicts.count("over the budget on the final data") == 1
     assert verdicts.count("chosen") == 1
+
+
+def test_where_no_other_plan_is_gentle_enough_one_is_made(lab: Lab, model: ir.Model) -> None:
+    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    lab.loss = lambda made: max(0.052 * (1 - models.tensor_bytes(made) / whole), 0.0)
+    lab.final_loss = lambda made: 2 * lab.loss(made)
+    data = context(121).data
+    assert data is not None
+    calib = [batch.feeds for batch in data]
+    report = lab.optimize(
+        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=Budget(max_drop=0.1)
+    ).report
+    failed, chosen = (
+        next(trial for trial in report.trials if trial.verdict == verdict)
+        for verdict in ("over the budget on the final data", "chosen")
+    )
+    assert chosen.name.startswith("plan ")
+    assert report.trials.index(chosen) > report.trials.index(failed)
+    assert chosen.figures.drop is not None
+    assert failed.figures.drop is not None
+    assert 0 < chosen.figures.drop < failed.figures.drop
 
 
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
@@ -414,3 +437,18 @@ def test_errors_and_conversions_are_rescaled_by_what_was_measured(model: ir.Mode
     whole = found.plan(np.inf)
     assert whole is not None
     assert len({whole.forms[layer.name] for layer in layers(model)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("noise", "low", "high"),
+    [(1e-6, 0.9, 1.1), (0.0035, 0.42, 0.6), (0.1, 0.416, 0.42), (None, 0.5, 0.9)],
+    ids=["certain", "judged on thousands", "judged on a few", "not known"],
+)
+def test_a_noisy_loss_changes_what_the_next_error_is_taken_to_lose_by_little(
+    noise: float | None, low: float, high: float
+) -> None:
+    usual = 0.005 / 0.012
+    assert loss_per_error([], 0.005, usual) == pytest.approx(usual)
+    assert low < loss_per_error([Lost(0.001, 0.001, noise), Lost(0.004, 0.004, noise)], 0.005, usual) < high
+    assert loss_per_error([Lost(0.004, np.inf, noise)], 0.005, usual) == pytest.approx(usual)
+    assert loss_per_error([Lost(0.004, 1.0, 1e-9)] * 50, 0.005, usual) == pytest.approx(4 * usual)
