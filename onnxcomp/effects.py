@@ -1,14 +1,27 @@
 """What a change to a model does to its outputs."""
 
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor
+
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp import model as models
 from onnxcomp.core import Context
+from onnxcomp.executors import mapped
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Dataset
 
 _SAMPLES = 64
 _BATCH = 16
+_COPIES = 4
+"""Of a model, that a process has in memory while it runs it."""
+
+
+def abroad(model: ir.Model, context: Context) -> tuple[Executor | None, int]:
+    """The executor that can work on versions of a model, and on how many at a time; None where they do not pickle."""
+    size = models.tensor_bytes(model)
+    return context.executor if size < models.PROTOBUF_LIMIT else None, context.memory // (_COPIES * size + 1)
 
 
 class Answers:
@@ -26,7 +39,7 @@ class Answers:
         samples = data.at_most(_SAMPLES, context.seed)
         self._pairs = [(batch.feeds, session.run(batch.feeds)) for batch in samples.batches(_BATCH)]
 
-    def error(self, model: ir.Model) -> float:
+    def error(self, model: ir.Model | bytes) -> float:
         """Relative squared error of another model's outputs; 1 where it is not finite or there is nothing to lose."""
         session = Session(model, self._target, spinning=False)
         signal = noise = 0.0
@@ -37,3 +50,8 @@ class Answers:
                     signal += float(np.square(want).sum())
                     noise += float(np.square(want - actual.astype(np.float64)).sum())
         return noise / signal if signal and np.isfinite(noise) else 1.0
+
+    def errors(self, made: Iterable[ir.Model], executor: Executor | None, room: int) -> Iterator[float]:
+        """Those of several models, in order, as many beside each other as `abroad` says."""
+        given: Iterable[ir.Model | bytes] = made if executor is None else map(models.to_bytes, made)
+        return mapped(self.error, given, executor, room)

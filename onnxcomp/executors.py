@@ -77,6 +77,19 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
             yield item
 
 
+def beside(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
+    """What a function makes of each item, in order; as many threads work at a time as there are cores."""
+    cores = os.cpu_count() or 1
+    with ThreadPoolExecutor(cores) as pool:
+        under_way: deque[Future[Found]] = deque()
+        for item in items:
+            if len(under_way) > cores:
+                yield under_way.popleft().result()
+            under_way.append(pool.submit(function, item))
+        while under_way:
+            yield under_way.popleft().result()
+
+
 @contextlib.contextmanager
 def opened(given: Executor | str | None, target: Target) -> Iterator[Executor | None]:
     """The executor that was asked for, while the context lasts.

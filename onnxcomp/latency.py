@@ -77,12 +77,14 @@ class LatencyModel:
         touched = self.touched
         if technique is not None:  # what it made of a node has a name that leads back to the node's unit
             touched = [{units.of(name) for name in names} for names in touched]
+
+        def made(model: ir.Model) -> ir.Model:
+            return model if technique is None else technique.drafted()(model, context).model
+
+        uncut = made(groups.model)
         for members in self._apart():
             variants = list(self._variants(groups, members))
-            made = [groups.model, *(model for _, model in variants)]
-            if technique is not None:
-                made = [technique.drafted()(model, context).model for model in made]
-            found = profiles(made, context, self._feeds, rounds)
+            found = profiles([uncut, *(made(model) for _, model in variants)], context, self._feeds, rounds)
             whole, *cut = (profile.times if technique is None else units.times(profile) for profile in found)
             for (removed, _), times in zip(variants, cut, strict=True):
                 for group, share in self._left(groups.model, removed, whole, times, touched):

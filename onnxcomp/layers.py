@@ -1,5 +1,6 @@
 """One view of every weighted operator: `Y = W X + b` with W of shape (out, in * kernel)."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -227,9 +228,7 @@ class Layer:
         """
         if self.node.op_type == "Conv":
             return self._patches(data, count, generator)
-        moved = np.moveaxis(data, self.input_axis, -1)
-        flat = moved.reshape(-1, moved.shape[-1])
-        chosen = np.asarray(flat[_draw(len(flat), count, generator)], np.float32)
+        chosen = np.asarray(_drawn(np.moveaxis(data, self.input_axis, -1), count, generator), np.float32)
         return np.ascontiguousarray(np.swapaxes(chosen.reshape(len(chosen), self.groups, -1), 0, 1))
 
     def output_rows(self, output: Array, count: int, generator: np.random.Generator) -> Array:
@@ -243,9 +242,7 @@ class Layer:
         Returns:
             (rows, out).
         """
-        moved = np.moveaxis(output, self.output_axis, -1)
-        flat = moved.reshape(-1, moved.shape[-1])
-        return flat[_draw(len(flat), count, generator)]
+        return _drawn(np.moveaxis(output, self.output_axis, -1), count, generator)
 
     def from_output_rows(self, rows: Array, shape: tuple[int, ...]) -> Array:
         """The inverse of `output_rows` where all positions were drawn.
@@ -328,6 +325,15 @@ def _is_vector(array: NDArray[Any]) -> bool:
 
 def _draw(total: int, count: int, generator: np.random.Generator) -> NDArray[np.int64]:
     return np.arange(total) if total <= count else np.sort(generator.choice(total, count, replace=False))
+
+
+def _drawn(moved: Array, count: int, generator: np.random.Generator) -> Array:
+    """(rows, channels) vectors of a tensor (*positions, channels) at as many positions, or at all."""
+    positions = moved.shape[:-1]
+    total = math.prod(positions)
+    if total <= count:
+        return moved.reshape(total, moved.shape[-1])
+    return moved[np.unravel_index(_draw(total, count, generator), positions)]
 
 
 def _pads(node: ir.Node, sizes: tuple[int, ...], spans: list[int], strides: list[int]) -> list[tuple[int, int]]:

@@ -26,7 +26,7 @@ from onnxcomp.branches import Branch, branches, without_branches
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
 from onnxcomp.core import Context, Option, Parts, Pass, no_progress
 from onnxcomp.cost import node_costs
-from onnxcomp.effects import Answers
+from onnxcomp.effects import Answers, abroad
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.executors import mapped
 from onnxcomp.latency import LatencyModel
@@ -54,8 +54,6 @@ _MULTIPLE = 4
 """Widths are multiples of this."""
 _SAVES = 0.08
 """Share of a unit's time that a width must save to be worth measuring its loss: less is noise."""
-_COPIES = 4
-"""Of a model, that a process has in memory while it fits one."""
 _LITTLE = 0.002
 """Share of the model's time that a part must be able to save, for another pass to be tried on it."""
 _LAYOUT = 2.0
@@ -232,11 +230,8 @@ class Planner:
         context, model = self._context, self._model
         few = self._data.at_most(_FITTED_SAMPLES, context.seed + 1).loaded()  # mostly others than those that judge it
         alone = replace(context, data=None, progress=no_progress, cache={}, store=None, executor=None)
-        source: ir.Model | bytes = model
-        if executor := context.executor if models.tensor_bytes(model) < models.PROTOBUF_LIMIT else None:
-            source = models.to_bytes(model)
-        work = partial(_branch_error, source, self._answers, few, alone)
-        room = context.memory // (_COPIES * models.tensor_bytes(model) + 1)
+        executor, room = abroad(model, context)
+        work = partial(_branch_error, model if executor is None else models.to_bytes(model), self._answers, few, alone)
         found: list[float] = []
         for error in mapped(work, self.branches, executor, room):
             found.append(error)
@@ -266,14 +261,12 @@ class Planner:
         names = {group.name for group in useful}
         self._context.progress(0, 0, "ranking channels")
         rankings = pruner.rank(Criterion.OBS, Aggregate.MEAN, normalised=True, only=names)
-        for group, ranking in rankings.items():
+        most = {group: (ranking, int(useful[group][0][-1])) for group, ranking in rankings.items()}
+        for group, curve in pruner.curves(most, _PROBES).items():
             counts, shares, touched = useful[group]
-            self._context.progress(0, 0, "measuring what channels are worth")
-            curve = pruner.curve(group, ranking, int(counts[-1]), _PROBES)
-            if curve is not None:
-                left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
-                settings = tuple((group.size - counts).tolist())
-                yield Row(group.name, settings, curve.errors[counts], shares, left, touched)
+            left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
+            settings = tuple((group.size - counts).tolist())
+            yield Row(group.name, settings, curve.errors[counts], shares, left, touched)
 
     def _bytes_left(self, group: ChannelGroup, counts: Counts, touched: Set[str]) -> NDArray[np.float64]:
         """Share of their bytes that units have left without some channels of a group, by how many of them."""

@@ -1,6 +1,6 @@
 """Activations inside a model, batch by batch, without running it from its inputs each time."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,20 +29,25 @@ class Prefix:
         self._known: list[Feeds] = []
         self._outlines: list[Batch] = []
 
-    def runs(self, values: list[ir.Value], *, starts: bool) -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
+    def runs(
+        self, values: list[ir.Value], *, starts: bool = False, settled: Collection[ir.Value] = ()
+    ) -> Iterator[tuple[Batch, list[NDArray[Any]]]]:
         """Each batch, with the values of its real rows.
 
         Args:
             values: of the model.
-            starts: whether all that is asked for later may be run from these values, so that they are worth keeping.
+            starts: whether all that is asked for later may be run from these values, so that they are kept instead of
+                what was.
+            settled: those that are kept beside that, as no weight that they depend on will change.
         """
         names = [value.name or "" for value in values]
         start = {name for known in self._known[:1] for name in known}
         missing = [name for name in names if name not in start]
         session = self._session(start, missing) if missing else None
         from_data = not self._outlines or (session is not None and not start.issuperset(session.inputs))
+        kept = {*names} if starts else {value.name or "" for value in settled}
         found: list[Feeds] = []
-        small = True
+        small = bool(kept)
         for number, batch in enumerate(self._data.batches(_BATCH) if from_data else self._outlines):
             known = self._known[number] if self._known else {}
             outputs: Feeds = {}
@@ -51,13 +56,12 @@ class Prefix:
                 outputs = dict(session.run(feeds, missing))
             outputs |= {name: known[name] for name in names if name in known}
             yield batch, [batch.trim(outputs)[name] for name in names]
-            small = (
-                small and starts and sum(a.nbytes for a in outputs.values()) * (number + 1) < self._context.memory // 4
-            )
-            found = [*found, outputs] if small else []
+            keeping = ({} if starts else known) | {name: outputs[name] for name in names if name in kept}
+            small = small and sum(a.nbytes for a in keeping.values()) * (number + 1) < self._context.memory // 4
+            found = [*found, keeping] if small else []
             if number == len(self._outlines):
                 self._outlines.append(replace(batch, feeds={}, targets={}))
-        if starts:
+        if starts or small:
             self._known = found
 
     def _session(self, start: set[str], names: list[str]) -> Session:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnxcomp.calibration import Gram, calibrate
 from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context, Skip
-from onnxcomp.effects import Answers
+from onnxcomp.effects import Answers, abroad
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.members import Reader, readers
 from onnxcomp.numerics.obs import Consumer, eliminate, survivors, swapped
@@ -168,23 +168,51 @@ class Pruner:
 
     # -- what they cost ---------------------------------------------------------------------------------------------
 
-    def curve(self, group: ChannelGroup, ranking: Ranking, most: int, places: int = _PROBES) -> Curve | None:
-        """The error of the model's outputs at every width of one group.
+    def curves(
+        self, wanted: Mapping[ChannelGroup, tuple[Ranking, int]], places: int = _PROBES
+    ) -> dict[ChannelGroup, Curve]:
+        """The error of the model's outputs at every width of each group alone.
 
         The layers' errors at every width come from one sweep; what those do to the outputs is measured at a few widths
-        and interpolated. None, and a skip, where the channels cannot be cut.
+        and interpolated. Groups whose channels cannot be cut have none, and a skip.
+
+        Args:
+            wanted: of each group its ranking, and the most channels that may go.
+            places: at how many widths outputs are compared.
         """
+        refused: set[ChannelGroup] = set()
+        tried: list[tuple[ChannelGroup, int]] = []
+
+        def cuts() -> Iterator[ir.Model]:
+            for group, (ranking, most) in wanted.items():
+                for count in sorted({int(np.ceil(most * place / places)) for place in range(1, places + 1)} - {0}):
+                    try:
+                        cut = self.cut({group: ranking.order[:count]}, infer=False).model
+                    except SurgeryError as error:
+                        self.skips.append(Skip(group.name, error.fact))
+                        refused.add(group)
+                        break
+                    tried.append((group, count))
+                    yield cut
+
+        effects: dict[ChannelGroup, dict[int, float]] = defaultdict(dict)
+        for done, effect in enumerate(self._answers.errors(cuts(), *abroad(self.groups.model, self.context))):
+            group, count = tried[done]
+            effects[group][count] = effect
+            self.context.progress(done, places * len(wanted), "measuring what channels are worth")
+        return {
+            group: self._curve(group, ranking, effects[group])
+            for group, (ranking, _) in wanted.items()
+            if group not in refused
+        }
+
+    def _curve(self, group: ChannelGroup, ranking: Ranking, effects: Mapping[int, float]) -> Curve:
+        """From the errors of outputs by how many channels are gone."""
         order, errors = ranking.order, ranking.errors
         if errors is None:
             errors = eliminate(self._consumers(group), DAMPING, order=order).errors
-        probes = sorted({int(np.ceil(most * place / places)) for place in range(1, places + 1)} - {0})
-        try:
-            effects = [self._answers.error(self.cut({group: order[:count]}, infer=False).model) for count in probes]
-        except SurgeryError as error:
-            self.skips.append(Skip(group.name, error.fact))
-            return None
-        gains = [effect / max(errors[count], 1e-12) for count, effect in zip(probes, effects, strict=True)]
-        gain = np.interp(np.arange(len(errors)), probes, gains)
+        gains = [effect / max(errors[count], 1e-12) for count, effect in effects.items()]
+        gain = np.interp(np.arange(len(errors)), [*effects], gains)
         return Curve(order, np.maximum.accumulate(errors * gain))
 
     # -- the cut ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ inputs.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from onnxcomp.chains import chains
 from onnxcomp.core import Context, Skip
 from onnxcomp.errors import DataError
-from onnxcomp.executors import ahead
+from onnxcomp.executors import ahead, beside
 from onnxcomp.graph import Builder, constant_of
 from onnxcomp.layers import Layer, layers
+from onnxcomp.numerics.blas import one_thread
 from onnxcomp.numerics.moments import Spread
 from onnxcomp.numerics.obs import refit
 from onnxcomp.prefix import Prefix
@@ -31,12 +32,12 @@ from onnxcomp.samples import Dataset
 from onnxcomp.together import fit_together
 from onnxcomp.twins import Pair, Run, Twins
 
-_ROWS_PER_INPUT = 96
-_LEAST_ROWS = 32768
+_ROWS_PER_INPUT = 64
+_LEAST_ROWS = 16384
 Project: TypeAlias = Callable[[Layer, NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 """From a layer, weights (out, in) that fit it and H (groups, in, in) of its inputs, the weights that it gets."""
 
-_START = 3
+_START = 2
 """The part of the rows, one in so many, that is enough for layers that are fitted together afterwards."""
 
 
@@ -87,7 +88,7 @@ def reconstruct(
             norms.adjust(pair.after.node)
             if pair.before is not None:
                 rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if both else 1)
-                runs = twins.runs(pair, starts=start)
+                runs = twins.runs(pair, starts=start, settled=not both)
                 reason = _fit(pair, runs, rows / data.samples, context.seed, damping, project)
                 skips += [Skip(pair.after.name, f"not fitted again: {reason}")] if reason else []
                 both = both and not reason
@@ -246,14 +247,14 @@ def _fit(
     groups, width = after.groups, after.input_width
     H = np.zeros((groups, width + 1, width + 1))
     G = np.zeros((groups, int(pair.outputs.sum()) // groups, width + 1))
-    reason = None
-    for number, run in enumerate(ahead(runs)):
-        rows = int(np.ceil(share * run.batch.valid))
-        if pair.outputs.size * math.prod(after.positions(run.data.shape)) != run.wanted.size:
-            reason = "channels that are gone are rows of its input"
-            continue  # and not the end: what leads to later layers is still to be kept
 
-        def same(number: int = number) -> np.random.Generator:
+    def products(numbered: tuple[int, Run]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        number, run = numbered
+        if pair.outputs.size * math.prod(after.positions(run.data.shape)) != run.wanted.size:
+            return None
+        rows = int(np.ceil(share * run.batch.valid))
+
+        def same() -> np.random.Generator:
             return np.random.default_rng([seed, number])  # the same positions everywhere
 
         x = after.rows(run.data, rows, same())
@@ -266,8 +267,17 @@ def _fit(
                 "an activation overflows, or the data hold NaN or infinity",
                 "check the data, or leave the layer out with --exclude",
             )
-        H += np.matmul(x.swapaxes(1, 2), x)
-        G += np.matmul(target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype), x)
+        y = target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype)
+        return np.matmul(x.swapaxes(1, 2), x), np.matmul(y, x)
+
+    reason = None
+    with one_thread():  # for each of those beside each other
+        for found in beside(products, enumerate(ahead(runs))):
+            if found is None:
+                reason = "channels that are gone are rows of its input"
+                continue  # and not the end: what leads to later layers is still to be kept
+            H += found[0]
+            G += found[1]
     if reason:
         return reason
     H, G = H / H[:, -1:, -1:], G / H[:, -1:, -1:]

@@ -69,12 +69,12 @@ class Twins:
 
     def values(self, before: ir.Value, after: ir.Value) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
         """A value of the original and one of the changed model, batch by batch."""
-        for (_, original), (_, changed) in zip(
-            self.original.runs([before], starts=False), self.changed.runs([after], starts=False), strict=True
-        ):
+        for (_, original), (_, changed) in zip(self.original.runs([before]), self.changed.runs([after]), strict=True):
             yield original[0], changed[0]
 
-    def runs(self, last: Pair, first: Layer | None = None, *, starts: Layer | None = None) -> Iterator[Run]:
+    def runs(
+        self, last: Pair, first: Layer | None = None, *, starts: Layer | None = None, settled: bool = False
+    ) -> Iterator[Run]:
         """Each batch.
 
         A layer is to give what it gave. If it is a term of a sum, it is to give what its sum is to be less the other
@@ -85,6 +85,7 @@ class Twins:
             first: the layer of whose input it is a function, if not of its own.
             starts: the layer in the changed model, if all that is asked for later may be run from its input, its twin's
                 and these.
+            settled: whether no layer before that one will be fitted again.
         """
         assert last.before is not None
         own, changed_values = last.before.node.outputs[0], [(first or last.after).data]
@@ -100,7 +101,10 @@ class Twins:
         if starts is not None:
             changed_values += [starts.data] if starts.data not in changed_values else []
             wanted += [last.before.data] if last.before.data not in wanted else []
-        both = ahead(self.original.runs(wanted, starts=kept)), self.changed.runs(changed_values, starts=kept)
+        both = (
+            ahead(self.original.runs(wanted, starts=kept, settled=wanted)),
+            self.changed.runs(changed_values, starts=kept, settled=changed_values[:1] if settled else ()),
+        )
         for (batch, original), (_, changed) in zip(*both, strict=True):
             added = None
             if term is not None:

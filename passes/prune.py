@@ -222,10 +222,13 @@ class _Plan:
     @cached_property
     def _curves(self) -> list[Curve | None]:
         pruner = self._pruner
-        return [
-            pruner.curve(group, self._rankings[group], int(allowed[-1])) if len(allowed) > 1 else None
+        wanted = {
+            group: (self._rankings[group], int(allowed[-1]))
             for group, allowed in zip(pruner.groups, self._counts, strict=True)
-        ]
+            if len(allowed) > 1
+        }
+        found = pruner.curves(wanted)
+        return [found.get(group) for group in pruner.groups]
 
     @cached_property
     def _scores(self) -> list[NDArray[np.float64] | None]:
