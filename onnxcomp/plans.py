@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnxcomp import placement, registry
+from onnxcomp.budget import within
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
 from onnxcomp.errors import OnnxcompError
@@ -28,6 +29,8 @@ _UNKNOWN_NOISE = 0.25
 """Standard error of a loss, as a share of what is allowed, where the metric tells none."""
 _AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
+_RETREAT = 0.7
+"""By what that falls where a plan lost too much: the same samples judge the next one."""
 _BEYOND = 1.25
 """How far a neighbour of a plan may go beyond the error that plans are to have: what it loses is measured."""
 _FILLED = 0.97
@@ -137,7 +140,10 @@ class Plans:
             found = self._at(self._aim(share), self.best)
             if found is None:
                 return
-            yield from found
+            for trial in found:
+                yield trial
+                if trial.speedup and not within(self._bench.drop(trial), self._loss):
+                    share *= _RETREAT
 
     def polished(self, most: int) -> Iterator[Candidate]:
         """Neighbours of the best plan that promise to be faster within the loss: local search, as far as it helps.

@@ -408,6 +408,21 @@ def test_where_no_other_plan_is_gentle_enough_one_is_made(lab: Lab, model: ir.Mo
     assert 0 < chosen.figures.drop < failed.figures.drop
 
 
+def test_after_a_plan_that_lost_too_much_the_next_one_takes_less(lab: Lab, model: ir.Model) -> None:
+    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    lab.loss = lambda made: 1.0 if models.tensor_bytes(made) < whole else 0.0
+    data = context(121).data
+    assert data is not None
+    calib = [batch.feeds for batch in data]
+    report = lab.optimize(
+        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=Budget(max_drop=0.1)
+    ).report
+    sizes = [trial.figures.size for trial in report.trials if trial.name.startswith("plan ")]
+    assert len(sizes) > 1
+    assert sizes == sorted(set(sizes))
+
+
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
     found = usual(model)
     plan = found.plan(0.1)
