@@ -509,19 +509,23 @@ class Planner:
         if crossings > 0:
             self._layout *= max((taken / self._scale() * self._total - units) / crossings, 1.0)
 
-    def error(self, made: ir.Model) -> float:
-        """Relative squared error of another model's outputs."""
-        return self._answers.error(made)
-
     def compare(self, plan: Plan, made: ir.Model) -> float:
-        """The error of a plan's outputs, as it is; errors of later plans are rescaled by it.
+        """The error of a plan's outputs, as it is; errors of later plans are rescaled by it."""
+        return self._compared(plan.sources, made)
 
-        Each source of error has a weight, the one that fits all plans best (least squares of their relative errors),
-        with the usual ones for a start.
+    def compare_form(self, form: str, made: ir.Model) -> float:
+        """The same of the model in one precision, where nothing else was done to it."""
+        return self._compared((0.0, 0.0, 0.0, sum(self._form_errors[form].values())), made)
+
+    def _compared(self, sources: tuple[float, ...], made: ir.Model) -> float:
+        """Each source of error gets the weight that fits all that is known best: least squares of relative errors.
+
+        The usual ones are where they start.
         """
         measured = max(self._answers.error(made), 1e-12)
-        self._seen.append((plan.sources, measured))
-        rows = [np.array(sources) / error for sources, error in self._seen]
+        if any(sources):
+            self._seen.append((sources, measured))
+        rows = [np.array(own) / error for own, error in self._seen]
         prior = np.sqrt(_TRUST) * np.diag(1 / _USUAL)
         values = [*np.ones(len(rows)), *np.full(len(_USUAL), np.sqrt(_TRUST))]
         self._weights = nnls(np.vstack([*rows, prior]), np.array(values))[0]

@@ -86,7 +86,7 @@ class Plans:
             self._share = clean.speedup / best.speedup
             self._planner.learn(self._planner.share(form), self._share)
             self._learn_crossings()
-            self._learn_loss(best, self._planner.error(best.model))
+            self._learn_loss(best, self._planner.compare_form(form, best.model))
 
     def _linear(self, loss: float) -> float:
         """A loss that grows with the squared error: the relative error is its root."""
@@ -106,8 +106,16 @@ class Plans:
         return loss_per_error(self._known, self._linear(self._loss), usual)
 
     def _aim(self, share: float = 1.0) -> float:
-        """The error that the next plan is to have, if it may lose a share of what is allowed."""
-        return _AIM * self._linear(share * self._loss) / self._slope() if self._loss else 0.0
+        """The error that the next plan is to have: that of the best without one, and most of what is left.
+
+        Args:
+            share: of the loss that is allowed.
+        """
+        if not self._loss:
+            return 0.0
+        allowed = self._linear(share * self._loss) / self._slope()
+        base = min(self._errors[self._base], allowed)
+        return base + _AIM * (allowed - base)
 
     def expected(self, trial: Candidate) -> float:
         """The loss that the error of a candidate's outputs suggests, with less noise than what judges has.
@@ -172,8 +180,9 @@ class Plans:
     def _at(self, error: float, best: Candidate | None = None) -> Iterator[Candidate] | None:
         """The fastest plan of an error, as a candidate, if it promises to be faster than the best so far.
 
-        Under a limit on size, one that keeps it if there is any. Where the best does not, that need not be faster, and
-        may have a larger error: what it loses is measured.
+        The first one is made in any case: by what fitting makes up for in it, the next ones are planned. Under a limit
+        on size, one that keeps it if there is any. Where the best does not, that need not be faster, and may have a
+        larger error: what it loses is measured.
         """
         if self._planner is None:
             return None
@@ -182,9 +191,8 @@ class Plans:
         plan = plan or self._planner.plan(error)
         if plan is None or not plan.decides or any(plan.same(other) for other in self._plans.values()):
             return None
-        if best is not None and not needed and self._clean.speedup / plan.time < best.speedup * (1 + NOISE):
-            return None
-        return self._made(plan)
+        promises = best is None or self._clean.speedup / plan.time >= best.speedup * (1 + NOISE)
+        return self._made(plan) if promises or needed or not self._plans else None
 
     def _small(self, error: float, best: Candidate | None) -> Plan | None:
         """The fastest plan within the limit on size, if there is one."""

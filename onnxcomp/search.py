@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise, product
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import registry
@@ -35,8 +36,8 @@ from onnxcomp.weights import NEAREST
 _BITS = (8, 4)
 """In which weights are stored that are still float; the first alone where nothing tells accuracy and no limit asks."""
 _UNTOLD = 0.02
-"""The loss up to which channels and branches go, where nothing tells accuracy and the user named no limit: a detector
-lost one face of seven at 0.04, and nine of ten within 0.2."""
+"""The relative error up to which channels and branches go, beside what else is done, where nothing tells accuracy and
+the user named no limit: a detector lost one face of seven at 0.04, and nine of ten within 0.2."""
 _AT_LENGTH = 4
 """Times as many rounds, where a few leave open whether something is slower than the original."""
 _RUNGS = (0.25, 0.5)
@@ -80,6 +81,7 @@ class Search:
         self.best = self.clean = bench.make("clean-up", ())
         self.plans: Plans | None = None
         self._unplanned: Candidate | None = None
+        self._allowed_to_plans = self._max_drop
         self._sound: list[Candidate] = []  # faster than clean-up, and within all limits by the judging data
         self.drafted, self.allows_more = False, bool(allowed - {"simplify"})
 
@@ -178,8 +180,11 @@ class Search:
             return
         unplanned = self.best
         limit = self._budget.size_limit(self._original.size)
-        loss = self._allowed_to_plans
-        self.plans = Plans(self._bench, self.clean, unplanned, self._allowed, self._effort, loss, limit)
+        if self._untold:
+            self._allowed_to_plans = min(self._max_drop, float(np.hypot(self._bench.drop(unplanned), _UNTOLD)))
+        self.plans = Plans(
+            self._bench, self.clean, unplanned, self._allowed, self._effort, self._allowed_to_plans, limit
+        )
         polished = self.plans.polished(most if self._effort is Effort.EXTENSIVE else 0)
         for trial in chain(self.plans.towards(most), polished):
             if not self._sounds(trial, unplanned, self.best):
@@ -205,11 +210,6 @@ class Search:
             trial.verdict = f"an error above {allowed}, and nothing tells what that means for accuracy"
             return False
         return True
-
-    @property
-    def _allowed_to_plans(self) -> float:
-        """The loss that plans may have."""
-        return min(self._max_drop, _UNTOLD) if self._untold else self._max_drop
 
     def others(self) -> list[Candidate]:
         """All candidates that run and were timed and judged, more of them made for a choice."""

@@ -25,7 +25,7 @@ from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.placement import Crossing
-from onnxcomp.planning import Planner
+from onnxcomp.planning import Plan, Planner
 from onnxcomp.plans import Lost, loss_per_error
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Session, Target
@@ -277,7 +277,7 @@ def test_options_of_any_pass_are_choices_where_they_save_time(model: ir.Model) -
     assert [getattr(technique, "parts", ()) for technique in daring.others] == [((name, 0.02),)]
     assert daring.time < careful.time
     made = daring.passes(jointly=False)[0](model, context(64)).model
-    assert found.error(made) == pytest.approx(daring.sources[planning._SOURCES.index("other passes")], rel=0.2)
+    assert found._answers.error(made) == pytest.approx(daring.sources[planning._SOURCES.index("other passes")], rel=0.2)
 
 
 def test_what_a_pass_offers_and_cannot_do_is_told(model: ir.Model) -> None:
@@ -421,6 +421,46 @@ def test_after_a_plan_that_lost_too_much_the_next_one_takes_less(lab: Lab, model
     sizes = [trial.figures.size for trial in report.trials if trial.name.startswith("plan ")]
     assert len(sizes) > 1
     assert sizes == sorted(set(sizes))
+
+
+def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_fitting_makes_up_for(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promised = Planner.plan
+
+    def slow(self: Planner, *limits: float) -> Plan | None:
+        plan = promised(self, *limits)
+        return plan if plan is None or self._seen else replace(plan, time=1.0)
+
+    monkeypatch.setattr(Planner, "plan", slow)
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    data = context(121).data
+    assert data is not None
+    report = lab.optimize(
+        model, calib=[batch.feeds for batch in data], passes=["simplify", "prune", "prune-depth"], effort="default"
+    ).report
+    first, second = [trial for trial in report.trials if trial.name.startswith("plan ")][:2]
+    assert first.predicted == pytest.approx(report.trials[0].figures.speedup)
+    assert first.predicted is not None
+    assert second.predicted is not None
+    assert second.predicted > first.predicted
+
+
+def test_where_nothing_tells_accuracy_what_goes_counts_beside_what_quantization_loses(
+    lab: Lab, model: ir.Model
+) -> None:
+    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    lab.loss = lambda made: 0.1 if models.tensor_bytes(made) < whole else 0.0
+    data = context(121).data
+    assert data is not None
+    calib = [batch.feeds for batch in data]
+    report = lab.optimize(
+        model, calib=calib, passes=["simplify", "quantize-static", "prune", "prune-depth"], effort="default"
+    ).report
+    quantized = [trial for trial in report.trials if trial.name.startswith("static INT8") and trial.figures.drop]
+    assert quantized
+    assert any(trial.name.startswith("plan ") and trial.verdict == "chosen" for trial in report.trials)
 
 
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
