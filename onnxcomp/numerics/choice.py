@@ -6,9 +6,14 @@ combination, whose sums over all other parts are the parts' own (the local margi
 2008, section 4.1.1). Costs that are paid once if any of several parts differs need one variable each.
 """
 
+import contextlib
+import ctypes
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,16 +104,40 @@ def choose_together(
     if len(limited):
         shares = csr_array(np.stack([rows[number] / scale[number] for number in limited]))
         constraints.append(LinearConstraint(shares, -np.inf, bounds[limited] / scale[limited]))
-    found = milp(
-        objective / (np.abs(objective).max() or 1.0),
-        integrality=whole,
-        bounds=Bounds(0, np.where(whole, 1, np.inf)),
-        constraints=constraints,
-        options={"mip_rel_gap": gap, "time_limit": _SECONDS},
-    )
+    with _silence():
+        found = milp(
+            objective / (np.abs(objective).max() or 1.0),
+            integrality=whole,
+            bounds=Bounds(0, np.where(whole, 1, np.inf)),
+            constraints=constraints,
+            options={"mip_rel_gap": gap, "time_limit": _SECONDS},
+        )
     if found.x is None:
         return None
     return [int(np.argmax(found.x[start:stop])) for start, stop in pairwise(problem.starts)]
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing that C code prints reaches stdout, where results go.
+
+    HiGHS 1.12 prints a line that no option turns off (its issue 2783).
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is no stdout
+        yield
+        return
+    sys.stdout.flush()
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, TypeError, AttributeError):  # no C library by that name
+            ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 class _Problem:

@@ -1,10 +1,15 @@
 """The knapsack: against all choices there are."""
 
+import ctypes
+import sys
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import milp
 
+from onnxcomp.numerics import choice
 from onnxcomp.numerics.choice import Clash, Term, choose, choose_together, undominated
 
 
@@ -70,3 +75,20 @@ def test_costs_of_several_parts_together_and_clashes_count(seed: int) -> None:
     assert found is not None
     assert np.all(cost(tuple(found))[1:] <= limits * (1 + 1e-6))
     assert totals[tuple(found)] == pytest.approx(min(totals.values()), rel=2e-4)  # the gap that is allowed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the C library goes by another name")
+def test_what_the_solver_prints_stays_out_of_the_results(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def talkative(*given: Any, **named: Any) -> Any:
+        ctypes.CDLL(None).puts(b"tmpSolver.run();")
+        return milp(*given, **named)
+
+    monkeypatch.setattr(choice, "milp", talkative)
+    sys.stdout.write("before\n")
+    assert choose([np.array([1.0, 0.0])], [np.array([[0.0], [1.0]])], np.array([1.0])) == [1]
+    sys.stdout.write("after\n")
+    sys.stdout.flush()
+    ctypes.CDLL(None).fflush(None)
+    assert capfd.readouterr().out == "before\nafter\n"
