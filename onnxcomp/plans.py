@@ -144,7 +144,7 @@ class Plans:
             most: plans; fewer where the next one does not promise to be faster than `best`.
             share: of the loss that is allowed, that a plan may have.
         """
-        for _ in range(most):
+        for _ in range(most if self._planner is not None else 0):
             found = self._at(self._aim(share), self.best)
             if found is None:
                 return

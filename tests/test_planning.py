@@ -32,6 +32,7 @@ from onnxcomp.runtime import Session, Target
 from onnxcomp.table import FLOAT
 from onnxcomp.weights import NEAREST
 from tests.lab import Lab, lab
+from tests.lab import network as chain
 from tests.passes.small import context, network
 from tests.passes.test_prune_depth import joins, residual
 from tests.slices import sliced
@@ -507,3 +508,15 @@ def test_a_noisy_loss_changes_what_the_next_error_is_taken_to_lose_by_little(
     assert low < loss_per_error([Lost(0.001, 0.001, noise), Lost(0.004, 0.004, noise)], 0.005, usual) < high
     assert loss_per_error([Lost(0.004, np.inf, noise)], 0.005, usual) == pytest.approx(usual)
     assert loss_per_error([Lost(0.004, 1.0, 1e-9)] * 50, 0.005, usual) == pytest.approx(4 * usual)
+
+
+@pytest.mark.parametrize("untraced", [False, True])
+def test_where_nothing_can_go_nothing_is_planned(lab: Lab, monkeypatch: pytest.MonkeyPatch, untraced: bool) -> None:
+    def nobody_knows(*_: Any) -> None:
+        raise OnnxcompError("odd shapes")
+
+    if untraced:
+        monkeypatch.setattr(planning, "channel_groups", nobody_knows)
+    report = lab.optimize(chain(["g0"]), passes=["simplify", "prune", "prune-depth"], effort="default").report
+    assert not any(trial.name.startswith("plan ") for trial in report.trials)
+    assert any("odd shapes" in trial.verdict for trial in report.trials) == untraced
