@@ -31,6 +31,8 @@ _AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
 _RETREAT = 0.7
 """By what that falls where a plan lost too much: the same samples judge the next one."""
+_WORTH = 1.1
+"""How much faster a plan must be than the best before it, to be followed by one more than planned."""
 _BEYOND = 1.25
 """How far a neighbour of a plan may go beyond the error that plans are to have: what it loses is measured."""
 _FILLED = 0.97
@@ -141,17 +143,22 @@ class Plans:
         Between them they are timed beside the best without a plan, and judged.
 
         Args:
-            most: plans; fewer where the next one does not promise to be faster than `best`.
+            most: plans, beside those that made `best` much faster; fewer where the next one does not promise to.
             share: of the loss that is allowed, that a plan may have.
         """
-        for _ in range(most if self._planner is not None else 0):
-            found = self._at(self._aim(share), self.best)
+        if self._planner is None:
+            return
+        while most > 0:
+            found = self._at(self._aim(share), before := self.best)
             if found is None:
                 return
+            most -= 1
             for trial in found:
                 yield trial
                 if trial.speedup and not within(self._bench.drop(trial), self._loss):
                     share *= _RETREAT
+            if self.best.speedup > before.speedup * _WORTH:
+                most += 1
 
     def polished(self, most: int) -> Iterator[Candidate]:
         """Neighbours of the best plan that promise to be faster within the loss: local search, as far as it helps.

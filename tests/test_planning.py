@@ -447,6 +447,19 @@ def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_f
     assert second.predicted > first.predicted
 
 
+def test_plans_go_on_while_each_is_much_faster(lab: Lab, model: ir.Model) -> None:
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    data = context(121).data
+    assert data is not None
+    calib = [batch.feeds for batch in data]
+    report = lab.optimize(
+        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="quick", budget=Budget(max_drop=0.1)
+    ).report
+    first, *others = [trial.figures.speedup or 0.0 for trial in report.trials if trial.name.startswith("plan ")]
+    assert others  # one is what `quick` makes of named passes
+    assert first > 1.1 * (report.trials[0].figures.speedup or 0.0)
+
+
 def test_where_nothing_tells_accuracy_what_goes_counts_beside_what_quantization_loses(
     lab: Lab, model: ir.Model
 ) -> None:
