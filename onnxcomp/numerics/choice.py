@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,6 +25,8 @@ from onnxcomp.numerics.arrays import Floats
 
 _GAP = 1e-4
 _SECONDS = 10.0
+
+_one_at_a_time = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,23 +124,26 @@ def choose_together(
 def _silence() -> Iterator[None]:
     """Nothing that C code prints reaches stdout, where results go.
 
-    HiGHS 1.12 prints a line that no option turns off (its issue 2783).
+    HiGHS 1.12 prints a line that no option turns off (its issue 2783). One thread at a time: another would take what
+    this one put in the place of stdout for stdout.
     """
-    try:
-        kept = os.dup(1)
-    except OSError:  # there is no stdout
-        yield
-        return
-    sys.stdout.flush()
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError, TypeError, AttributeError):  # no C library by that name
-            ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+    with _one_at_a_time:
+        try:
+            kept = os.dup(1)
+        except OSError:  # there is no stdout
+            yield
+            return
+        with contextlib.suppress(AttributeError, ValueError):  # Python has none, or closed it
+            sys.stdout.flush()
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError, TypeError, AttributeError):  # no C library by that name
+                ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 class _Problem:

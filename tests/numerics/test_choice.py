@@ -1,7 +1,9 @@
 """The knapsack: against all choices there are."""
 
 import ctypes
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
@@ -92,3 +94,11 @@ def test_what_the_solver_prints_stays_out_of_the_results(
     sys.stdout.flush()
     ctypes.CDLL(None).fflush(None)
     assert capfd.readouterr().out == "before\nafter\n"
+
+
+def test_solvers_in_several_threads_leave_stdout_where_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: choose([np.ones(2)] * 20, [np.ones((2, 1))] * 20, np.array([20.0])), range(40)))
+    os.write(1, b"still here")
+    assert None not in found
+    assert capfd.readouterr().out == "still here"
