@@ -28,6 +28,7 @@ from onnxcomp.placement import Crossing
 from onnxcomp.planning import Plan, Planner
 from onnxcomp.plans import Lost, loss_per_error
 from onnxcomp.profiling import Profile
+from onnxcomp.report import Result
 from onnxcomp.runtime import Session, Target
 from onnxcomp.table import FLOAT
 from onnxcomp.weights import NEAREST
@@ -343,6 +344,14 @@ def test_a_limit_on_size_is_kept_at_the_price_of_time(model: ir.Model, monkeypat
     assert found.plan(0.2, size=100) is None
 
 
+def searched(lab: Lab, model: ir.Model, count: int = 121, **options: Any) -> Result:
+    """What `optimize` makes of a model with so many samples; by default without quantization, at the usual effort."""
+    data = context(count).data
+    assert data is not None
+    given = {"passes": ["simplify", "prune", "prune-depth"], "effort": "default"} | options
+    return lab.optimize(model, calib=[batch.feeds for batch in data], **given)
+
+
 @pytest.mark.parametrize(
     ("loss", "budget", "chosen"), [(0.03, Budget(), False), (0.01, Budget(), True), (0.03, Budget(max_drop=0.05), True)]
 )
@@ -352,12 +361,7 @@ def test_where_nothing_tells_accuracy_less_goes_and_a_note_says_so(
     whole = models.tensor_bytes(Simplify()(model, context(64)).model)
     lab.latency = lambda model: float(models.tensor_bytes(model))
     lab.loss = lambda model: loss if models.tensor_bytes(model) < whole else 0.0
-    data = context(64).data
-    assert data is not None
-    calib = [batch.feeds for batch in data]
-    report = lab.optimize(
-        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=budget
-    ).report
+    report = searched(lab, model, budget=budget, count=64).report
     assert any(trial.name.startswith("plan ") for trial in report.trials)
     assert any("an error above 0.02" in trial.verdict for trial in report.trials) != chosen
     assert any("Prune" in step.recipe for step in report.steps) == chosen
@@ -375,12 +379,7 @@ def test_a_plan_that_fails_on_the_final_data_gives_way_to_another(lab: Lab, mode
         return float(size in failed)
 
     lab.latency, lab.final_loss = lambda made: float(models.tensor_bytes(made)), first_fails
-    data = context(121).data
-    assert data is not None
-    calib = [batch.feeds for batch in data]
-    result = lab.optimize(
-        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=Budget(max_drop=0.1)
-    )
+    result = searched(lab, model, budget=Budget(max_drop=0.1))
     verdicts = [trial.verdict for trial in result.report.trials if trial.name.startswith("plan ")]
     assert len(verdicts) > 1
     assert verdicts.count("over the budget on the final data") == 1
@@ -392,12 +391,7 @@ def test_where_no_other_plan_is_gentle_enough_one_is_made(lab: Lab, model: ir.Mo
     lab.latency = lambda made: float(models.tensor_bytes(made))
     lab.loss = lambda made: max(0.052 * (1 - models.tensor_bytes(made) / whole), 0.0)
     lab.final_loss = lambda made: 2 * lab.loss(made)
-    data = context(121).data
-    assert data is not None
-    calib = [batch.feeds for batch in data]
-    report = lab.optimize(
-        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=Budget(max_drop=0.1)
-    ).report
+    report = searched(lab, model, budget=Budget(max_drop=0.1)).report
     failed, chosen = (
         next(trial for trial in report.trials if trial.verdict == verdict)
         for verdict in ("over the budget on the final data", "chosen")
@@ -413,12 +407,7 @@ def test_after_a_plan_that_lost_too_much_the_next_one_takes_less(lab: Lab, model
     whole = models.tensor_bytes(Simplify()(model, context(64)).model)
     lab.latency = lambda made: float(models.tensor_bytes(made))
     lab.loss = lambda made: 1.0 if models.tensor_bytes(made) < whole else 0.0
-    data = context(121).data
-    assert data is not None
-    calib = [batch.feeds for batch in data]
-    report = lab.optimize(
-        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="default", budget=Budget(max_drop=0.1)
-    ).report
+    report = searched(lab, model, budget=Budget(max_drop=0.1)).report
     sizes = [trial.figures.size for trial in report.trials if trial.name.startswith("plan ")]
     assert len(sizes) > 1
     assert sizes == sorted(set(sizes))
@@ -435,11 +424,7 @@ def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_f
 
     monkeypatch.setattr(Planner, "plan", slow)
     lab.latency = lambda made: float(models.tensor_bytes(made))
-    data = context(121).data
-    assert data is not None
-    report = lab.optimize(
-        model, calib=[batch.feeds for batch in data], passes=["simplify", "prune", "prune-depth"], effort="default"
-    ).report
+    report = searched(lab, model).report
     first, second = [trial for trial in report.trials if trial.name.startswith("plan ")][:2]
     assert first.predicted == pytest.approx(report.trials[0].figures.speedup)
     assert first.predicted is not None
@@ -449,12 +434,7 @@ def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_f
 
 def test_plans_go_on_while_each_is_much_faster(lab: Lab, model: ir.Model) -> None:
     lab.latency = lambda made: float(models.tensor_bytes(made))
-    data = context(121).data
-    assert data is not None
-    calib = [batch.feeds for batch in data]
-    report = lab.optimize(
-        model, calib=calib, passes=["simplify", "prune", "prune-depth"], effort="quick", budget=Budget(max_drop=0.1)
-    ).report
+    report = searched(lab, model, effort="quick", budget=Budget(max_drop=0.1)).report
     first, *others = [trial.figures.speedup or 0.0 for trial in report.trials if trial.name.startswith("plan ")]
     assert others  # one is what `quick` makes of named passes
     assert first > 1.1 * (report.trials[0].figures.speedup or 0.0)
@@ -466,12 +446,7 @@ def test_where_nothing_tells_accuracy_what_goes_counts_beside_what_quantization_
     whole = models.tensor_bytes(Simplify()(model, context(64)).model)
     lab.latency = lambda made: float(models.tensor_bytes(made))
     lab.loss = lambda made: 0.1 if models.tensor_bytes(made) < whole else 0.0
-    data = context(121).data
-    assert data is not None
-    calib = [batch.feeds for batch in data]
-    report = lab.optimize(
-        model, calib=calib, passes=["simplify", "quantize-static", "prune", "prune-depth"], effort="default"
-    ).report
+    report = searched(lab, model, passes=["simplify", "quantize-static", "prune", "prune-depth"]).report
     quantized = [trial for trial in report.trials if trial.name.startswith("static INT8") and trial.figures.drop]
     assert quantized
     assert any(trial.name.startswith("plan ") and trial.verdict == "chosen" for trial in report.trials)
@@ -530,6 +505,6 @@ def test_where_nothing_can_go_nothing_is_planned(lab: Lab, monkeypatch: pytest.M
 
     if untraced:
         monkeypatch.setattr(planning, "channel_groups", nobody_knows)
-    report = lab.optimize(chain(["g0"]), passes=["simplify", "prune", "prune-depth"], effort="default").report
+    report = searched(lab, chain(["g0"])).report
     assert not any(trial.name.startswith("plan ") for trial in report.trials)
     assert any("odd shapes" in trial.verdict for trial in report.trials) == untraced
