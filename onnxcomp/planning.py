@@ -61,6 +61,8 @@ _LAYOUT = 2.0
 least that, until it was measured."""
 _ROUNDS = 2
 """Of profiles of models with fewer channels, of five runs each."""
+_HOPELESS = 2.0
+"""How many times as long as in the best precision a model takes in float, where no width makes float worth it."""
 _LEVELS = 4
 """Widths of each group that are timed: all channels, three quarters, half, a quarter."""
 _FITTED_LAYERS = 4
@@ -181,11 +183,11 @@ class Planner:
         self._branch_errors = context.recall("branch errors", (model, known, prune_depth), self._measured_branches)
         self._rows: list[Row] = []
         if prune and self._groups:
-            quantizer = self.forms[best_form(self.forms)].technique
+            timed = self._timed()
             self._rows += context.recall(
                 "width errors",
-                (model, known, quantizer, feeds, sized),
-                lambda: list(self._measured_widths(data, feeds)),
+                (model, known, [self.forms[name].technique for name in timed], feeds, sized),
+                lambda: list(self._measured_widths(data, feeds, timed)),
             )
         self.refused: list[tuple[str, str]] = []
         for technique in others:
@@ -238,35 +240,47 @@ class Planner:
             context.progress(len(found), len(self.branches), "measuring what branches are worth")
         return found
 
-    def _measured_widths(self, data: Dataset, feeds: Feeds) -> Iterator[Row]:
-        """The groups whose narrowing saves time in the precision that the model will mostly have."""
+    def _timed(self) -> list[str]:
+        """The precisions in which narrower models are timed: the best, and float where that may come to be better."""
+        best, times = best_form(self.forms), {name: sum(form.times.values()) for name, form in self.forms.items()}
+        return [best] if best == FLOAT or times[FLOAT] > _HOPELESS * times[best] else [best, FLOAT]
+
+    def _measured_widths(self, data: Dataset, feeds: Feeds, timed: Sequence[str]) -> Iterator[Row]:
+        """The groups whose narrowing saves time in some precision; others than those timed do as the first of them."""
         groups = self._groups
         assert groups is not None
-        technique = self.forms[best_form(self.forms)].technique
         pruner = Pruner(groups, data, self._context, refit=True)
         cuttable = [
             may_go(group.size, _LEAST, _MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
             for group in groups
         ]
         self._context.progress(0, 0, "timing widths")
-        clock = LatencyModel(groups, cuttable, replace(self._context, data=data), feeds, technique, _ROUNDS, _LEVELS)
-        useful: dict[ChannelGroup, tuple[Counts, NDArray[np.float64], set[str]]] = {}
-        for index, (group, counts) in enumerate(zip(groups, clock.counts, strict=True)):
-            shares = np.array([clock.share(index, int(count)) for count in counts])
-            best_so_far = np.minimum.accumulate(np.append(1.0, shares[:-1]))
-            keep = np.flatnonzero(self._sized | (shares < best_so_far - _SAVES) | (counts == 0))
-            if len(keep) > 1:
-                touched = {self._units.of(name) for name in clock.touched[index]}
-                useful[group] = counts[keep], shares[keep], touched
+        known = replace(self._context, data=data)
+        clocks = {
+            name: LatencyModel(groups, cuttable, known, feeds, self.forms[name].technique, _ROUNDS, _LEVELS)
+            for name in timed
+        }
+        first = clocks[timed[0]]
+        useful: dict[ChannelGroup, tuple[Counts, dict[str, NDArray[np.float64]], set[str]]] = {}
+        for index, (group, counts) in enumerate(zip(groups, first.counts, strict=True)):
+            keep = self._sized | (counts == 0)
+            shares = {}
+            for name, clock in clocks.items():
+                shares[name] = own = np.array([clock.share(index, int(count)) for count in counts])
+                keep = keep | (own < np.minimum.accumulate(np.append(1.0, own[:-1])) - _SAVES)
+            if keep.sum() > 1:
+                touched = {self._units.of(name) for name in first.touched[index]}
+                kept = {name: shares.get(name, shares[timed[0]])[keep] for name in self.forms}
+                useful[group] = counts[keep], kept, touched
         names = {group.name for group in useful}
         self._context.progress(0, 0, "ranking channels")
         rankings = pruner.rank(Criterion.OBS, Aggregate.MEAN, normalised=True, only=names)
         most = {group: (ranking, int(useful[group][0][-1])) for group, ranking in rankings.items()}
         for group, curve in pruner.curves(most, _PROBES).items():
-            counts, shares, touched = useful[group]
+            counts, kept, touched = useful[group]
             left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
             settings = tuple((group.size - counts).tolist())
-            yield Row(group.name, settings, curve.errors[counts], shares, left, touched)
+            yield Row(group.name, settings, curve.errors[counts], kept, left, touched)
 
     def _bytes_left(self, group: ChannelGroup, counts: Counts, touched: Set[str]) -> NDArray[np.float64]:
         """Share of their bytes that units have left without some channels of a group, by how many of them."""
@@ -331,7 +345,7 @@ class Planner:
             probe.part,
             (0, *(option.setting for option in options)),
             np.array([0.0, *(gain * option.error for option in options)]),
-            np.array([1.0, *(option.latency for option in options)]),
+            dict.fromkeys(self.forms, np.array([1.0, *(option.latency for option in options)])),
             np.array([1.0, *(option.bytes / whole for option in options)]),
             {self._units.of(probe.part)},
             technique,
@@ -445,7 +459,9 @@ class Planner:
             times, sizes = (costs[..., None] * np.array([1.0, 0.0]) for costs in (times, sizes))
         for row in self._rows:
             if unit in row.touched:
-                times, sizes = times[..., None] * row.shares, sizes[..., None] * row.left
+                shares = np.stack([row.shares[name] for name in options])
+                shares = shares.reshape(len(options), *(1,) * (times.ndim - 1), -1)
+                times, sizes = times[..., None] * shares, sizes[..., None] * row.left
         return np.stack([times, np.zeros_like(times), sizes], axis=-1)
 
     def _rest(self) -> int:
@@ -509,9 +525,16 @@ class Planner:
         if crossings > 0:
             self._layout *= max((taken / self._scale() * self._total - units) / crossings, 1.0)
 
-    def compare(self, plan: Plan, made: ir.Model) -> float:
-        """The error of a plan's outputs, as it is; errors of later plans are rescaled by it."""
-        return self._compared(plan.sources, made)
+    def compare(self, plan: Plan, made: ir.Model, *, quantized: bool = True) -> float:
+        """The error of a plan's outputs, as it is; errors of later plans are rescaled by it.
+
+        Args:
+            plan: what was done.
+            made: what came of it.
+            quantized: whether precision is part of it already. What fitting makes up for is small beside what integers
+                lose, and told better before that.
+        """
+        return self._compared(plan.sources if quantized else (*plan.sources[:-1], 0.0), made)
 
     def compare_form(self, form: str, made: ir.Model) -> float:
         """The same of the model in one precision, where nothing else was done to it."""

@@ -227,6 +227,8 @@ class Plans:
         yield trial
         if trial.speedup:
             self._planner.learn(plan.time, self._share * self._base.speedup / trial.speedup)
+            if behind:
+                self._planner.compare(plan, self._bench.applied(passes)[0], quantized=False)
             self._learn_loss(trial, self._planner.compare(plan, trial.model))
 
     def _measured(self, best: Candidate, allowed: Set[str]) -> Planner | None:

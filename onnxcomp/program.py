@@ -70,7 +70,7 @@ class Row:
         part: name of a group of channels or of a layer.
         settings: (options,) what the pass takes for it: channels left, for a group.
         errors: (options,) of the outputs.
-        shares: (options,) of the time of the units that it touches.
+        shares: by precision (options,) of the time of the units that it touches.
         left: (options,) of their bytes; not measured where those do not count.
         touched: these.
         technique: the pass; None for channels, which go together with branches.
@@ -79,7 +79,7 @@ class Row:
     part: str
     settings: tuple[Setting, ...]
     errors: NDArray[np.float64]
-    shares: NDArray[np.float64]
+    shares: Mapping[str, NDArray[np.float64]]
     left: NDArray[np.float64]
     touched: set[str]
     technique: Pass | None = None
@@ -89,8 +89,9 @@ class Row:
         return not (self.technique is None and other.technique is None) and bool(self.touched & other.touched)
 
     def option(self, number: int) -> Option:
-        """As the pass takes it, which goes by part and setting."""
-        return Option(self.part, self.settings[number], float(self.errors[number]), 0, float(self.shares[number]))
+        """As the pass takes it, which goes by part and setting; its latency is the same in all precisions."""
+        share = next(iter(self.shares.values()))[number]
+        return Option(self.part, self.settings[number], float(self.errors[number]), 0, float(share))
 
 
 def either(first: int, second: int) -> NDArray[np.float64]:

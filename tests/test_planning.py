@@ -158,6 +158,30 @@ def test_what_is_not_allowed_is_not_planned(model: ir.Model) -> None:
     assert not nothing.has_choices
 
 
+def test_narrow_layers_run_in_the_precision_that_is_best_for_their_width(
+    model: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Integers gain half at full width, and nothing more by narrower layers."""
+
+    def wide_integers(made: Sequence[ir.Model], *_: Any, **__: Any) -> list[Profile]:
+        integers = [any(node.op_type == "DequantizeLinear" for node in each.graph) for each in made]
+        floats = made_up([model])[0].times
+        own = zip(integers, made_up(made), strict=True)
+        return [Profile({n: floats[n] / 1.5 for n in floats} if is_int else p.times, {}) for is_int, p in own]
+
+    for module in (table, latency):
+        monkeypatch.setattr(module, "profiles", wide_integers)
+    found = planner(model, prune_depth=False)
+    whole = found.plan(np.inf)
+    assert whole is not None
+    narrow = {unit for row in found._rows if row.part in dict(whole.widths) for unit in row.touched}
+    assert narrow
+    assert {whole.forms[unit] for unit in narrow} == {FLOAT}
+    wide = planner(model, prune=False, prune_depth=False).plan(np.inf)
+    assert wide is not None
+    assert {wide.forms[unit] for unit in narrow} == {"INT8"}
+
+
 def test_dear_conversions_keep_neighbours_in_one_precision(model: ir.Model) -> None:
     found = planner(model, prune=False, prune_depth=False)
     cheap = found.plan(np.inf)
@@ -481,6 +505,19 @@ def test_errors_and_conversions_are_rescaled_by_what_was_measured(model: ir.Mode
     whole = found.plan(np.inf)
     assert whole is not None
     assert len({whole.forms[layer.name] for layer in layers(model)}) == 1
+
+
+def test_what_fitting_makes_up_for_is_told_before_integers_hide_it(model: ir.Model) -> None:
+    found = planner(model)
+    plan = found.plan(0.2)
+    assert plan is not None
+    made = model
+    for technique in plan.passes(jointly=False):
+        made = technique(made, context(64)).model
+    plan = replace(plan, sources=(*plan.sources[:-1], 1.0))  # as if integers lost as much as there is
+    lost = found.compare(plan, made, quantized=False)
+    assert found._weights @ np.array([*plan.sources[:-1], 0.0]) == pytest.approx(lost, rel=0.2)
+    assert found._weights[-1] == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize(
