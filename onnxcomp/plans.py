@@ -27,6 +27,8 @@ _SCATTER = 0.3
 """Losses of the same error differ by about this share."""
 _UNKNOWN_NOISE = 0.25
 """Standard error of a loss, as a share of what is allowed, where the metric tells none."""
+_LEAST_NOISE = 0.1
+"""The same at least: that two models gave the same answers on some samples does not make their loss certain."""
 _AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
 _RETREAT = 0.7
@@ -298,7 +300,7 @@ def loss_per_error(known: Sequence[Lost], allowed: float, usual: float) -> float
     """
     weights, products = [1 / usual**2], [1 / usual]
     for lost in known:
-        noise = _UNKNOWN_NOISE * allowed if lost.noise is None else lost.noise
+        noise = _UNKNOWN_NOISE * allowed if lost.noise is None else max(lost.noise, _LEAST_NOISE * allowed)
         variance = noise**2 + (_SCATTER * usual * lost.error) ** 2
         if np.isfinite(lost.loss) and variance > 0:
             weights.append(lost.error**2 / variance)

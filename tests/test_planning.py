@@ -530,6 +530,7 @@ def test_a_noisy_loss_changes_what_the_next_error_is_taken_to_lose_by_little(
 ) -> None:
     usual = 0.005 / 0.012
     assert loss_per_error([], 0.005, usual) == pytest.approx(usual)
+    assert loss_per_error([Lost(1e-12, 0.0, 0.0)], 0.005, usual) == pytest.approx(usual)  # what changes nothing
     assert low < loss_per_error([Lost(0.001, 0.001, noise), Lost(0.004, 0.004, noise)], 0.005, usual) < high
     assert loss_per_error([Lost(0.004, np.inf, noise)], 0.005, usual) == pytest.approx(usual)
     assert loss_per_error([Lost(0.004, 1.0, 1e-9)] * 50, 0.005, usual) == pytest.approx(4 * usual)
