@@ -290,6 +290,7 @@ def side_by_side(
     data: Dataset,
     timings: Sequence[Timing] | None = None,
     context: Context = Context(),
+    baseline: metrics.Score | None = None,
 ) -> list[Figures]:
     """Latency and score of a model and of what was made of it.
 
@@ -302,9 +303,11 @@ def side_by_side(
         data: on which samples.
         timings: of all, where they were taken elsewhere.
         context: whose executor scores.
+        baseline: the original's score, where that is known.
     """
     timings = timings or runtime.compare(sessions, feeds, protocol)
-    baseline, *others = (evaluated(metric, session, data, sessions[0], context) for session in sessions)
+    baseline = baseline or evaluated(metric, sessions[0], data, sessions[0], context)
+    others = [evaluated(metric, session, data, sessions[0], context) for session in sessions[1:]]
     drops = [0.0, *(metrics.compare(baseline, score).value for score in others)]
     return [
         Figures(size, timing.median, (timing.low, timing.high), timing.speedup, score.value, score.interval, drop)

@@ -4,6 +4,7 @@ The search decides what is done. Here its result is scored once on data that not
 the original, and written.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
@@ -28,7 +29,7 @@ from onnxcomp.footprint import memory_of
 from onnxcomp.invocation import Invocation
 from onnxcomp.judges import Judges
 from onnxcomp.layers import refuse_broken_weights
-from onnxcomp.measure import circumstances, file_size, paced, side_by_side
+from onnxcomp.measure import circumstances, evaluated, file_size, paced, side_by_side
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.plans import PLANNED, optional
 from onnxcomp.recipe import Recipe
@@ -200,8 +201,6 @@ def optimize(
 
 def _fault(clean: Candidate, report: Report, search: Search) -> str:
     """Why clean-up is worth nothing, if it is; by times that a resumed search finds again, not by the proof's."""
-    if not clean.changed:
-        return "nothing to change"
     if clean.loses_time and not search.needs(clean, report.original.size):
         return "slower than the original"
     if report.result.size > report.original.size and not clean.gains_time:
@@ -295,14 +294,26 @@ class _Proof:
         return paced(_PROOF, self.bench.original, self.bench.batch.feeds)
 
     def _measured(self, made: Sequence[ir.Model]) -> list[Figures]:
-        """Figures of the original and of results, side by side."""
+        """Figures of the original and of results, side by side; a result that is the original has the same."""
+        original, *figures = self._side_by_side([model for model in made if model is not self.bench.model])
+        others = iter(figures)
+        return [original, *(original if model is self.bench.model else next(others) for model in made)]
+
+    @functools.cached_property
+    def _baseline(self) -> metrics.Score:
+        """Of the original on the final data, which does not change from one proof to the next."""
+        bench = self.bench
+        return evaluated(bench.judges.metric, bench.original, bench.judges.final, bench.original, bench.context)
+
+    def _side_by_side(self, made: Sequence[ir.Model]) -> list[Figures]:
         bench, judges, feeds, target = self.bench, self.bench.judges, self.bench.batch.feeds, self.bench.context.target
         protocol = self._protocol()
         sessions = [bench.original, *(Session(model, target) for model in made)]
-        sizes = [self.original.size]
-        sizes += [self.original.size if model is bench.model else models.file_bytes(model) for model in made]
+        sizes = [self.original.size, *map(models.file_bytes, made)]
         timings = stopwatch.time_apart([bench.model, *made], target, feeds, protocol)
-        figures = side_by_side(sessions, sizes, feeds, protocol, judges.metric, judges.final, timings, bench.context)
+        figures = side_by_side(
+            sessions, sizes, feeds, protocol, judges.metric, judges.final, timings, bench.context, self._baseline
+        )
         if judges.gate is not judges.metric:
             own, *scores = (judges.score(session, bench.original, bench.context, final=True) for session in sessions)
             drops = [0.0, *(metrics.compare(own, score).value for score in scores)]

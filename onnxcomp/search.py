@@ -96,7 +96,14 @@ class Search:
                 self.best = smaller
             for safer in self._safer(made):
                 self.best = safer
-        return self.best
+        return self._plain() if self.best is self.clean else self.best
+
+    def _plain(self) -> Candidate:
+        """Clean-up, or the model as it was where that found nothing."""
+        if self.clean.changed or not self.clean.steps:
+            return self.clean
+        self.clean.verdict = "nothing to change"
+        return self._bench.untouched(self._original.size)
 
     def fallbacks(self, failed: Candidate) -> Iterator[Candidate]:
         """What to take instead of a candidate that fails on unseen data.
@@ -118,7 +125,7 @@ class Search:
                 yield best
                 failed = best
         failed.verdict = "over the budget on the final data"
-        yield self.clean
+        yield self._plain()
 
     def _gentler(self, failed: Candidate) -> Iterator[Candidate]:
         """The fastest that is to lose half of what is allowed at most, else without a plan; then a plan for that loss.
@@ -159,7 +166,8 @@ class Search:
         """Every quantization as a draft, and the fastest refined."""
         made = drafts(self._bench, self.clean, self._allowed, self._effort, self._named)
         self.drafted = bool(made)
-        self._bench.time(self.clean, *made)
+        if made or self.clean.changed:
+            self._bench.time(self.clean, *made)
         self._bench.drop(self.clean)
         self.clean.verdict = "the reference for all others"
         for draft in sorted(made, key=lambda draft: -draft.speedup):
@@ -178,6 +186,8 @@ class Search:
         most = max(self._effort.plans, any(way in self._named for way in planned))
         if not most or not self._allowed & planned:
             return
+        if self.clean.timing is None:
+            self._bench.time(self.clean)
         unplanned = self.best
         limit = self._budget.size_limit(self._original.size)
         if self._untold:

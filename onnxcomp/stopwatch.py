@@ -24,12 +24,13 @@ def time_apart(candidates: "Sequence[ir.Model]", target: Target, feeds: Feeds, p
     """Time models beside the first, as `runtime.compare` does, in new processes.
 
     Where a session's memory happens to lie makes a difference of several percent that stays as long as the session.
-    So the rounds are spread over several processes, which load the models in turn forwards and backwards.
+    So the rounds are spread over several processes, which load the models in turn forwards and backwards; one does for
+    a model alone.
 
     Raises:
         OnnxcompError: one of them failed.
     """
-    processes = max(min(protocol.rounds // _LEAST_ROUNDS, _PROCESSES), 1)
+    processes = max(min(protocol.rounds // _LEAST_ROUNDS, _PROCESSES), 1) if len(candidates) > 1 else 1
     part = replace(protocol, rounds=-(-protocol.rounds // processes), seconds=protocol.seconds / processes)
     order = np.arange(len(candidates))
     tables = []

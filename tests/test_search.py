@@ -12,7 +12,7 @@ import pytest
 
 from models import zoo
 from onnxcomp import model as models
-from onnxcomp import runtime, stopwatch
+from onnxcomp import optimizer, runtime, stopwatch
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Change, Context, Outcome, Pass
@@ -172,6 +172,16 @@ def test_where_nothing_is_gained_the_result_is_the_input_byte_for_byte(lab: Lab,
     assert result.report.result.size == source.stat().st_size
     assert trial(result, "clean-up").verdict == "nothing to change"
     assert any("Nothing made it better" in note for note in result.report.notes)
+    assert result.report.result == result.report.original
+
+
+def test_where_nothing_can_change_only_the_proof_takes_time(lab: Lab) -> None:
+    result = lab.optimize(network(), passes=["simplify"])
+    assert [protocol.rounds for protocol in lab.protocols] == [optimizer._PROOF.rounds]
+    assert not result.report.steps
+    assert result.report.result == result.report.original
+    assert result.report.result.latency is not None
+    assert result.report.result.speedup == 1
 
 
 def test_weights_go_to_four_bits_where_accuracy_is_told_or_a_limit_asks(lab: Lab) -> None:
