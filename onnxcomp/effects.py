@@ -13,6 +13,10 @@ from onnxcomp.runtime import Session
 from onnxcomp.samples import Dataset
 
 _SAMPLES = 64
+_ENOUGH = 32
+"""Samples, where each gives many numbers: the error of 384 numbers on 32 sentences has a standard error of 6 to 10%,
+that of 10 logits on 64 images 9 to 12%."""
+_MANY = 100
 _BATCH = 16
 _COPIES = 4
 """Of a model, that a process has in memory while it runs it."""
@@ -37,7 +41,15 @@ class Answers:
         self._target = context.target
         session = Session(model, self._target, spinning=False)
         samples = data.at_most(_SAMPLES, context.seed)
-        self._pairs = [(batch.feeds, session.run(batch.feeds)) for batch in samples.batches(_BATCH)]
+        self._pairs = []
+        seen = numbers = 0
+        for batch in samples.batches(_BATCH):
+            if seen >= _ENOUGH and numbers >= _MANY * seen:
+                break
+            answers = session.run(batch.feeds)
+            self._pairs.append((batch.feeds, answers))
+            seen += batch.valid
+            numbers += sum(array.size for array in answers.values())
 
     def error(self, model: ir.Model | bytes) -> float:
         """Relative squared error of another model's outputs; 1 where it is not finite or there is nothing to lose."""

@@ -1,0 +1,52 @@
+"""What a change to a model does to its outputs, and on how many samples that is measured."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcomp import effects
+from onnxcomp.core import Context
+from onnxcomp.data import open_dataset
+from onnxcomp.effects import Answers
+from onnxcomp.layers import layers
+from onnxcomp.model import input_specs
+from onnxcomp.runtime import Target
+
+SAMPLES = 100
+
+
+def linear(outputs: int) -> ir.Model:
+    random = np.random.default_rng(0)
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=ir.Shape(["n", 8]))
+    weight = ir.val("w", const_value=ir.tensor(random.standard_normal((8, outputs)).astype(np.float32), name="w"))
+    node = ir.node("MatMul", [x, weight], name="product")
+    node.outputs[0].name, node.outputs[0].dtype = "y", ir.DataType.FLOAT
+    node.outputs[0].shape = ir.Shape(["n", outputs])
+    graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[weight], opset_imports={"": 17})
+    return ir.Model(graph, ir_version=8)
+
+
+def answers(model: ir.Model, count: int = SAMPLES) -> Answers:
+    x = np.random.default_rng(1).standard_normal((count, 8)).astype(np.float32)
+    return Answers(model, open_dataset({"x": x}, input_specs(model)), Context(None, Target(threads=1)))
+
+
+def scaled(model: ir.Model, factor: float) -> ir.Model:
+    copy = model.clone()
+    for layer in layers(copy):
+        layer.set_matrix(layer.matrix() * np.float32(factor))
+    return copy
+
+
+@pytest.mark.parametrize(("outputs", "count", "seen"), [(10, 100, 64), (200, 100, 32), (200, 20, 20), (10, 20, 20)])
+def test_outputs_of_many_numbers_need_fewer_samples(outputs: int, count: int, seen: int) -> None:
+    found = answers(linear(outputs), count)
+    assert sum(len(feeds["x"]) for feeds, _ in found._pairs) == seen
+    assert effects._ENOUGH < effects._SAMPLES
+
+
+def test_the_error_is_squared_and_relative() -> None:
+    model = linear(10)
+    assert answers(model).error(scaled(model, 0.9)) == pytest.approx(0.01, rel=1e-4)
+    assert answers(model).error(model) == 0
+    assert answers(model).error(scaled(model, np.nan)) == 1
