@@ -67,9 +67,9 @@ def built() -> Iterator[Given]:
             yield Given(name, model)
 
 
-def backend(every: int) -> Iterator[Given]:
-    """The models of the ONNX backend tests that load and can be fed, or every so many of them."""
-    for case in islice(cases(), 0, None, every):
+def backend(every: int, start: int) -> Iterator[Given]:
+    """The models of the ONNX backend tests that load and can be fed, or every so many of them from one on."""
+    for case in islice(cases(), start, None, every):
         try:
             model = models.load(case.model)
             open_dataset([case.inputs], models.input_specs(model))
@@ -110,8 +110,9 @@ def main() -> None:
         metavar="EVERY",
         help="the ONNX backend tests in place of the models built: every so many",
     )
+    parser.add_argument("--start", type=int, default=0, help="number of the first of them")
     arguments = parser.parse_args()
-    everything = built() if arguments.backend is None else backend(arguments.backend)
+    everything = built() if arguments.backend is None else backend(arguments.backend, arguments.start)
     rows = [row(given, arguments.effort) for given in everything if arguments.only in (None, given.name)]
     show("Models that came out otherwise", [found for found in rows if found])
     print(f"{len(rows)} models, {rows.count({})} of them left as they were")
