@@ -23,7 +23,7 @@ from rich.text import Text
 from onnxcomp.core import Width, no_progress
 from onnxcomp.explanation import Explanation, LayerRow
 from onnxcomp.family import Family
-from onnxcomp.model import write_text
+from onnxcomp.files import write_text
 from onnxcomp.package import Packed
 from onnxcomp.report import (
     Benchmark,

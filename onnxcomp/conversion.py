@@ -10,7 +10,7 @@ from typing import Any, TypedDict, Unpack
 
 import onnx_ir as ir
 
-from onnxcomp import metrics
+from onnxcomp import files, metrics
 from onnxcomp import model as models
 from onnxcomp.budget import Budget, within
 from onnxcomp.core import Context, Pass, name_nodes, no_progress, node_pattern
@@ -220,7 +220,7 @@ class _Conversion:
         self._output = None if output is None else Path(output)
         self._writes, self._overwrite = not dry_run, overwrite
         if self._output is not None and self._writes:
-            models.check_target(self._output, overwrite=overwrite, inputs=(source, *data))
+            files.check_target(self._output, overwrite=overwrite, inputs=(source, *data))
         self._source = source
         self.model = models.load(source)
         refuse_broken_weights(self.model)

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxcomp import files
 from onnxcomp import model as models
 from onnxcomp.errors import ModelError
 from onnxcomp.report import Document, Figures
@@ -73,7 +74,7 @@ def check_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
         raise ModelError(f"'{path}' is no folder", remedy="give another folder to --pareto")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise ModelError(f"the folder '{path}' is not empty", remedy="add --overwrite, or give another to --pareto")
-    models.check_target(path / INDEX if path.is_dir() else path, overwrite=True, option="--pareto")
+    files.check_target(path / INDEX if path.is_dir() else path, overwrite=True, option="--pareto")
 
 
 def write(family: Family, made: Sequence[ir.Model], folder: str | os.PathLike[str]) -> None:
@@ -94,7 +95,7 @@ def write(family: Family, made: Sequence[ir.Model], folder: str | os.PathLike[st
     for name in before - {member.file for member in family.members}:
         (path / name).unlink(missing_ok=True)
         (path / f"{name}.data").unlink(missing_ok=True)
-    models.write_text(json.dumps(family.to_json(), indent=2, allow_nan=False) + "\n", path / INDEX)
+    files.write_text(json.dumps(family.to_json(), indent=2, allow_nan=False) + "\n", path / INDEX)
 
 
 def _files(folder: Path) -> set[str]:

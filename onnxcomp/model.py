@@ -1,25 +1,20 @@
-"""Models in, models out: load, check, fingerprint, and write atomically.
+"""Models in, models out: load, check, fingerprint, and write.
 
 The model is an `onnx_ir.Model` throughout. Its tensors are shared between clones: replace them, never write into them.
 """
 
-import contextlib
-import glob
 import hashlib
-import math
 import os
-import tempfile
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-import google.protobuf.message
 import numpy as np
 import onnx
-import onnx.external_data_helper
 import onnx_ir as ir
 from onnx_ir import external_data
 
+from onnxcomp import files, protos
 from onnxcomp.errors import ModelError
 
 ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
@@ -98,16 +93,16 @@ def load(source: ModelSource) -> ir.Model:
         proto = onnx.ModelProto()
         proto.CopyFrom(source)  # onnx_ir reads tensors in place, and writes new names into them
     elif isinstance(source, bytes):
-        proto = _parse(source, name)
+        proto = protos.parse(source, name)
     else:
         path = Path(source)
         name, folder = str(path), path.resolve().parent
-        proto = _parse(_read(path), name)
-    _check_external(proto, folder, name)
+        proto = protos.parse(protos.read(path), name)
+    protos.check_external(proto, folder, name)
     if folder is not None:
-        _load_attributes(proto, folder)
-    if _has_sparse(proto):
-        proto = _densified(proto)
+        protos.load_attributes(proto, folder)
+    if protos.has_sparse(proto):
+        proto = protos.densified(proto)
     try:
         model = ir.from_proto(proto)
     except Exception as error:
@@ -161,20 +156,20 @@ def fingerprint(source: ModelSource) -> str:
         ModelError: as for `load`.
     """
     digest = hashlib.sha256()
-    files: list[Path] = []
+    outside: list[Path] = []
     if isinstance(source, ir.Model):
         proto = _to_proto(source)
     elif isinstance(source, onnx.ModelProto):
         proto = source
     elif isinstance(source, bytes):
-        proto = _parse(source, "the model")
+        proto = protos.parse(source, "the model")
     else:
         path = Path(source)
-        proto, folder = _parse(_read(path), str(path)), path.resolve().parent
-        _check_external(proto, folder, str(path))
-        files = sorted({folder / location for location, _, _ in _external_parts(proto, str(path))})
+        proto, folder = protos.parse(protos.read(path), str(path)), path.resolve().parent
+        protos.check_external(proto, folder, str(path))
+        outside = sorted({folder / location for location, _, _ in protos.external_parts(proto, str(path))})
     digest.update(proto.SerializeToString(deterministic=True))
-    for file in files:
+    for file in outside:
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
@@ -192,7 +187,8 @@ def metadata(source: ModelSource) -> dict[str, str]:
     if isinstance(source, onnx.ModelProto):
         proto = source
     else:
-        proto = _parse(source, "the model") if isinstance(source, bytes) else _parse(_read(Path(source)), str(source))
+        data, name = (source, "the model") if isinstance(source, bytes) else (protos.read(Path(source)), str(source))
+        proto = protos.parse(data, name)
     return {entry.key: entry.value for entry in proto.metadata_props}
 
 
@@ -293,15 +289,15 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = Fal
         ModelError: the folder does not exist or is not writable, or the file exists and `overwrite` is off.
     """
     target = Path(path)
-    check_target(target, overwrite=overwrite)
+    files.check_target(target, overwrite=overwrite)
     if tensor_bytes(model) <= PROTOBUF_LIMIT:
-        with replacing(target) as temporary:
+        with files.replacing(target) as temporary:
             temporary.write_bytes(to_bytes(model))
         return (target,)
     data = target.with_name(target.name + ".data")
-    check_target(data, overwrite=overwrite)
+    files.check_target(data, overwrite=overwrite)
     # The data are renamed first: whoever finds a model at `target` finds its data too.
-    with replacing(target) as temporary, replacing(data) as temporary_data:
+    with files.replacing(target) as temporary, files.replacing(data) as temporary_data:
         stored = model.clone()
         strings = {value: value.const_value for value in _initializers(stored) if value.dtype == ir.DataType.STRING}
         for value in strings:  # ONNX has no external strings
@@ -310,7 +306,7 @@ def save(model: ir.Model, path: str | os.PathLike[str], *, overwrite: bool = Fal
         for value, text in strings.items():
             value.const_value = text
         proto = _to_proto(stored)
-        for tensor in _all_tensors(proto):
+        for tensor in protos.all_tensors(proto):
             for entry in tensor.external_data:
                 if entry.key == "location":
                     entry.value = data.name
@@ -326,251 +322,18 @@ def save_as_given(source: ModelSource, model: ir.Model, path: str | os.PathLike[
     """
     content = source if isinstance(source, bytes) else None
     if isinstance(source, str | os.PathLike):
-        content = _read(Path(source))
-    if content is None or list(_external_parts(_parse(content, str(path)), str(path))):
+        content = protos.read(Path(source))
+    if content is None or list(protos.external_parts(protos.parse(content, str(path)), str(path))):
         save(model, path, overwrite=overwrite)
         return
-    check_target(path, overwrite=overwrite)
-    with replacing(Path(path)) as temporary:
+    files.check_target(path, overwrite=overwrite)
+    with files.replacing(Path(path)) as temporary:
         temporary.write_bytes(content)
-
-
-def check_target(
-    path: str | os.PathLike[str], *, overwrite: bool, inputs: Sequence[object] = (), option: str = "-o"
-) -> None:
-    """Refuse a target that could not be written, before any work is done.
-
-    Args:
-        path: the target.
-        overwrite: whether an existing file may be replaced.
-        inputs: models and data that must stay: those that are paths, with a model's external data.
-        option: what the user gives another target to.
-
-    Raises:
-        ModelError: as for `save`, or the target is one of `inputs`.
-    """
-    target = Path(path)
-    folder = target.parent
-    if not folder.is_dir():
-        raise ModelError(f"the output folder '{folder}' does not exist", remedy=f"mkdir -p '{folder}'")
-    if target.resolve() in _files_of(inputs) or any(_holds(source, target) for source in inputs):
-        raise ModelError(f"'{target}' is an input itself", "inputs are never modified", f"give another {option}")
-    if target.is_dir():
-        raise ModelError(f"'{target}' is a folder", remedy=f"give a file name to {option}")
-    if target.exists() and not target.is_file():
-        raise ModelError(f"'{target}' is no regular file", "a device or a pipe", f"give a file name to {option}")
-    if target.exists() and not overwrite:
-        raise ModelError(f"'{target}' exists", remedy=f"add --overwrite, or give another name to {option}")
-    if not os.access(folder, os.W_OK):
-        raise ModelError(f"cannot write to '{folder}'", "the folder is read-only", f"give another {option}")
-
-
-def _files_of(inputs: Sequence[object]) -> set[Path]:
-    """The files that inputs are, and those in which models keep external data."""
-    files: set[Path] = set()
-    for path in (Path(source) for source in inputs if isinstance(source, str | os.PathLike)):
-        files.add(path.resolve())
-        if path.is_file() and path.suffix == ".onnx":
-            with contextlib.suppress(ModelError):  # loading will say what is wrong with it
-                parts = _external_parts(_parse(_read(path), str(path)), str(path))
-                files |= {(path.resolve().parent / location).resolve() for location, _, _ in parts}
-    return files
-
-
-def _holds(source: object, target: Path) -> bool:
-    """Whether the target is a file in a folder of data."""
-    if not isinstance(source, str | os.PathLike) or not Path(source).is_dir():
-        return False
-    return target.exists() and target.resolve().is_relative_to(Path(source).resolve())
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside `target` that takes its place at the end, or is removed on any error."""
-    try:
-        _remove_leftovers(target)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent)
-    except OSError as error:
-        raise ModelError(f"cannot write to '{target.parent}': {error.strerror}", remedy="give another -o") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(target)
-    except OSError as error:
-        raise ModelError(f"cannot write '{target}': {error.strerror}", "the disk is full or read-only") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Remove what processes that were killed on this machine left of their temporary files."""
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.*"):
-        process = path.name.removeprefix(f".{target.name}.").partition(".")[0]
-        if process.isdecimal() and not _runs(int(process)):
-            path.unlink(missing_ok=True)
-
-
-def _runs(process: int) -> bool:
-    """Whether there is such a process; elsewhere than on POSIX, where asking may end it, there is."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # it is somebody else's
-    return True
-
-
-def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a report atomically; an existing file is replaced.
-
-    Raises:
-        ModelError: the folder does not exist or is not writable.
-    """
-    target = Path(path)
-    if target.exists() and not target.is_file() and not target.is_dir():
-        target.write_text(text, encoding="utf-8")  # a pipe or a device
-        return
-    check_target(target, overwrite=True)
-    with replacing(target) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise ModelError(f"no such file: '{path}'", remedy="check the path") from error
-    except IsADirectoryError as error:
-        raise ModelError(f"'{path}' is a folder, not a model", remedy="give the .onnx file inside") from error
-    except OSError as error:
-        raise ModelError(f"cannot read '{path}': {error.strerror}") from error
-
-
-def _parse(data: bytes, name: str) -> onnx.ModelProto:
-    cause = "the file is truncated, or is not an ONNX model (a Git LFS pointer, a checkpoint)"
-    try:
-        proto: onnx.ModelProto = onnx.ModelProto.FromString(data)
-    except google.protobuf.message.DecodeError as error:
-        raise ModelError(f"{name} is not an ONNX model: it does not parse", cause, "export or copy it again") from error
-    if not proto.HasField("graph") or not proto.ir_version or not proto.opset_import:
-        raise ModelError(f"{name} is not an ONNX model: it has no graph", cause, "export or copy it again")
-    return proto
 
 
 def _innermost(error: BaseException) -> BaseException:
     """What went wrong at the bottom: onnx_ir wraps an error once per level of the graph."""
     return error if error.__cause__ is None else _innermost(error.__cause__)
-
-
-def _all_graphs(proto: onnx.ModelProto) -> Iterator[onnx.GraphProto]:
-    def below(nodes: Iterator[onnx.NodeProto]) -> Iterator[onnx.GraphProto]:
-        for node in nodes:
-            for attribute in node.attribute:
-                graphs = [attribute.g] if attribute.HasField("g") else list(attribute.graphs)
-                for graph in graphs:
-                    yield graph
-                    yield from below(iter(graph.node))
-
-    yield proto.graph
-    yield from below(iter(proto.graph.node))
-    for function in proto.functions:
-        yield from below(iter(function.node))
-
-
-def _all_nodes(proto: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    for function in proto.functions:
-        yield from function.node
-    for graph in _all_graphs(proto):
-        yield from graph.node
-
-
-def _all_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for graph in _all_graphs(proto):
-        yield from graph.initializer
-    yield from _attribute_tensors(proto)
-
-
-def _attribute_tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    for node in _all_nodes(proto):
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-
-
-def _external_parts(proto: onnx.ModelProto, name: str) -> Iterator[tuple[str, int, int]]:
-    """Location, offset and length of each tensor stored outside the file."""
-    for tensor in _all_tensors(proto):
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            continue
-        info = {entry.key: entry.value for entry in tensor.external_data}
-        try:
-            needed = math.ceil(math.prod(tensor.dims) * ir.DataType(tensor.data_type).itemsize)
-            offset, length = int(info.get("offset", 0)), int(info.get("length", needed))
-            valid = offset >= 0 and length >= needed
-        except (ValueError, TypeError):  # a number that is none, a type without a size
-            valid = False
-        if not valid:
-            raise ModelError(f"{name}: tensor '{tensor.name}' has no valid place in its external data", "a broken file")
-        yield info.get("location", ""), offset, length
-
-
-def external_locations(proto: onnx.ModelProto, name: str) -> list[str]:
-    """The files in which a model keeps tensors, relative to its folder, each once."""
-    return list(dict.fromkeys(location for location, _, _ in _external_parts(proto, name)))
-
-
-def _check_external(proto: onnx.ModelProto, folder: Path | None, name: str) -> None:
-    for location, offset, length in _external_parts(proto, name):
-        if folder is None:
-            raise ModelError(
-                f"{name} keeps tensors in '{location}', but was not given as a path",
-                "external data are found relative to the model's file",
-                "pass the path, or onnx.load(path) with its external data",
-            )
-        file = (folder / location).resolve()
-        if not location or Path(location).is_absolute() or not file.is_relative_to(folder):
-            raise ModelError(
-                f"{name} points to external data outside its folder: '{location}'",
-                "a hand-made or hostile file",
-                "keep the data beside the model",
-            )
-        if not file.is_file():
-            raise ModelError(
-                f"{name} needs its external data '{location}', which is missing",
-                "the .onnx file was copied without its data file",
-                f"copy '{location}' beside it",
-            )
-        if not os.access(file, os.R_OK):
-            raise ModelError(
-                f"{name} needs its external data '{location}', which may not be read", remedy=f"chmod +r '{file}'"
-            )
-        if file.stat().st_size < offset + length:
-            raise ModelError(f"{name}: its external data '{location}' is truncated", remedy="copy it again")
-
-
-def _load_attributes(proto: onnx.ModelProto, folder: Path) -> None:
-    """Read in what node attributes keep outside the file: onnx_ir 1.1 finds external data of initializers only."""
-    for node in _all_nodes(proto):
-        for attribute in node.attribute:
-            for tensor in [attribute.t, *attribute.tensors]:
-                if tensor.data_location == onnx.TensorProto.EXTERNAL:
-                    onnx.external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-                    tensor.data_location = onnx.TensorProto.DEFAULT
-                    del tensor.external_data[:]
 
 
 def _to_proto(model: ir.Model) -> onnx.ModelProto:
@@ -581,45 +344,15 @@ def _to_proto(model: ir.Model) -> onnx.ModelProto:
     written a second time, which is a fiftieth of a quantized model.
     """
     proto = ir.to_proto(model)
-    for tensor in _attribute_tensors(proto):
+    for tensor in protos.attribute_tensors(proto):
         tensor.ClearField("name")
-    for graph in _all_graphs(proto):
+    for graph in protos.all_graphs(proto):
         known = {tensor.name for tensor in graph.initializer}
         typed = [value for value in graph.value_info if value.name not in known]
         if len(typed) < len(graph.value_info):
             del graph.value_info[:]
             graph.value_info.extend(typed)
     return proto
-
-
-def _has_sparse(proto: onnx.ModelProto) -> bool:
-    return any(graph.sparse_initializer for graph in _all_graphs(proto)) or any(
-        attribute.HasField("sparse_tensor") for node in _all_nodes(proto) for attribute in node.attribute
-    )
-
-
-def _densified(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with dense tensors: onnx_ir 1.1 drops sparse initializers with only a log line, and refuses constants."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    for graph in _all_graphs(copy):
-        graph.initializer.extend(_dense(sparse) for sparse in graph.sparse_initializer)
-        del graph.sparse_initializer[:]
-    for node in _all_nodes(copy):
-        for attribute in node.attribute:
-            if attribute.HasField("sparse_tensor"):
-                attribute.CopyFrom(onnx.helper.make_attribute("value", _dense(attribute.sparse_tensor)))
-    return copy
-
-
-def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
-    values, indices = onnx.numpy_helper.to_array(sparse.values), onnx.numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    if indices.ndim == 1:
-        dense.reshape(-1)[indices] = values
-    else:
-        dense[tuple(indices.T)] = values
-    return onnx.numpy_helper.from_array(dense, sparse.values.name)
 
 
 def typed(model: ir.Model) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcomp import family, metrics, page, registry, stopwatch
+from onnxcomp import family, files, metrics, page, registry, stopwatch
 from onnxcomp import model as models
 from onnxcomp.anatomy import layer_rows
 from onnxcomp.budget import Budget
@@ -127,10 +127,10 @@ def optimize(
     """
     deadline, target, effort = Deadline(time_limit), Target.of(target), chosen(Effort, effort)
     if output is not None and not dry_run:
-        models.check_target(output, overwrite=overwrite, inputs=(source, calib, evaluation))
+        files.check_target(output, overwrite=overwrite, inputs=(source, calib, evaluation))
     if report is not None:
         page.require()
-        models.check_target(report, overwrite=overwrite, inputs=(source, calib, evaluation), option="--report")
+        files.check_target(report, overwrite=overwrite, inputs=(source, calib, evaluation), option="--report")
         if output is not None and Path(report).resolve() == Path(output).resolve():
             raise OptionError(
                 f"the model and the page are both to be '{report}'", remedy="give another name to --report"
@@ -187,7 +187,7 @@ def optimize(
             models.save_as_given(source, result.model, output, overwrite=overwrite)
     if report is not None:
         result = replace(result, report=_with_layers(result, bench))
-        models.write_text(page.html_of(result.report), report)
+        files.write_text(page.html_of(result.report), report)
     if refused:
         error = BudgetError(
             "no result within the budget: " + "; ".join(result.report.unmet),

@@ -146,13 +146,13 @@ def check_report(path: Path, beginning: bytes, inputs: Sequence[object] = (), *,
     Args:
         path: where it is to be.
         beginning: of all such reports.
-        inputs: as for `model.check_target`.
+        inputs: as for `files.check_target`.
         option: that gave the path.
 
     Raises:
         ModelError: it cannot be written there.
     """
-    from onnxcomp.model import check_target
+    from onnxcomp.files import check_target
 
     if path.exists() and not path.is_file() and not path.is_dir():
         return  # a pipe or a device

@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 from onnxcomp import model as models
 from onnxcomp.errors import ModelError
+from onnxcomp.files import check_target, replacing
 from onnxcomp.numerics.pack import pack as pack_bits
 from onnxcomp.numerics.pack import unpack as unpack_bits
+from onnxcomp.protos import external_locations
 from onnxcomp.report import Document
 
 MAGIC = b"ONNXPACK"
@@ -76,18 +78,18 @@ def pack(model: str | os.PathLike[str], output: str | os.PathLike[str], *, overw
         ModelError: the model cannot be read, or the package not be written.
     """
     source, target = Path(model), Path(output)
-    models.check_target(target, overwrite=overwrite, inputs=(source,))
+    check_target(target, overwrite=overwrite, inputs=(source,))
     models.load(source)  # refuses what is broken, missing or outside the folder
     content = source.read_bytes()
     proto = onnx.load_from_string(content)
     pieces: list[bytes] = []
     files = [_file(source.name, _cut(content, proto), pieces)]
-    for location in dict.fromkeys(models.external_locations(proto, str(source))):
+    for location in dict.fromkeys(external_locations(proto, str(source))):
         data = (source.parent / location).read_bytes()
         files.append(_file(location, [data[at : at + _PIECE] for at in range(0, len(data), _PIECE)], pieces))
     contents = zstandard.compress(json.dumps(files).encode(), 19)
     body = b"".join([_HEAD.pack(MAGIC, VERSION, len(contents)), contents, *pieces])
-    with models.replacing(target) as temporary:
+    with replacing(target) as temporary:
         temporary.write_bytes(body + hashlib.sha256(body).digest())
     return Packed(str(target), target.stat().st_size, {file["name"]: file["bytes"] for file in files})
 
@@ -107,7 +109,7 @@ def unpack(
         ModelError: the package is damaged or hostile, or the files cannot be written.
     """
     source, target = Path(package), Path(output)
-    models.check_target(target, overwrite=overwrite, inputs=(source,))
+    check_target(target, overwrite=overwrite, inputs=(source,))
     try:
         body = source.read_bytes()
     except OSError as error:
@@ -116,10 +118,10 @@ def unpack(
     targets = [target, *(target.parent / file.name for file in files[1:])]
     for other, file in zip(targets[1:], files[1:], strict=True):
         _check_name(file.name, target, str(source))
-        models.check_target(other, overwrite=overwrite, inputs=(source,))
+        check_target(other, overwrite=overwrite, inputs=(source,))
     written = {}
     for place, file in [*zip(targets, files, strict=True)][::-1]:  # data before the model that needs them
-        with models.replacing(place) as temporary, temporary.open("wb") as stream:
+        with replacing(place) as temporary, temporary.open("wb") as stream:
             digest = hashlib.sha256()
             for coding, size, stored in file.pieces:
                 piece = _decoded(coding, size, pieces[stored], str(source))

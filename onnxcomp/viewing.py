@@ -116,7 +116,7 @@ def verify(
 
     Exit codes: 0 all hold, 3 one does not, 2 usage or bad input, 1 failed.
     """
-    from onnxcomp.model import write_text
+    from onnxcomp.files import write_text
     from onnxcomp.verification import JUNIT
     from onnxcomp.verification import junit as as_junit
     from onnxcomp.verification import verify as work

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1] / "onnxcomp"
 # fmt: off
 LAYERS = (
     {"errors", "numerics"},
-    {"model", "graph", "layers", "symbolic", "cost", "scoring", "user_metric", "metrics", "budget",
+    {"protos", "files", "model", "graph", "layers", "symbolic", "cost", "scoring", "user_metric", "metrics", "budget",
      "samples", "npz", "images", "synthetic", "data"},
     {"runtime", "executors", "fresh", "footprint", "stopwatch", "profiling", "store",
      "deadline"},

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models import zoo
+from onnxcomp import files, protos
 from onnxcomp import model as models
 from onnxcomp.errors import ModelError
 from onnxcomp.runtime import Session
@@ -322,13 +323,13 @@ def test_save_writes_one_file_with_the_same_bytes_each_time(tmp_path: Path) -> N
     models.save(models.load(target), target, overwrite=True)
     assert target.read_bytes() == first
     assert entries(tmp_path) == ["out.onnx"]
-    assert target.stat().st_mode & 0o777 == 0o666 & ~models._umask()
+    assert target.stat().st_mode & 0o777 == 0o666 & ~files._umask()
 
 
 @pytest.mark.parametrize("name", ["resnet", "control_flow"])
 def test_types_of_initializers_are_not_written_again(name: str) -> None:
     """As onnx_ir does."""
-    for graph in models._all_graphs(onnx.load_from_string(models.to_bytes(models.load(zoo.build(name))))):
+    for graph in protos.all_graphs(onnx.load_from_string(models.to_bytes(models.load(zoo.build(name))))):
         assert not {value.name for value in graph.value_info} & {tensor.name for tensor in graph.initializer}
 
 
@@ -425,7 +426,7 @@ def test_bad_targets_are_refused_before_anything_is_written(tmp_path: Path, monk
     with pytest.raises(ModelError, match="is a folder"):
         models.save(model, tmp_path, overwrite=True)
     with pytest.raises(ModelError, match="is an input itself"):
-        models.check_target(tmp_path / "." / "model.onnx", overwrite=True, inputs=(b"", str(source)))
+        files.check_target(tmp_path / "." / "model.onnx", overwrite=True, inputs=(b"", str(source)))
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     with pytest.raises(ModelError, match="read-only"):
         models.save(model, tmp_path / "out.onnx")
@@ -444,7 +445,7 @@ def test_existing_data_are_not_overwritten_unasked(tmp_path: Path) -> None:
 def test_reports_are_written_atomically_too(tmp_path: Path) -> None:
     target = tmp_path / "report.json"
     target.write_text("old")
-    models.write_text("{}\n", target)
+    files.write_text("{}\n", target)
     assert target.read_text() == "{}\n"
     with pytest.raises(ModelError, match="does not exist"):
-        models.write_text("", tmp_path / "missing" / "report.json")
+        files.write_text("", tmp_path / "missing" / "report.json")
