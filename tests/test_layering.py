@@ -28,7 +28,7 @@ LAYERS = (
      "plans", "search", "tradeoffs", "family",
      "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package",
      "wording", "anatomy", "invocation", "plots", "page"},
-    {"console", "options", "shell", "viewing", "cli", "__main__", "__init__"},
+    {"tables", "inspected", "console", "options", "shell", "viewing", "cli", "__main__", "__init__"},
 )
 # fmt: on
 """Lowest first: arrays, models and data, execution, the contract, tools of passes, passes, flows, commands."""
