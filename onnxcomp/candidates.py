@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import partial
+from functools import cached_property, partial
 from typing import TypeVar
 
 import onnx_ir as ir
@@ -168,7 +168,6 @@ class Workbench:
             "pace", (model, self.batch.feeds, effort), lambda: paced(effort.protocol, original, self.batch.feeds)
         )
         self._timing_seconds = self._scoring_seconds = 0.0
-        self._baseline: metrics.Score | None = None
         self._applied: dict[tuple[Pass, ...], tuple[ir.Model, tuple[Step, ...]]] = {}
         self.trials: list[Candidate] = []
 
@@ -289,6 +288,11 @@ class Workbench:
             candidate.drop, candidate.noise = self._judge(candidate)
         return candidate.drop
 
+    @cached_property
+    def baseline(self) -> metrics.Score:
+        """What the original scores on the data that judge."""
+        return self.judges.score(self.original, self.original, self.context)
+
     def _judge(self, candidate: Candidate) -> tuple[float, float | None]:
         """The drop, and its standard error."""
         if candidate.model is self.model:
@@ -304,13 +308,12 @@ class Workbench:
 
     def _compared(self, model: ir.Model) -> tuple[float, float | None, str]:
         """The drop, its standard error, and why it is infinite."""
-        if self._baseline is None:
-            self._baseline = self.judges.score(self.original, self.original, self.context)
+        baseline = self.baseline
         try:
             score = self.judges.score(Session(model, self.context.target), self.original, self.context)
         except OnnxcompError as error:  # the original gave a score, so it is the candidate's fault
             return float("inf"), None, error.fact
-        found = metrics.compare(self._baseline, score)
+        found = metrics.compare(baseline, score)
         return found.value, found.standard_error, ""
 
     def _reserve(self) -> None:

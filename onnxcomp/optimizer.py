@@ -4,11 +4,11 @@ The search decides what is done. Here its result is scored once on data that not
 the original, and written.
 """
 
-import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -299,11 +299,13 @@ class _Proof:
         others = iter(figures)
         return [original, *(original if model is self.bench.model else next(others) for model in made)]
 
-    @functools.cached_property
+    @cached_property
     def _baseline(self) -> metrics.Score:
-        """Of the original on the final data, which does not change from one proof to the next."""
-        bench = self.bench
-        return evaluated(bench.judges.metric, bench.original, bench.judges.final, bench.original, bench.context)
+        """Of the original on the final data: the same for every proof, and where those judged too, known."""
+        bench, judges = self.bench, self.bench.judges
+        if judges.final is judges.judge and judges.gate is judges.metric:
+            return bench.baseline
+        return evaluated(judges.metric, bench.original, judges.final, bench.original, bench.context)
 
     def _side_by_side(self, made: Sequence[ir.Model]) -> list[Figures]:
         bench, judges, feeds, target = self.bench, self.bench.judges, self.bench.batch.feeds, self.bench.context.target
