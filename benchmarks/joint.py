@@ -41,7 +41,7 @@ ALONE = {
 LOSSES = {"minilm": 0.01}
 """What a model may lose, if not half a point."""
 
-_IMAGES = 64
+_IMAGES = 32
 """Made-up ones, for builders."""
 
 

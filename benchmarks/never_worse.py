@@ -110,7 +110,7 @@ def main() -> None:
         metavar="EVERY",
         help="the ONNX backend tests in place of the models built: every so many",
     )
-    parser.add_argument("--start", type=int, default=0, help="number of the first of them")
+    parser.add_argument("--start", type=int, default=0, help="with --backend, the number of the first")
     arguments = parser.parse_args()
     everything = built() if arguments.backend is None else backend(arguments.backend, arguments.start)
     rows = [row(given, arguments.effort) for given in everything if arguments.only in (None, given.name)]

@@ -111,14 +111,14 @@ class Terminal:
         if self.quiet or not screen.is_terminal:
             yield no_progress
             return
-        columns = (
+        parts = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
         # No refreshing thread: it would run while latency is measured.
-        with Progress(*columns, console=screen, transient=True, auto_refresh=False) as bars:
+        with Progress(*parts, console=screen, transient=True, auto_refresh=False) as bars:
             task = bars.add_task("", visible=False)
             shown = 0.0
 

@@ -28,6 +28,11 @@ class Deadline:
         self._watching = False
         self.reserve, self.passed = 0.0, False
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is such a moment."""
+        return self._end is not None
+
     def watching(self, progress: Callable[[int, int, str], None]) -> Callable[[int, int, str], None]:
         """The same, which also looks at the clock.
 

@@ -1,10 +1,12 @@
 """What a change to a model does to its outputs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from onnxcomp import model as models
 from onnxcomp.core import Context
@@ -28,6 +30,11 @@ def abroad(model: ir.Model, context: Context) -> tuple[Executor | None, int]:
     return context.executor if size < models.PROTOBUF_LIMIT else None, context.memory // (_COPIES * size + 1)
 
 
+def _floats(outputs: Mapping[str, Any]) -> dict[str, NDArray[np.floating[Any]]]:
+    """The outputs of which there are errors: no integers, and no sequences."""
+    return {name: own for name, own in outputs.items() if isinstance(own, np.ndarray) and own.dtype.kind == "f"}
+
+
 class Answers:
     """What a model says on a few samples.
 
@@ -40,27 +47,22 @@ class Answers:
     def __init__(self, model: ir.Model, data: Dataset, context: Context) -> None:
         self._target = context.target
         session = Session(model, self._target, spinning=False)
-        samples = data.at_most(_SAMPLES, context.seed)
-        self._pairs = []
-        seen = numbers = 0
-        for batch in samples.batches(_BATCH):
-            if seen >= _ENOUGH and numbers >= _MANY * seen:
-                break
-            answers = session.run(batch.feeds)
-            self._pairs.append((batch.feeds, answers))
-            seen += batch.valid
-            numbers += sum(array.size for array in answers.values())
+        first = next(iter(data.batches(1)))
+        numbers = sum(array.size for array in _floats(session.run(first.feeds)).values())
+        few = numbers >= _MANY * (first.valid + first.padding)
+        samples = data.at_most(_ENOUGH if few else _SAMPLES, context.seed)
+        self._pairs = [(batch.feeds, _floats(session.run(batch.feeds))) for batch in samples.batches(_BATCH)]
 
     def error(self, model: ir.Model | bytes) -> float:
         """Relative squared error of another model's outputs; 1 where it is not finite or there is nothing to lose."""
         session = Session(model, self._target, spinning=False)
         signal = noise = 0.0
         for feeds, expected in self._pairs:
-            for name, actual in session.run(feeds).items():
-                if expected[name].dtype.kind == "f":
-                    want = expected[name].astype(np.float64)
-                    signal += float(np.square(want).sum())
-                    noise += float(np.square(want - actual.astype(np.float64)).sum())
+            actual = session.run(feeds)
+            for name, array in expected.items():
+                want = array.astype(np.float64)
+                signal += float(np.square(want).sum())
+                noise += float(np.square(want - actual[name].astype(np.float64)).sum())
         return noise / signal if signal and np.isfinite(noise) else 1.0
 
     def errors(self, made: Iterable[ir.Model], executor: Executor | None, room: int) -> Iterator[float]:

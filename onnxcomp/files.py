@@ -23,7 +23,8 @@ def check_target(
         option: what the user gives another target to.
 
     Raises:
-        ModelError: as for `save`, or the target is one of `inputs`.
+        ModelError: the folder does not exist or is not writable, the file exists and `overwrite` is off, or the target
+            is one of `inputs`.
     """
     target = Path(path)
     folder = target.parent

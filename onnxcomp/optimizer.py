@@ -35,7 +35,7 @@ from onnxcomp.plans import PLANNED, optional
 from onnxcomp.recipe import Recipe
 from onnxcomp.record import Record, stamped
 from onnxcomp.registry import GROUPS, resolve
-from onnxcomp.report import Figures, Report, Result, source_name
+from onnxcomp.report import Figures, Report, Result, Trial, source_name
 from onnxcomp.runtime import Protocol, Session, Target
 from onnxcomp.search import Search
 from onnxcomp.store import Store
@@ -242,7 +242,8 @@ class _Proof:
         model = self._stamped(best)
         before, after = self._measured([model])
         broken = self.search.unmet(before, after)
-        conflicts = giving_way(self.search.asked, before, trials, judges.gate.name) if broken else ()
+        known = trials if best.timing else (*trials, Trial(best.name, after, best.verdict))
+        conflicts = giving_way(self.search.asked, before, known, judges.gate.name) if broken else ()
         report = Report(
             source=source_name(self.source),
             output=None if self.output is None else str(self.output),
@@ -307,6 +308,12 @@ class _Proof:
             return bench.baseline
         return evaluated(judges.metric, bench.original, judges.final, bench.original, bench.context)
 
+    @cached_property
+    def _gate_baseline(self) -> metrics.Score:
+        """The same by what the budget is on, where that is not the metric."""
+        bench = self.bench
+        return bench.judges.score(bench.original, bench.original, bench.context, final=True)
+
     def _side_by_side(self, made: Sequence[ir.Model]) -> list[Figures]:
         bench, judges, feeds, target = self.bench, self.bench.judges, self.bench.batch.feeds, self.bench.context.target
         protocol = self._protocol()
@@ -317,8 +324,8 @@ class _Proof:
             sessions, sizes, feeds, protocol, judges.metric, judges.final, timings, bench.context, self._baseline
         )
         if judges.gate is not judges.metric:
-            own, *scores = (judges.score(session, bench.original, bench.context, final=True) for session in sessions)
-            drops = [0.0, *(metrics.compare(own, score).value for score in scores)]
+            scores = [judges.score(session, bench.original, bench.context, final=True) for session in sessions[1:]]
+            drops = [0.0, *(metrics.compare(self._gate_baseline, score).value for score in scores)]
             figures = [replace(each, drop=drop) for each, drop in zip(figures, drops, strict=True)]
         if self.original.memory is not None:
             memory = [self.original.memory, *(memory_of(model, target, feeds) for model in made)]

@@ -186,13 +186,13 @@ class Planner:
             timed = self._timed()
             self._rows += context.recall(
                 "width errors",
-                (model, known, [self.forms[name].technique for name in timed], feeds, sized),
+                (model, known, [self.forms[name].technique for name in timed], [*self.forms], feeds, sized),
                 lambda: list(self._measured_widths(data, feeds, timed)),
             )
         self.refused: list[tuple[str, str]] = []
         for technique in others:
             rows, refused = context.recall(
-                "options", (technique, model, known, sized), partial(self._measured_options, technique)
+                "options", (technique, model, known, [*self.forms], sized), partial(self._measured_options, technique)
             )
             self._rows += rows
             self.refused += refused

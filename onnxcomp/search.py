@@ -99,17 +99,18 @@ class Search:
         return self._plain() if self.best is self.clean else self.best
 
     def _plain(self) -> Candidate:
-        """Clean-up, or the model as it was where that found nothing."""
-        if self.clean.changed or not self.clean.steps:
+        """Clean-up, or the model as it was where that found nothing or was not to be done."""
+        if self.clean.changed:
             return self.clean
-        self.clean.verdict = "nothing to change"
+        if self.clean.steps:
+            self.clean.verdict = "nothing to change"
         return self._bench.untouched(self._original.size)
 
     def fallbacks(self, failed: Candidate) -> Iterator[Candidate]:
         """What to take instead of a candidate that fails on unseen data.
 
         The fastest that loses half as much, the best without a plan with nodes back in float until it does, then
-        clean-up. Not more: the final data would become one more judge.
+        clean-up, or the input where that found nothing. Not more: the final data would become one more judge.
         """
         for make in (self._gentler, self._careful):
             if not failed.passes:
@@ -166,8 +167,8 @@ class Search:
         """Every quantization as a draft, and the fastest refined."""
         made = drafts(self._bench, self.clean, self._allowed, self._effort, self._named)
         self.drafted = bool(made)
-        if made or self.clean.changed:
-            self._bench.time(self.clean, *made)
+        if made or self.clean.changed or (self.allows_more and self._bench.deadline.limited):
+            self._bench.time(self.clean, *made)  # where time is limited, also to know what the proof will take
         self._bench.drop(self.clean)
         self.clean.verdict = "the reference for all others"
         for draft in sorted(made, key=lambda draft: -draft.speedup):
@@ -228,7 +229,11 @@ class Search:
             self._bench.time(*more)
             for trial in more:
                 self._within(trial)
-        return [trial for trial in self._bench.trials if trial.timing is not None and trial.drop is not None]
+        return [
+            trial
+            for trial in self._bench.trials
+            if trial.timing is not None and trial.drop is not None and trial.model is not self._bench.model
+        ]
 
     def _more(self) -> Iterator[Candidate]:
         """Plans of other errors, fewer nodes in INT8, and weights in fewer bits."""

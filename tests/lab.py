@@ -94,6 +94,7 @@ class Lab:
     final_loss: Callable[[ir.Model], float] | None = None
     order: Callable[[str], float] = lambda name: 0.0
     protocols: list[Protocol] = field(default_factory=list)
+    timed: list[int] = field(default_factory=list)  # models, each time
     scored: int = 0
 
     def optimize(self, source: Any = None, **options: Any) -> Result:
@@ -103,6 +104,7 @@ class Lab:
 
     def time_apart(self, models: Sequence[ir.Model], target: Any, feeds: Any, protocol: Protocol) -> list[Timing]:
         self.protocols.append(protocol)
+        self.timed.append(len(models))
         times = [self.latency(model) for model in models]
         ratios = [times[0] / time for time in times]
         return [Timing(time, time, time, ratio, ratio, ratio) for time, ratio in zip(times, ratios, strict=True)]

@@ -42,7 +42,34 @@ def scaled(model: ir.Model, factor: float) -> ir.Model:
 def test_outputs_of_many_numbers_need_fewer_samples(outputs: int, count: int, seen: int) -> None:
     found = answers(linear(outputs), count)
     assert sum(len(feeds["x"]) for feeds, _ in found._pairs) == seen
-    assert effects._ENOUGH < effects._SAMPLES
+
+
+@pytest.mark.parametrize("count", [60, 1000])
+def test_the_samples_are_drawn_from_all(count: int) -> None:
+    """Data often come class by class."""
+    model = linear(200)
+    x = np.repeat(np.arange(count, dtype=np.float32)[:, None], 8, axis=1)
+    found = Answers(model, open_dataset({"x": x}, input_specs(model)), Context(None, Target(threads=1)))
+    seen = np.concatenate([feeds["x"][:, 0] for feeds, _ in found._pairs])
+    assert len(seen) == effects._ENOUGH
+    assert seen.max() > 0.8 * count
+    assert seen.min() < 0.2 * count
+
+
+def test_sequences_and_integers_have_no_errors_and_count_for_nothing() -> None:
+    model = linear(10)
+    product = model.graph.outputs[0]
+    pair = ir.node("SequenceConstruct", [product, product])
+    pair.outputs[0].name, pair.outputs[0].type = "pair", ir.SequenceType(ir.TensorType(ir.DataType.FLOAT))
+    steps = ir.val("steps", const_value=ir.tensor(np.ones((1, 300), np.int64), name="steps"))
+    model.graph.register_initializer(steps)
+    as_is = ir.node("Identity", [steps])
+    as_is.outputs[0].name, as_is.outputs[0].dtype, as_is.outputs[0].shape = "i", ir.DataType.INT64, ir.Shape([1, 300])
+    model.graph.extend([pair, as_is])
+    model.graph.outputs.extend([pair.outputs[0], as_is.outputs[0]])
+    found = answers(model)
+    assert sum(len(feeds["x"]) for feeds, _ in found._pairs) == effects._SAMPLES
+    assert found.error(scaled(model, 0.9)) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_the_error_is_squared_and_relative() -> None:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -30,6 +31,7 @@ from onnxcomp.plans import Lost, loss_per_error
 from onnxcomp.profiling import Profile
 from onnxcomp.report import Result
 from onnxcomp.runtime import Session, Target
+from onnxcomp.store import Store
 from onnxcomp.table import FLOAT
 from onnxcomp.weights import NEAREST
 from tests.lab import Lab, lab
@@ -345,13 +347,35 @@ def test_branches_are_measured_by_other_processes_too(model: ir.Model) -> None:
     assert spread._branch_errors == alone._branch_errors
 
 
-def test_a_limit_on_size_is_kept_at_the_price_of_time(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow_integers(models: Sequence[ir.Model], *_: Any, **__: Any) -> list[Profile]:
-        return [
-            Profile({name: 9 * time if model is not models[0] else time for name, time in found.times.items()}, {})
-            for model, found in zip(models, made_up(models), strict=True)
-        ]
+def slow_integers(models: Sequence[ir.Model], *_: Any, **__: Any) -> list[Profile]:
+    """Three times as slow as floats."""
+    return [
+        Profile({name: 9 * time if model is not models[0] else time for name, time in found.times.items()}, {})
+        for model, found in zip(models, made_up(models), strict=True)
+    ]
 
+
+@pytest.mark.parametrize("prune", [True, False], ids=["widths", "options of others"])
+def test_what_one_search_kept_serves_another_with_more_precisions(
+    model: ir.Model, tmp_path: Path, prune: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if prune:  # so that the same precision is timed with fewer channels
+        monkeypatch.setattr(table, "profiles", slow_integers)
+    given = replace(context(64), store=Store(tmp_path))
+    assert given.data is not None
+    feeds = next(iter(given.data.batches(1))).feeds
+    others = [] if prune else [Offer(second(model))]
+    for quantizers in ({}, {"INT8": INT8}):
+        found = Planner(
+            model, quantizers, given.data, given, feeds, CROSSING, prune=prune, prune_depth=False, others=others
+        )
+        plan = found.plan(np.inf)
+        assert plan is not None
+        assert plan.decides
+        assert len(found.forms) == 1 + len(quantizers)
+
+
+def test_a_limit_on_size_is_kept_at_the_price_of_time(model: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "profiles", slow_integers)
     found = planner(model, prune=False, prune_depth=False)
     free = found.plan(0.2)
@@ -474,6 +498,23 @@ def test_where_nothing_tells_accuracy_what_goes_counts_beside_what_quantization_
     quantized = [trial for trial in report.trials if trial.name.startswith("static INT8") and trial.figures.drop]
     assert quantized
     assert any(trial.name.startswith("plan ") and trial.verdict == "chosen" for trial in report.trials)
+
+
+def test_plans_are_compared_before_they_are_quantized_too(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    compare, seen = Planner.compare, []
+
+    def noted(self: Planner, plan: Plan, made: ir.Model, *, quantized: bool = True) -> float:
+        seen.append((quantized, any(node.op_type == "QuantizeLinear" for node in made.graph)))
+        return compare(self, plan, made, quantized=quantized)
+
+    monkeypatch.setattr(Planner, "compare", noted)
+    report = searched(lab, model, passes=["simplify", "quantize-static", "prune"]).report
+    plans = [trial for trial in report.trials if trial.name.startswith("plan ") and trial.figures.speedup]
+    assert plans
+    assert seen[:2] == [(False, False), (True, True)]
 
 
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:

@@ -172,16 +172,41 @@ def test_where_nothing_is_gained_the_result_is_the_input_byte_for_byte(lab: Lab,
     assert result.report.result.size == source.stat().st_size
     assert trial(result, "clean-up").verdict == "nothing to change"
     assert any("Nothing made it better" in note for note in result.report.notes)
-    assert result.report.result == result.report.original
+    assert lab.timed[-1] == 1  # the proof
 
 
 def test_where_nothing_can_change_only_the_proof_takes_time(lab: Lab) -> None:
     result = lab.optimize(network(), passes=["simplify"])
     assert [protocol.rounds for protocol in lab.protocols] == [optimizer._PROOF.rounds]
+    assert lab.timed == [1]
     assert not result.report.steps
-    assert result.report.result == result.report.original
     assert result.report.result.latency is not None
-    assert result.report.result.speedup == 1
+
+
+def test_where_nothing_can_change_a_limit_still_says_what_would_have_to_give_way(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0
+    report = lab.optimize(network(), passes=["simplify"], budget=Budget(min_speedup=3), best_effort=True).report
+    assert not report.met
+    assert any("--min-speedup gives way by 2.00x" in note for note in report.notes)
+
+
+def test_where_time_is_limited_it_is_known_what_the_proof_takes(lab: Lab) -> None:
+    lab.optimize(network(), passes=["simplify", "quantize-weights"], time_limit=1e6)
+    assert lab.timed[0] == 2
+
+
+def test_a_result_that_is_the_input_loses_nothing_even_where_the_input_is_random() -> None:
+    x = ir.val("x", dtype=ir.DataType.FLOAT, shape=ir.Shape(["n", 4]))
+    noise = ir.node("RandomNormalLike", [x])
+    total = ir.node("Add", [x, noise.outputs[0]])
+    total.outputs[0].name, total.outputs[0].dtype = "y", ir.DataType.FLOAT
+    total.outputs[0].shape = ir.Shape(["n", 4])
+    graph = ir.Graph([x], total.outputs, nodes=[noise, total], opset_imports={"": 17})
+    data = [{"x": np.ones((8, 4), np.float32)}]
+    report = optimizer.optimize(ir.Model(graph, ir_version=8), calib=data, effort="quick").report
+    assert not report.steps
+    assert report.result == report.original
+    assert report.result.drop == 0
 
 
 def test_weights_go_to_four_bits_where_accuracy_is_told_or_a_limit_asks(lab: Lab) -> None:
