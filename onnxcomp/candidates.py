@@ -17,6 +17,8 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.footprint import memory_of
 from onnxcomp.judges import Judges, must_run
 from onnxcomp.measure import paced
+from onnxcomp.recipe import Recipe
+from onnxcomp.record import signed
 from onnxcomp.report import Figures, Step, Trial
 from onnxcomp.runtime import Protocol, Session, Timing
 from onnxcomp.weights import NEAREST, Rounding
@@ -25,6 +27,10 @@ Found = TypeVar("Found")
 
 NOISE = 0.03
 """Latencies and sizes closer than this count as equal."""
+
+
+_FINGERPRINT = "0" * 64
+"""As long as those are that results get."""
 
 
 class Effort(StrEnum):
@@ -158,7 +164,7 @@ class Workbench:
         prefix: tuple[Pass, ...],
         deadline: Deadline | None = None,
     ) -> None:
-        self.model, self._prefix, self._typed = model, prefix, models.typed(model)
+        self.model, self._prefix = model, prefix
         self.original, self.judges, self.deadline = original, judges, deadline or Deadline()
         self.context = replace(context, progress=self.deadline.watching(context.progress))
         self.batch = judges.run_of(context.batch)
@@ -185,7 +191,7 @@ class Workbench:
         self._tell(name)
         try:
             model, steps = self.applied(passes)
-            candidate = Candidate(name, passes, model, steps, self._written(model))
+            candidate = Candidate(name, passes, model, steps, self._written(model, passes))
         except OnnxcompError as error:
             for _ in self.context.data or ():
                 pass  # reading all samples tells broken data from a model that overflows on good ones
@@ -193,11 +199,14 @@ class Workbench:
         self.trials.append(candidate)
         return candidate
 
-    def _written(self, model: ir.Model) -> int:
-        """Bytes of a result's file, but for its recipe."""
-        clone = model.clone()
-        models.forget_types(clone, self._typed)
-        return models.file_bytes(clone)
+    def _written(self, model: ir.Model, passes: tuple[Pass, ...]) -> int:
+        """Bytes of a result's file with its recipe; what came of it is said besides where there is room."""
+        return models.file_bytes(signed(model, self.model, self.recipe(passes), _FINGERPRINT))
+
+    def recipe(self, passes: tuple[Pass, ...]) -> Recipe:
+        """What makes a candidate of the original."""
+        exclude = self.context.exclude
+        return Recipe((*self._prefix, *passes), self.context.seed, None if exclude is None else exclude.pattern)
 
     def applied(self, passes: tuple[Pass, ...]) -> tuple[ir.Model, tuple[Step, ...]]:
         """What passes make of the original, behind the prefix."""

@@ -32,7 +32,6 @@ from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, evaluated, file_size, paced, side_by_side
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.plans import PLANNED, optional
-from onnxcomp.recipe import Recipe
 from onnxcomp.record import Record, stamped
 from onnxcomp.registry import GROUPS, resolve
 from onnxcomp.report import Figures, Report, Result, Trial, source_name
@@ -164,16 +163,12 @@ def optimize(
         best_effort, keep_overridable, time_limit, text_of(executor),
     )  # fmt: skip
     fingerprint = models.fingerprint(source)
-    proof = _Proof(bench, search, figures, source, fingerprint, budget, output, about, prefix, str(command))
+    proof = _Proof(bench, search, figures, source, fingerprint, budget, output, about, str(command))
     best = search.run()
     result = proof.of(best)
     fallbacks = search.fallbacks(best)
     while not search.holds(result.report.result.drop) and (fallback := next(fallbacks, None)) is not None:
         best, result = fallback, proof.of(fallback)
-    if best.steps and not best.passes and (fault := _fault(best, result.report, search)):
-        best.verdict = fault
-        best = bench.untouched(figures.size)
-        result = proof.of(best)
     if pareto is not None:
         others, made = proof.family(best)
         result = Result(result.model, result.report, others)
@@ -199,15 +194,6 @@ def optimize(
     return result
 
 
-def _fault(clean: Candidate, report: Report, search: Search) -> str:
-    """Why clean-up is worth nothing, if it is; by times that a resumed search finds again, not by the proof's."""
-    if clean.loses_time and not search.needs(clean, report.original.size):
-        return "slower than the original"
-    if report.result.size > report.original.size and not clean.gains_time:
-        return "larger than the original, and not faster"
-    return ""
-
-
 def _with_layers(result: Result, bench: Workbench) -> Report:
     """The report with what became of each layer, or a note why that is not known."""
     report, context, samples = result.report, bench.context, bench.judges.run_of(_SAMPLES)
@@ -231,7 +217,6 @@ class _Proof:
     budget: Budget
     output: str | os.PathLike[str] | None
     about: Mapping[str, str | int]
-    prefix: tuple[Pass, ...]
     command: str
 
     def of(self, best: Candidate) -> Result:
@@ -261,7 +246,7 @@ class _Proof:
             trials=trials,
             notes=(*judges.notes, *self._notes(best, before, after), *conflicts),
             command=self.command,
-            recipe=self._recipe(best).to_yaml() if best.steps else "",
+            recipe=self.bench.recipe(best.passes).to_yaml() if best.steps else "",
         )
         return Result(model, report)
 
@@ -289,7 +274,8 @@ class _Proof:
             return best.model
         trials = tuple(trial.trial() for trial in self.bench.trials)
         record = Record(best.steps, trials, self.bench.judges.gate.name)
-        return stamped(best.model, self.bench.model, self._recipe(best), record, self.fingerprint, self.original.size)
+        recipe = self.bench.recipe(best.passes)
+        return stamped(best.model, self.bench.model, recipe, record, self.fingerprint, self.original.size)
 
     def _protocol(self) -> Protocol:
         return paced(_PROOF, self.bench.original, self.bench.batch.feeds)
@@ -332,12 +318,6 @@ class _Proof:
             figures = [replace(each, memory=used) for each, used in zip(figures, memory, strict=True)]
         return figures
 
-    def _recipe(self, best: Candidate) -> Recipe:
-        """What made the candidate: where even the clean-up failed, nothing did."""
-        context = self.bench.context
-        exclude = None if context.exclude is None else context.exclude.pattern
-        return Recipe((*self.prefix, *best.passes)[: len(best.steps)], context.seed, exclude)
-
     def _notes(self, best: Candidate, before: Figures, after: Figures) -> list[str]:
         notes, speedup, metric = [], after.speedup or 0.0, self.bench.judges.metric
         if self.bench.judges.gate is not metric:
@@ -363,7 +343,5 @@ class _Proof:
             notes.append("Nothing here can be quantized for this target: the cleaned-up model is the result.")
         if speedup < 1 - NOISE:
             notes.append("The result is slower than the original on this target.")
-        elif after.size > before.size and speedup < 1 + NOISE:
-            notes.append("The result is larger than the original, and not faster.")
         notes += [technique.remark for technique in best.passes if technique.remark]
         return notes

@@ -139,11 +139,9 @@ def _count(value: Any) -> int:
 def stamped(
     model: ir.Model, source: ir.Model, recipe: Recipe, record: Record, fingerprint: str, original_bytes: int
 ) -> ir.Model:
-    """A clone that says in its metadata what made it.
+    """A clone that says in its metadata what made it, and what came of that.
 
-    Types of values between nodes go where the input did not tell them: readers infer them, and in a small model they
-    take more bytes than the recipe does. The record is left out of a model so small that it would end up larger than
-    the input for it.
+    The record is left out of a model so small that it would end up larger than the input for it.
 
     Args:
         model: the result.
@@ -152,6 +150,27 @@ def stamped(
         record: what came of each pass.
         fingerprint: of the input.
         original_bytes: of the input's file.
+    """
+    clone = signed(model, source, recipe, fingerprint)
+    text = record.packed()
+    little = len(text) <= _LITTLE * models.tensor_bytes(clone)
+    clone.metadata_props[f"{_PREFIX}record"] = text
+    if not little and models.file_bytes(clone) > original_bytes:
+        del clone.metadata_props[f"{_PREFIX}record"]
+    return clone
+
+
+def signed(model: ir.Model, source: ir.Model, recipe: Recipe, fingerprint: str) -> ir.Model:
+    """A clone that says in its metadata what made it.
+
+    Types of values between nodes go where the input did not tell them: readers infer them, and in a small model they
+    take more bytes than the recipe does.
+
+    Args:
+        model: the result.
+        source: the input.
+        recipe: what made it.
+        fingerprint: of the input.
     """
     clone = model.clone()
     models.forget_types(clone, models.typed(source))
@@ -164,11 +183,6 @@ def stamped(
             f"{_PREFIX}recipe": recipe.to_yaml(),
         }
     )
-    text = record.packed()
-    little = len(text) <= _LITTLE * models.tensor_bytes(clone)
-    clone.metadata_props[f"{_PREFIX}record"] = text
-    if not little and models.file_bytes(clone) > original_bytes:
-        del clone.metadata_props[f"{_PREFIX}record"]
     return clone
 
 

@@ -99,12 +99,17 @@ class Search:
         return self._plain() if self.best is self.clean else self.best
 
     def _plain(self) -> Candidate:
-        """Clean-up, or the model as it was where that found nothing or was not to be done."""
-        if self.clean.changed:
-            return self.clean
-        if self.clean.steps:
-            self.clean.verdict = "nothing to change"
-        return self._bench.untouched(self._original.size)
+        """Clean-up, or the model as it was where that found nothing, or made it slower or larger."""
+        clean, size = self.clean, self._original.size
+        if clean.changed and clean.loses_time and not self._needs(clean, size):
+            clean.verdict = "slower than the original"
+        elif clean.changed and self._larger(clean):
+            clean.verdict = "larger than the original"
+        elif clean.changed:
+            return clean
+        elif clean.steps:
+            clean.verdict = "nothing to change"
+        return self._bench.untouched(size)
 
     def fallbacks(self, failed: Candidate) -> Iterator[Candidate]:
         """What to take instead of a candidate that fails on unseen data.
@@ -337,15 +342,14 @@ class Search:
     def _safer(self, made: Sequence[Candidate]) -> Iterator[Candidate]:
         """What to take instead of the last, and so on, each time that what was taken proves slower than the original.
 
-        What does not tell is timed again, at length, and so is clean-up, which may be faster but larger. What was named
-        for storage is as fast as before, as sessions decode it.
+        What does not tell is timed again, at length. What was named for storage is as fast as before, once decoded.
 
         Args:
             made: each of what is before it.
         """
         made = list(dict.fromkeys(made))
         for before, trial in reversed(list(pairwise(made))):
-            if trial.passes[-1].name in registry.STORING or self.needs(trial, before.size) or not self._slower(trial):
+            if trial.passes[-1].name in registry.STORING or self._needs(trial, before.size) or not self._slower(trial):
                 return
             yield before
         self._slower(made[0])
@@ -410,7 +414,7 @@ class Search:
             if limit is None or fits:
                 return
 
-    def needs(self, trial: Candidate, size: int) -> bool:
+    def _needs(self, trial: Candidate, size: int) -> bool:
         """Whether a limit needs a candidate, however slow, in place of something of that size."""
         budget, original = self._budget, self._original
         limit = budget.size_limit(original.size)

@@ -151,10 +151,17 @@ def test_four_bits_only_where_eight_do_not_suffice(lab: Lab) -> None:
     assert four.met
 
 
-def test_a_clean_up_that_only_makes_it_larger_is_not_kept(lab: Lab) -> None:
-    lab.latency = lambda model: 1.0
+@pytest.mark.parametrize("gain", [1.0, 0.5])
+def test_a_clean_up_that_makes_it_larger_is_not_kept_however_fast(lab: Lab, gain: float) -> None:
+    lab.latency = lambda model: 1.0 if model.functions else gain
     source = zoo.build("functions").SerializeToString()
     result = lab.optimize(source, calib=None, passes=["simplify"])
+    clean = trial(result, "clean-up")
+    assert clean.figures.speedup == 1 / gain
+    assert clean.figures.size > len(source)
+    assert clean.verdict == "larger than the original"
+    allowed = lab.optimize(source, calib=None, passes=["simplify"], budget=Budget(max_size_share=10.0))
+    assert allowed.report.steps
     assert not result.report.steps
     assert result.report.result.size <= len(source)
     assert any("the model as it was" in note for note in result.report.notes)
