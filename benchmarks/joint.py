@@ -80,6 +80,11 @@ def ours(source: Any, folder: Path, name: str, **options: Any) -> tuple[Path, Re
     return path, result.report, time.perf_counter() - start
 
 
+def limits(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How long each search may take."""
+    return {"effort": arguments.effort, "time_limit": arguments.time_limit}
+
+
 def told(report: Report, seconds: float) -> None:
     """What the search took, and how well plans foretold."""
     print(f"\nThe search took {seconds:.0f} s.", flush=True)
@@ -93,7 +98,7 @@ def real(case: Case, folder: Path, arguments: argparse.Namespace) -> None:
     """A model with data."""
     original, calib = folder / f"{case.name}.onnx", folder / case.calib
     with scratch() as made:
-        options = {**case.optimize, "batch": arguments.batch, "effort": arguments.effort}
+        options = {**case.optimize, "batch": arguments.batch, **limits(arguments)}
         path, report, seconds = ours(original, made, "joint", **options)
         told(report, seconds)
         versions = {"fp32": original}
@@ -115,7 +120,7 @@ def built(name: str, arguments: argparse.Namespace) -> None:
     with scratch() as made:
         source = made / f"{name}.onnx"
         models.save(model, source)
-        options = {"calib": given, "batch": 1, "effort": arguments.effort}
+        options = {"calib": given, "batch": 1, **limits(arguments)}
         searches: dict[str, Callable[[], tuple[Path, Report, float]]] = {
             name: lambda passes=passes, name=name: ours(source, made, name, **options, passes=passes)  # type: ignore[misc]
             for name, passes in {**ALONE, "joint": ["simplify", "quantize", "prune", "prune-depth"]}.items()
@@ -141,6 +146,7 @@ def main() -> None:
     parser.add_argument("--only", help="name of one model or builder")
     parser.add_argument("--batch", type=int, default=16, help="batch that the search optimizes for")
     parser.add_argument("--effort", type=Effort, default=Effort.DEFAULT)
+    parser.add_argument("--time-limit", type=float, help="seconds for each search; none by default")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.95, 0.9, 0.8], help="of FLOPs, of fixed orders")
     parser.add_argument("--no-orders", dest="orders", action="store_false", help="leave fixed orders out")
