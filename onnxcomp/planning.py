@@ -246,10 +246,29 @@ class Planner:
         return [best] if best == FLOAT or times[FLOAT] > _HOPELESS * times[best] else [best, FLOAT]
 
     def _measured_widths(self, data: Dataset, feeds: Feeds, timed: Sequence[str]) -> Iterator[Row]:
-        """The groups whose narrowing saves time in some precision; others than those timed do as the first of them."""
-        groups = self._groups
-        assert groups is not None
-        pruner = Pruner(groups, data, self._context, refit=True)
+        """The groups whose narrowing saves time in some precision, and what the outputs lose by it."""
+        assert self._groups is not None
+        pruner = Pruner(self._groups, data, self._context, refit=True)
+        useful = self._timed_widths(self._groups, pruner, data, feeds, timed)
+        names = {group.name for group in useful}
+        self._context.progress(0, 0, "ranking channels")
+        rankings = pruner.rank(Criterion.OBS, Aggregate.MEAN, normalised=True, only=names)
+        most = {group: (ranking, int(useful[group][0][-1])) for group, ranking in rankings.items()}
+        for group, curve in pruner.curves(most, _PROBES).items():
+            counts, shares, touched = useful[group]
+            left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
+            settings = tuple((group.size - counts).tolist())
+            yield Row(group.name, settings, curve.errors[counts], shares, left, touched)
+
+    def _timed_widths(
+        self, groups: ChannelGroups, pruner: Pruner, data: Dataset, feeds: Feeds, timed: Sequence[str]
+    ) -> dict[ChannelGroup, tuple[Counts, dict[str, NDArray[np.float64]], set[str]]]:
+        """What narrowing saves, for each group where it saves anything in some precision.
+
+        Returns:
+            How many channels may go, what is then left of the time of the units that the group touches, by precision,
+            and these units. Precisions that are not timed do as the first of those that are.
+        """
         cuttable = [
             may_go(group.size, _LEAST, _MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
             for group in groups
@@ -261,7 +280,7 @@ class Planner:
             for name in timed
         }
         first = clocks[timed[0]]
-        useful: dict[ChannelGroup, tuple[Counts, dict[str, NDArray[np.float64]], set[str]]] = {}
+        useful = {}
         for index, (group, counts) in enumerate(zip(groups, first.counts, strict=True)):
             keep = self._sized | (counts == 0)
             shares = {}
@@ -269,18 +288,9 @@ class Planner:
                 shares[name] = own = np.array([clock.share(index, int(count)) for count in counts])
                 keep = keep | (own < np.minimum.accumulate(np.append(1.0, own[:-1])) - _SAVES)
             if keep.sum() > 1:
-                touched = {self._units.of(name) for name in first.touched[index]}
-                kept = {name: shares.get(name, shares[timed[0]])[keep] for name in self.forms}
-                useful[group] = counts[keep], kept, touched
-        names = {group.name for group in useful}
-        self._context.progress(0, 0, "ranking channels")
-        rankings = pruner.rank(Criterion.OBS, Aggregate.MEAN, normalised=True, only=names)
-        most = {group: (ranking, int(useful[group][0][-1])) for group, ranking in rankings.items()}
-        for group, curve in pruner.curves(most, _PROBES).items():
-            counts, kept, touched = useful[group]
-            left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
-            settings = tuple((group.size - counts).tolist())
-            yield Row(group.name, settings, curve.errors[counts], kept, left, touched)
+                by_form = {name: shares.get(name, shares[timed[0]])[keep] for name in self.forms}
+                useful[group] = counts[keep], by_form, {self._units.of(name) for name in first.touched[index]}
+        return useful
 
     def _bytes_left(self, group: ChannelGroup, counts: Counts, touched: Set[str]) -> NDArray[np.float64]:
         """Share of their bytes that units have left without some channels of a group, by how many of them."""

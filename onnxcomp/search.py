@@ -10,6 +10,7 @@
 5. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
    sparse or binary, where the user asked for it.
 6. What shows no clear gain is timed at length, and gives way to what it was made of if it is slower than the original.
+   Nothing larger than the original is kept unless a limit on size allows for that; at last there is the original.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,7 +116,7 @@ class Search:
         """What to take instead of a candidate that fails on unseen data.
 
         The fastest that loses half as much, the best without a plan with nodes back in float until it does, then
-        clean-up, or the input where that found nothing. Not more: the final data would become one more judge.
+        clean-up, or the model as it was. Not more: the final data would become one more judge.
         """
         for make in (self._gentler, self._careful):
             if not failed.passes:
