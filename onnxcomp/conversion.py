@@ -41,6 +41,8 @@ _PROTOCOL = Protocol(seconds=0.4)
 
 _OPSET = 13
 """What passes convert to, and so name nodes of."""
+_GROWTH = 0.003
+"""Share of a file that the record may add to it, although that then is larger than the input."""
 
 
 class Settings(TypedDict, total=False):
@@ -246,7 +248,8 @@ class _Conversion:
             steps.append(Step.of(technique, outcome))
         fingerprint = models.fingerprint(self._source)
         size = file_size(self._source, self.model)
-        made = stamped(current, self.model, recipe, replace(before, steps=tuple(steps)), fingerprint, size)
+        record = replace(before, steps=tuple(steps))
+        made = stamped(current, self.model, recipe, record, fingerprint, size, _GROWTH)
         sizes = size, file_size(made, made)
         first, after = (Figures(size) for size in sizes)
         protocol, name, data, notes = str(_PROTOCOL), "", "nothing was measured", []

@@ -66,7 +66,7 @@ def explain(source: ModelSource) -> Explanation:
     if found.record is None:
         raise ModelError(
             f"{source_name(source)} has a recipe, but no record of what it did",
-            "the model is so small that the record would have made it larger than its input",
+            "the record would have made the model larger than its input",
             f"`onnxcomp apply MODEL --recipe {source_name(source)} --dry-run -v` on its input shows the same",
         )
     nodes = [(node.name or "", node.op_type) for node in models.all_nodes(models.load(source))]

@@ -35,9 +35,6 @@ _PREFIX = "onnxcomp."
 _MOST = 2**24
 """Bytes of a record, unpacked."""
 
-_LITTLE = 0.003
-"""Share of a file that the record may add to it, although that then is larger than the input."""
-
 
 @dataclass(frozen=True)
 class Record:
@@ -137,11 +134,17 @@ def _count(value: Any) -> int:
 
 
 def stamped(
-    model: ir.Model, source: ir.Model, recipe: Recipe, record: Record, fingerprint: str, original_bytes: int
+    model: ir.Model,
+    source: ir.Model,
+    recipe: Recipe,
+    record: Record,
+    fingerprint: str,
+    original_bytes: int,
+    growth: float = 0.0,
 ) -> ir.Model:
     """A clone that says in its metadata what made it, and what came of that.
 
-    The record is left out of a model so small that it would end up larger than the input for it.
+    The record is left out where the model would end up larger than the input for it.
 
     Args:
         model: the result.
@@ -150,11 +153,12 @@ def stamped(
         record: what came of each pass.
         fingerprint: of the input.
         original_bytes: of the input's file.
+        growth: share of the result's tensors that the record may take even so.
     """
     clone = signed(model, source, recipe, fingerprint)
     text = record.packed()
-    little = len(text) <= _LITTLE * models.tensor_bytes(clone)
     clone.metadata_props[f"{_PREFIX}record"] = text
+    little = len(text) <= growth * models.tensor_bytes(clone)
     if not little and models.file_bytes(clone) > original_bytes:
         del clone.metadata_props[f"{_PREFIX}record"]
     return clone

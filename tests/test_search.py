@@ -12,7 +12,7 @@ import pytest
 
 from models import zoo
 from onnxcomp import model as models
-from onnxcomp import optimizer, runtime, stopwatch
+from onnxcomp import optimizer, runtime, search, stopwatch
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Change, Context, Outcome, Pass
@@ -161,11 +161,23 @@ def test_a_clean_up_that_makes_it_larger_is_not_kept_however_fast(lab: Lab, gain
     assert clean.figures.size > len(source)
     assert clean.verdict == "larger than the original"
     allowed = lab.optimize(source, calib=None, passes=["simplify"], budget=Budget(max_size_share=10.0))
-    assert allowed.report.steps
+    assert bool(allowed.report.steps) == (gain < 1)
     assert not result.report.steps
     assert result.report.result.size <= len(source)
     assert any("the model as it was" in note for note in result.report.notes)
     assert trial(result, "the model as it was").verdict == "chosen"
+
+
+def test_a_clean_up_that_gains_neither_time_nor_bytes_is_not_kept(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.latency = lambda model: 1.0
+    kept = lab.optimize(wasteful(), passes=["simplify"])
+    assert trial(kept, "clean-up").verdict == "chosen"
+    monkeypatch.setattr(search, "_LITTLE", 0.99)
+    given = lab.optimize(wasteful(), passes=["simplify"])
+    assert trial(given, "clean-up").verdict == "neither faster nor smaller"
+    assert not given.report.steps
+    lab.latency = lambda model: float(len(model.graph))
+    assert lab.optimize(wasteful(), passes=["simplify"]).report.steps
 
 
 def test_where_nothing_is_gained_the_result_is_the_input_byte_for_byte(lab: Lab, tmp_path: Path) -> None:
