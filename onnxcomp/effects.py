@@ -49,8 +49,8 @@ class Answers:
         session = Session(model, self._target, spinning=False)
         first = next(iter(data.batches(1)))
         numbers = sum(array.size for array in _floats(session.run(first.feeds)).values())
-        few = numbers >= _MANY * (first.valid + first.padding)
-        samples = data.at_most(_ENOUGH if few else _SAMPLES, context.seed)
+        many = numbers >= _MANY * (first.valid + first.padding)
+        samples = data.at_most(_ENOUGH if many else _SAMPLES, context.seed)
         self._pairs = [(batch.feeds, _floats(session.run(batch.feeds))) for batch in samples.batches(_BATCH)]
 
     def error(self, model: ir.Model | bytes) -> float:
