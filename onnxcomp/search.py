@@ -104,17 +104,18 @@ class Search:
     def _plain(self) -> Candidate:
         """Clean-up, or the model as it was where that gains nothing, or made it slower or larger."""
         clean, size = self.clean, self._original.size
-        faster = clean.gains_time or clean.timing is None
-        if clean.changed and clean.loses_time and not self._needs(clean, size):
-            clean.verdict = "slower than the original"
-        elif clean.changed and self._larger(clean):
-            clean.verdict = "larger than the original"
-        elif clean.changed and not faster and size * (1 - _LITTLE) < clean.size:
-            clean.verdict = "neither faster nor smaller"
-        elif clean.changed:
+        needed = self._needs(clean, size)
+        if not clean.changed:
+            fault = "nothing to change" if clean.steps else clean.verdict
+        elif clean.loses_time and not needed:
+            fault = "slower than the original"
+        elif self._larger(clean):
+            fault = "larger than the original"
+        elif clean.timing and not clean.gains_time and not needed and clean.size > size * (1 - _LITTLE):
+            fault = "neither faster nor smaller"
+        else:
             return clean
-        elif clean.steps:
-            clean.verdict = "nothing to change"
+        clean.verdict = fault
         return self._bench.untouched(size)
 
     def fallbacks(self, failed: Candidate) -> Iterator[Candidate]:

@@ -176,6 +176,9 @@ def test_a_clean_up_that_gains_neither_time_nor_bytes_is_not_kept(lab: Lab, monk
     given = lab.optimize(wasteful(), passes=["simplify"])
     assert trial(given, "clean-up").verdict == "neither faster nor smaller"
     assert not given.report.steps
+    limited = lab.optimize(wasteful(), passes=["simplify"], budget=Budget(max_size_share=0.9))
+    assert limited.report.met
+    assert limited.report.steps
     lab.latency = lambda model: float(len(model.graph))
     assert lab.optimize(wasteful(), passes=["simplify"]).report.steps
 
