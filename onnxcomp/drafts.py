@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from onnxcomp import placement
+from onnxcomp import kernels, placement
 from onnxcomp.candidates import Candidate, Effort, Workbench
 from onnxcomp.core import Pass
 from onnxcomp.passes.convert_float import ConvertFloat
@@ -63,21 +63,25 @@ def _upon(bench: Workbench, base: Candidate, name: str, technique: Pass) -> Cand
 
 
 def _static(bench: Workbench, base: Candidate, effort: Effort) -> list[Candidate]:
-    """Static INT8 wherever it can be and, on the CPU, where measured times say."""
+    """Static INT8 wherever it can be and, on the CPU, where and by which kernels measured times say."""
     everywhere = replace(QuantizeStatic.for_target(bench.context.target), rounding=NEAREST)
     full = _upon(bench, base, "static INT8", everywhere)
     if bench.provider != "cpu" or not bench.works(full):
         return [full]
+    found = {everywhere: full}
+    everywhere = kernels.with_fastest(base.model, everywhere, bench.context, bench.batch.feeds)
+    if products := len(everywhere.as_gemm):
+        name = f"static INT8, {products} {'convolution as a product' if products == 1 else 'convolutions as products'}"
+        found[everywhere] = full = _upon(bench, base, name, everywhere)
     floats, integers = profiles([base.model, full.model], bench.context, bench.batch.feeds)
     crossing = placement.crossing(bench.context)
     names = set(full.changed)
-    found: dict[tuple[str, ...], Candidate] = {(): full}
     for factor in effort.crossings:
         chosen = placement.place(base.model, names, floats, integers, crossing, factor)
-        keep = tuple(sorted(names - chosen))
-        if keep not in found and chosen:
-            name = f"static INT8 but for {len(keep)} nodes that are faster in float"
-            found[keep] = _upon(bench, base, name, replace(everywhere, keep=keep))
+        placed = replace(everywhere, keep=tuple(sorted(names - chosen)))
+        if placed not in found and chosen:
+            name = f"static INT8 but for {len(placed.keep)} nodes that are faster in float"
+            found[placed] = _upon(bench, base, name, placed)
     return list(found.values())
 
 

@@ -122,8 +122,8 @@ class Plan:
             jointly: fit the layers of a row together.
         """
         return (
-            *([PruneDepth(parts=self.branches)] if self.branches and not self.widths else []),
             *([Prune(parts=self.widths, branches=self.branches, jointly=jointly)] if self.widths else []),
+            *([PruneDepth(parts=self.branches, jointly=jointly)] if self.branches and not self.widths else []),
             *self.others,
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxcomp import placement, registry
+from onnxcomp import kernels, placement, registry
 from onnxcomp.budget import within
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
@@ -213,15 +213,8 @@ class Plans:
     def _made(self, plan: Plan) -> Iterator[Candidate]:
         """The plan as a candidate; what it took and lost is learnt."""
         assert self._planner is not None
-        behind, passes = self._behind, plan.passes(jointly=self._effort is Effort.EXTENSIVE)
-        if behind and isinstance(last := behind[-1], QuantizeStatic | QuantizeDynamic):
-            keep, quantized = {*last.keep, *plan.floats}, {unit for unit, form in plan.forms.items() if form != FLOAT}
-            with contextlib.suppress(OnnxcompError):  # `make` says why
-                left = {node.name or "" for node in self._bench.applied(passes)[0].graph}
-                new = left - {node.name for node in self._clean.model.graph}  # what became of a layer is where it was
-                keep = (keep & left) | {name for name in new if self._planner.origin(name) in keep}
-                quantized = {name for name in left if self._planner.origin(name) in quantized}
-            behind = (*behind[:-1], *([replace(last, keep=tuple(sorted(keep)))] if quantized else []))
+        passes = plan.passes(jointly=self._effort is not Effort.QUICK)
+        behind = self._quantized(plan, passes)
         self._count += 1
         trial = self._bench.make(f"plan {self._count}: {_in_words(plan)}", (*passes, *behind))
         trial.predicted = self._clean.speedup / plan.time
@@ -232,6 +225,25 @@ class Plans:
             if behind:
                 self._planner.compare(plan, self._bench.applied(passes)[0], quantized=False)
             self._learn_loss(trial, self._planner.compare(plan, trial.model))
+
+    def _quantized(self, plan: Plan, passes: tuple[Pass, ...]) -> tuple[Pass, ...]:
+        """What follows a plan's passes: that which made the best without a plan, on the nodes that the plan says."""
+        assert self._planner is not None
+        *before, last = self._behind or (None,)
+        if not isinstance(last, QuantizeStatic | QuantizeDynamic):
+            return self._behind
+        keep, quantized = {*last.keep, *plan.floats}, {unit for unit, form in plan.forms.items() if form != FLOAT}
+        with contextlib.suppress(OnnxcompError):  # `make` says why
+            narrow, _ = self._bench.applied(passes)
+            left = {node.name or "" for node in narrow.graph}
+            new = left - {node.name for node in self._clean.model.graph}  # what became of a layer is where it was
+            keep = (keep & left) | {name for name in new if self._planner.origin(name) in keep}
+            last = replace(last, keep=tuple(sorted(keep)))
+            if not any(self._planner.origin(name) in quantized for name in left):
+                return tuple(before)
+            if isinstance(last, QuantizeStatic):
+                last = kernels.with_fastest(narrow, last, self._bench.context, self._bench.batch.feeds)
+        return (*before, last)
 
     def _measured(self, best: Candidate, allowed: Set[str]) -> Planner | None:
         """What can be planned with, if there is anything to choose."""

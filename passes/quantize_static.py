@@ -13,6 +13,11 @@ Networks for Efficient Integer-Arithmetic-Only Inference".) Rules:
 4. What feeds a Softmax stays in float: masks reach -3e38 there, and scores want the resolution.
 5. A MatMul or Gemm whose output nothing quantized reads gives float.
 
+ONNX Runtime's CPU provider convolves uint8 by int8 directly where all zero points of the weights are 0. With any other it
+gathers patches and multiplies matrices, which is faster where the CPU has instructions for those (AMX), and in some
+shapes elsewhere. Symmetric weights leave one integer unused, so that one lower or higher they stand for the same numbers
+(`as_gemm`).
+
 TensorRT fuses by other rules: pairs go in front of layers and residual sums only, int8 with zero point 0, and biases
 stay in float (`inputs_only`).
 """
@@ -74,6 +79,8 @@ class QuantizeStatic(Pass):
         inputs_only: pairs in front of layers and residual sums only, as TensorRT wants them, instead of around
             everything that ONNX Runtime computes or moves in integers.
         keep: names of the nodes that stay in float.
+        as_gemm: names of the convolutions that ONNX Runtime's CPU provider is to compute as matrix products; their
+            weights get another zero point, and outputs stay the same.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -85,6 +92,7 @@ class QuantizeStatic(Pass):
     rounding: Rounding = field(default_factory=Rounding)
     inputs_only: bool = False
     keep: tuple[str, ...] = ()
+    as_gemm: tuple[str, ...] = ()
 
     @classmethod
     def for_target(cls, target: Target) -> "QuantizeStatic":
@@ -140,7 +148,7 @@ class _Surgery:
         self._parameters: dict[ir.Value, _Parameters] = {}
         self._integers: dict[ir.Value, ir.Value] = {}
         self._floats: dict[ir.Value, ir.Value] = {}
-        self._zero_points: dict[tuple[int, str], ir.Value] = {}
+        self._zero_points: dict[tuple[int, int, str], ir.Value] = {}
         self._weights: dict[str, _Weights] = {}
 
     def observed(self) -> list[Observed]:
@@ -181,8 +189,10 @@ class _Surgery:
                     node.replace_input_with(index, self._round_trip(value))
         if self._needs_pair(node):
             self._to_integers(node.outputs[0])
-        what = f"{self._weight_grid} weights per channel, {self._grid} activations" if layer else str(self._grid)
-        return Change(node.name or "", what)
+        if layer is None:
+            return Change(node.name or "", str(self._grid))
+        how = ", as a matrix product" if self._weights[layer.name].zero else ""
+        return Change(node.name or "", f"{self._weight_grid} weights per channel, {self._grid} activations{how}")
 
     def _needs_pair(self, node: ir.Node) -> bool:
         """Whether the output of a computing node goes through integers (rules 1 and 5)."""
@@ -280,8 +290,9 @@ class _Surgery:
         size, own = len(weights.steps), layer.bias
         step = self._of_range(layer.data).numbers.scale.astype(np.float64) * weights.steps
         integers = self._dequantize(
-            weights.integers, weights.scale, self._zeros(size, np.int8), layer.weight, axis=layer.channel_axis
-        )
+            weights.integers, weights.scale, self._zero_point(weights.zero, size, np.int8), layer.weight,
+            axis=layer.channel_axis,
+        )  # fmt: skip
         node.replace_input_with(1 - layer.index, self._round_trip(layer.data))
         node.replace_input_with(layer.index, integers)
         if node.op_type == "MatMul":
@@ -297,17 +308,18 @@ class _Surgery:
             bias = self._dequantize(
                 builder.constant(steps, f"{name}_int"),
                 builder.constant(step.astype(np.float32), f"{name}_scale"),
-                self._zeros(size, np.int32),
+                self._zero_point(0, size, np.int32),
                 ir.val(name, shape=ir.Shape([size])),
                 axis=0,
             )
             node.replace_input_with(2, bias)
 
-    def _zeros(self, size: int, dtype: type[np.integer]) -> ir.Value:
+    def _zero_point(self, zero: int, size: int, dtype: type[np.integer]) -> ir.Value:
         """Zero points of weights and biases, one tensor for all of a size: small models are mostly such constants."""
-        key = (size, np.dtype(dtype).name)
+        key = (zero, size, np.dtype(dtype).name)
         if key not in self._zero_points:
-            self._zero_points[key] = self._builder.constant(np.zeros(size, dtype), f"zeros_{key[1]}_{size}")
+            name = f"{'aside' if zero else 'zeros'}_{key[2]}_{size}"
+            self._zero_points[key] = self._builder.constant(np.full(size, zero, dtype), name)
         return self._zero_points[key]
 
     def _shift_sum(self, product: ir.Node, shift: NDArray[np.float64]) -> None:
@@ -339,15 +351,19 @@ class _Surgery:
             wanted.append(Wanted(group[0], grid, gram, least_scale=least))
         round_ahead(wanted, rounding, self._context)
         result = {}
+        aside = 1 if grid.qmax < np.iinfo(grid.dtype).max else -1
         for ((weight, _), group), (_, _, gram, _, least) in zip(sharing.items(), wanted, strict=True):
             rounded = round_weights(group[0], grid, rounding, gram, least_scale=least, cache=self._context.cache)
-            integers = self._builder.constant(group[0].from_matrix(rounded.integers), f"{weight.name}_int")
+            zero = aside if all(layer.name in self._settings.as_gemm for layer in group) else 0
+            shifted = rounded.integers + np.int8(zero)
+            integers = self._builder.constant(group[0].from_matrix(shifted), f"{weight.name}_int")
             scale = self._builder.constant(rounded.scale[:, 0], f"{weight.name}_scale")
             for layer in group:
                 shift = rounded.bias_shift
                 if len(group) > 1 and rounding.bias_correction:
                     shift = mean_error(layer.matrix(), rounded, self._statistics.grams[layer.name], grid)
-                result[layer.name] = _Weights(integers, scale, rounded.scale[:, 0], layer.bias_vector() + shift, shift)
+                bias = layer.bias_vector() + shift
+                result[layer.name] = _Weights(integers, zero, scale, rounded.scale[:, 0], bias, shift)
         return result
 
 
@@ -364,6 +380,7 @@ class _Weights(NamedTuple):
 
     Attributes:
         integers: in the weight's own layout.
+        zero: what stands for zero among them.
         scale: (out,).
         steps: (out,) the scale in numbers.
         bias: (out,) the layer's own, corrected.
@@ -371,6 +388,7 @@ class _Weights(NamedTuple):
     """
 
     integers: ir.Value
+    zero: int
     scale: ir.Value
     steps: NDArray[np.float32]
     bias: NDArray[np.float64]

@@ -24,7 +24,7 @@ LAYERS = (
      "reconstruction", "pruning"},
     {"passes"},
     {"registry", "settings", "recipe", "record", "explanation", "verification",
-     "placement", "table", "program", "planning", "sensitivity", "judges", "report", "candidates", "drafts",
+     "placement", "kernels", "table", "program", "planning", "sensitivity", "judges", "report", "candidates", "drafts",
      "plans", "search", "tradeoffs", "family",
      "optimizer", "measure", "inspection", "tolerance", "conversion", "techniques", "package",
      "wording", "anatomy", "invocation", "plots", "page"},

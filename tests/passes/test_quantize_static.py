@@ -3,6 +3,7 @@
 import functools
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from onnxcomp.model import input_specs, load, to_bytes
 from onnxcomp.numerics.affine import dequantize
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.simplify import Simplify
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, Target, weight_bits
 from onnxcomp.weights import Rounding
 
 MODELS = Path(zoo.__file__).parent
@@ -347,3 +348,32 @@ def test_each_step_lowers_the_output_error(name: str) -> None:
     assert error(Rounding(gptq=False, sweeps=0), 4) < nearest
     assert error(Rounding(sweeps=0, bias_correction=False), 4) < 0.8 * nearest
     assert error(Rounding(), 4) < 0.7 * nearest
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("name", ["resnet", "shared_weights", "mobilenetv2", "conv1d"])
+def test_convolutions_as_products_give_the_same_and_never_saturate(name: str, bits: int) -> None:
+    if bits > weight_bits(Target()):
+        pytest.skip("the kernels of this CPU saturate with 8 bits, each in its own way")
+    before, _, context = zoo_model(name)
+    usual = replace(FAST, weight_bits=bits)
+    names = tuple(layer.name for layer in layers(before) if layer.node.op_type == "Conv")
+    outcome = replace(usual, as_gemm=names)(before, context)
+    feeds = zoo.feeds(zoo.build(name), 3, seed=7)
+    session, other = Session(usual(before, context).model), Session(outcome.model)
+    for key, wanted in session.run(feeds).items():
+        np.testing.assert_array_equal(other.run(feeds)[key], wanted)
+    told = {change.node for change in outcome.changes if change.what.endswith("as a matrix product")}
+    assert told == set(names) & {change.node for change in outcome.changes}
+    for node in (node for node in outcome.model.graph if node.name in told):
+        integers, _, zero = node.inputs[1].producer().inputs  # type: ignore[union-attr]
+        assert (zero.const_value.numpy() == (1 if bits == 7 else -1)).all()  # type: ignore[union-attr]
+        assert np.abs(integers.const_value.numpy().astype(int)).max() <= (64 if bits == 7 else 128)  # type: ignore[union-attr]
+
+
+def test_a_weight_is_stored_for_the_kernel_of_all_its_layers() -> None:
+    before, outcome, context = zoo_model("shared_weights")
+    one, *others = [layer.name for layer in layers(before) if layer.weight.uses() and len(layer.weight.uses()) > 1]
+    assert others
+    mixed = replace(FAST, as_gemm=(one,))(before, context)
+    assert to_bytes(mixed.model) == to_bytes(outcome.model)
