@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import metrics, stopwatch
@@ -29,6 +30,8 @@ NOISE = 0.03
 """Latencies and sizes closer than this count as equal."""
 
 
+_TRUSTED = 0.3
+"""Share by which a loss may be wrong that is told by likelihoods, beside its noise."""
 _FINGERPRINT = "0" * 64
 """As long as those are that results get."""
 
@@ -66,6 +69,18 @@ class Effort(StrEnum):
         return Protocol(rounds={"quick": 5, "default": 9, "extensive": 21}[self.value])
 
 
+class Loss(NamedTuple):
+    """A drop that is believed.
+
+    Attributes:
+        value: in the metric's unit.
+        noise: its standard error; None where that is not known.
+    """
+
+    value: float
+    noise: float | None
+
+
 @dataclass(eq=False)
 class Candidate:
     """A recipe, what it made of the model, and what was measured of that.
@@ -73,6 +88,7 @@ class Candidate:
     Attributes:
         drop: how much worse than the original it judges.
         noise: standard error of that; None where it is not known.
+        loss: the same drop with less noise, where how likely its answers are tells more.
         predicted: speed-up that was foretold.
     """
 
@@ -84,6 +100,7 @@ class Candidate:
     timing: Timing | None = None
     drop: float | None = None
     noise: float | None = None
+    loss: "Loss | None" = None
     verdict: str = ""
     predicted: float | None = None
     memory: int | None = None
@@ -297,6 +314,45 @@ class Workbench:
             candidate.drop, candidate.noise = self._judge(candidate)
         return candidate.drop
 
+    def loss(self, candidate: Candidate) -> Loss:
+        """How much worse it is by all that is known: what judged, and how likely the original holds its answers.
+
+        The one counts hits and misses, which have a standard error of a third of a point on 2,000 images; the other
+        counts likelihoods, which have much less but are only as true as the original is calibrated. Each counts by its
+        variance.
+        """
+        if candidate.loss is None:
+            counted = Loss(self.drop(candidate), candidate.noise)
+            expected = self._expected(candidate) if counted.noise and np.isfinite(counted.value) else None
+            candidate.loss = counted if expected is None else _combined(counted, expected)
+        return candidate.loss
+
+    def _expected(self, candidate: Candidate) -> Loss | None:
+        """By likelihoods; None where they are not known."""
+        judges, temperature = self.judges, self.temperature
+        if temperature is None:
+            return None
+
+        def expect() -> metrics.Drop | None:
+            session = Session(candidate.model, self.context.target)
+            return judges.expected_loss(session, self.original, temperature, self.context)
+
+        parts = (candidate.model, self.model, judges.judge, judges.metric, temperature)
+        found = self.context.recall("expected loss", parts, expect)
+        if found is None or found.standard_error is None:
+            return None
+        return Loss(found.value, float(np.hypot(found.standard_error, _TRUSTED * found.value)))
+
+    @cached_property
+    def temperature(self) -> float | None:
+        """At which the original is as sure as it is right."""
+        judges = self.judges
+        return self.context.recall(
+            "temperature",
+            (self.model, judges.judge, judges.metric),
+            lambda: judges.temperature(self.original, self.context),
+        )
+
     @cached_property
     def baseline(self) -> metrics.Score:
         """What the original scores on the data that judge."""
@@ -333,6 +389,14 @@ class Workbench:
     def _tell(self, what: str) -> None:
         """Progress without an end: how many candidates there will be depends on what is measured."""
         self.context.progress(len(self.trials), 0, what)
+
+
+def _combined(one: Loss, other: Loss) -> Loss:
+    """By inverse variances."""
+    if not one.noise or not other.noise:
+        return one
+    weights = np.array([one.noise, other.noise]) ** -2.0
+    return Loss(float(weights @ [one.value, other.value] / weights.sum()), float(weights.sum() ** -0.5))
 
 
 def _clocked(compute: Callable[[], Found]) -> tuple[Found, float]:

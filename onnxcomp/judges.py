@@ -20,6 +20,10 @@ from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset, Feeds
 from onnxcomp.synthetic import synthetic
 
+_TEMPERATURES = tuple(np.geomspace(0.25, 16, 25).tolist())
+_LIKELY = 1000
+"""Samples that tell how likely answers are: they have less noise than those that count hits."""
+
 
 @dataclass(frozen=True)
 class Judges:
@@ -118,6 +122,31 @@ class Judges:
     ) -> metrics.Score:
         """Score a model on the judge's data, or on the final ones, by what a budget is on."""
         return evaluated(self.gate, session, self.final if final else self.judge, reference, context)
+
+    def temperature(self, original: Session, context: Context = Context()) -> float | None:
+        """At which the original is as sure as it is right; None where it has no labels or scores."""
+        wanted = metrics.surprise(self.metric, _TEMPERATURES)
+        if wanted is None:
+            return None
+        try:
+            rows = evaluated(wanted, original, self._some, original, context).rows
+        except OnnxcompError:
+            return None
+        return None if rows is None else _TEMPERATURES[int(rows.mean((0, 1)).argmin())]
+
+    def expected_loss(
+        self, session: Session, original: Session, temperature: float, context: Context = Context()
+    ) -> metrics.Drop | None:
+        """What a candidate loses by how likely its answers are; None where that cannot be told."""
+        try:
+            found = evaluated(metrics.expected_loss(self.metric, temperature), session, self._some, original, context)
+        except OnnxcompError:
+            return None
+        return metrics.Drop(found.value, found.interval)
+
+    @functools.cached_property
+    def _some(self) -> Dataset:
+        return self.judge.at_most(_LIKELY)
 
     @property
     def tell_accuracy(self) -> bool:

@@ -19,6 +19,8 @@ from onnxcomp.scoring import (
     LABEL,
     Arrays,
     FloatArray,
+    LessLikely,
+    Surprise,
     Top,
     agreement,
     class_scores,
@@ -333,6 +335,21 @@ def scored(metric: StreamedMetric, rows: FloatArray) -> Score:
     with np.errstate(all="ignore"):
         value = float(metric.value(rows.mean(0)))
     return Score(metric, value, bootstrap_interval(rows, metric.value), rows)
+
+
+def surprise(metric: Metric, temperatures: tuple[float, ...]) -> StreamedMetric | None:
+    """How surprised a model is by the labels that a metric counts, at each temperature; None where it counts none."""
+    if not isinstance(metric, StreamedMetric) or not isinstance(metric.rows, Top):
+        return None
+    return StreamedMetric("surprise", "labels", 0, np.inf, Surprise(temperatures), _first, metric.output)
+
+
+def expected_loss(metric: Metric, temperature: float) -> StreamedMetric:
+    """What a metric that counts labels loses, by how likely the original at some temperature holds other answers."""
+    assert isinstance(metric, StreamedMetric)
+    assert isinstance(metric.rows, Top)
+    rows = LessLikely(metric.rows.k, temperature)
+    return StreamedMetric("expected loss", "reference", 0, np.inf, rows, _first, metric.output)
 
 
 def _first(means: FloatArray) -> FloatArray:

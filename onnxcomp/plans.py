@@ -98,7 +98,7 @@ class Plans:
 
     def _learn_loss(self, trial: Candidate, error: float) -> None:
         """From what a candidate lost, by the data that judge, at some error of its outputs."""
-        loss, noise = self._bench.drop(trial), trial.noise
+        loss, noise = self._bench.loss(trial)
         if noise is not None and self._is_root:
             noise *= 2 * loss
         self._known.append(Lost(error, self._linear(loss), noise))
@@ -127,7 +127,7 @@ class Plans:
         That which was measured, where nothing is known about the error or nothing may be lost.
         """
         if trial not in self._errors or not self._loss:
-            return self._bench.drop(trial)
+            return self._bench.loss(trial).value
         lost = self._slope() * self._errors[trial]
         return float(np.sqrt(lost)) if self._is_root else lost
 
@@ -157,7 +157,9 @@ class Plans:
             most -= 1
             for trial in found:
                 yield trial
-                if trial.speedup and not within(self._bench.drop(trial), self._loss):
+                if trial.speedup and not within(
+                    max(self._bench.drop(trial), self._bench.loss(trial).value), self._loss
+                ):
                     share *= _RETREAT
             if self.best.speedup > before.speedup * _WORTH:
                 most += 1

@@ -18,6 +18,8 @@ FloatArray = NDArray[np.float64]
 LABEL = "label"
 """The target that accuracy is measured against."""
 
+_TINY = np.finfo(np.float32).tiny
+
 
 @dataclass(frozen=True)
 class Top:
@@ -49,6 +51,53 @@ class Top:
         rank = ((scores > own) | ((scores == own) & before)).sum(-1)
         hits = (rank < self.k) & ~np.isnan(scores).any(-1)
         return _mean_per_sample(hits)
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """-log p(label) in nats, at several temperatures T: p is the softmax of scores / T, or of log probabilities / T.
+
+    The temperature with the least is the one at which a model is as sure as it is right (Guo et al. 2017, "On
+    Calibration of Modern Neural Networks", section 4.2).
+    """
+
+    temperatures: tuple[float, ...]
+
+    def __call__(self, outputs: Arrays, targets: Arrays) -> FloatArray:
+        """The mean over a sample's labels, in (samples, 1, temperatures).
+
+        Raises:
+            DataError: as for `Top`; or the model says classes and no scores.
+        """
+        labels = integer_labels(targets)
+        scores = _logarithms(class_scores(outputs, labels))
+        labels = labels.reshape(scores.shape[:-1])[..., np.newaxis]
+        found = [
+            -np.take_along_axis(_log_softmax(scores / temperature), labels, -1) for temperature in self.temperatures
+        ]
+        return np.concatenate([_mean_per_sample(each[..., 0]) for each in found], axis=-1)
+
+
+@dataclass(frozen=True)
+class LessLikely:
+    """How much less likely a candidate's k answers are than the original's, by the original at some temperature.
+
+    What accuracy is lost, expected without a look at labels. A right answer that became a wrong one counts as
+    one less in a score, and as the difference of both likelihoods here, which has a fraction of the noise.
+    """
+
+    k: int
+    temperature: float
+
+    def __call__(self, outputs: Arrays, reference: Arrays) -> FloatArray:
+        """Of each sample, (samples, 1, 1); an answer that is no number is right with no likelihood."""
+        candidate, original = _paired_class_scores(outputs, reference)
+        likely = np.exp(_log_softmax(_logarithms(original) / self.temperature))
+        own, other = (
+            np.take_along_axis(likely, np.argsort(-scores, axis=-1, kind="stable")[..., : self.k], -1).sum(-1)
+            for scores in (original, candidate)
+        )
+        return _mean_per_sample(own - np.where(np.isnan(candidate).any(-1), 0.0, other))
 
 
 def squared_error(outputs: Arrays, reference: Arrays) -> FloatArray:
@@ -83,12 +132,28 @@ def agreement(outputs: Arrays, reference: Arrays) -> FloatArray:
 def divergence(outputs: Arrays, reference: Arrays) -> FloatArray:
     """KL(original || candidate) in nats, of softmaxed scores; scores that are probabilities already are kept."""
     candidate, original = _paired_class_scores(outputs, reference)
-    if (original >= 0).all() and np.allclose(original.sum(-1), 1, atol=1e-3):
-        tiny = np.finfo(np.float32).tiny
-        candidate, original = np.log(np.maximum(candidate, tiny)), np.log(np.maximum(original, tiny))
+    if _are_probabilities(original):
+        candidate, original = (np.log(np.maximum(scores, _TINY)) for scores in (candidate, original))
     log_q, log_p = _log_softmax(candidate), _log_softmax(original)
     p = np.exp(log_p)
     return _mean_per_sample(np.where(p > 0, p * (log_p - log_q), 0.0).sum(-1))
+
+
+def _are_probabilities(scores: FloatArray) -> bool:
+    return bool((scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-3))
+
+
+def _logarithms(scores: FloatArray) -> FloatArray:
+    """Scores whose softmax tells how likely each class is.
+
+    Raises:
+        DataError: they are zeros and ones, and tell nothing.
+    """
+    if not _are_probabilities(scores):
+        return scores
+    if not ((scores > 0) & (scores < 1)).any():
+        raise DataError("the model says classes and not how likely they are", remedy="use a model that gives scores")
+    return np.asarray(np.log(np.maximum(scores, _TINY)))
 
 
 def _log_softmax(scores: FloatArray) -> FloatArray:
