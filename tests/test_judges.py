@@ -157,3 +157,16 @@ def test_inputs_that_are_no_tensors_are_refused() -> None:
     model = models.load(proto)
     with pytest.raises(ModelError, match="not a tensor"):
         Judges.of(model, Session(model, TARGET), None, None, None, None, 0, None)
+
+
+def test_only_labels_and_scores_have_a_temperature(judges: Any, tmp_path: Path) -> None:
+    original = Session(models.load(mlp(tmp_path / "again.onnx")), TARGET)
+    assert judges(data(120)).temperature(original) > 0
+    assert judges(data(120), metric="agreement").temperature(original) is None
+    assert judges(data(120, labels=False)).temperature(original) is None
+
+
+def test_the_original_is_expected_to_lose_nothing(judges: Any, tmp_path: Path) -> None:
+    original = Session(models.load(mlp(tmp_path / "again.onnx")), TARGET)
+    expected = judges(data(120)).expected_loss(original, original, 1.0)
+    assert expected.value == 0

@@ -14,7 +14,7 @@ from models import zoo
 from onnxcomp import model as models
 from onnxcomp import optimizer, runtime, search, stopwatch
 from onnxcomp.budget import Budget
-from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
+from onnxcomp.candidates import NOISE, Candidate, Effort, Loss, Workbench
 from onnxcomp.core import Change, Context, Outcome, Pass
 from onnxcomp.errors import BudgetError, DataError, OnnxcompError
 from onnxcomp.judges import Judges
@@ -115,6 +115,13 @@ def test_more_effort_tries_other_ranges_and_equalization(lab: Lab) -> None:
     assert trial(result, "static INT8, weights refined").verdict == "over the budget"
     assert trial(result, "static INT8, min-max ranges").verdict == "chosen"
     assert "range=Range.MINMAX" in result.report.steps[-1].recipe
+
+
+def test_both_what_is_counted_and_what_is_believed_keep_the_budget(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Workbench, "loss", lambda *_: Loss(0.2, 0.01))
+    result = lab.optimize(wasteful(), passes=["simplify", "quantize-static"], budget=Budget(max_drop=0.1))
+    assert not integers(result.model)
+    assert trial(result, "static INT8").verdict == "over the budget, by how likely its answers are"
 
 
 # --- size -----------------------------------------------------------------------------------------------------------
@@ -450,6 +457,32 @@ def test_latency_is_of_the_batch_asked_for_although_samples_are_fewer() -> None:
     bench = workbench(samples(5), batch=16)
     assert bench.rows == 16
     assert bench.batch.feeds["x"].shape == (16, 32)
+
+
+def test_a_loss_is_believed_by_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = workbench()
+    monkeypatch.setattr(bench, "_expected", lambda _: Loss(0.002, 0.001))
+
+    def lost(drop: float, noise: float | None) -> Loss:
+        return bench.loss(Candidate("c", (), network(), (), drop=drop, noise=noise))
+
+    value, noise = lost(0.006, 0.003)
+    assert value == pytest.approx((0.006 / 9 + 0.002) / (1 / 9 + 1))
+    assert noise == pytest.approx(0.003 / np.sqrt(10))
+    for certain in (Loss(0.0, 0.0), Loss(0.006, None), Loss(float("inf"), 0.003)):
+        assert lost(*certain) == certain
+
+
+def test_the_loss_of_a_classifier_is_told_by_likelihoods_too() -> None:
+    bench = workbench(samples(400, labels=True))
+    assert bench.temperature is not None
+    worse = bench.make("worse", (Poison(-1.0),))
+    assert worse.noise is None
+    loss = bench.loss(worse)
+    assert loss.noise is not None
+    assert worse.noise is not None
+    assert loss.noise < worse.noise
+    assert abs(loss.value - bench.drop(worse)) < 3 * worse.noise
 
 
 def timed(speedup: float, low: float) -> Candidate:
