@@ -13,11 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import blas
 
 from onnxcomp.numerics.arrays import Floats
+from onnxcomp.numerics.definite import inverted, solved
 
-_ELIMINATED = 64
-"""Channels that go at a time, at most, where there are thousands: a share of what is left."""
+_AT_ONCE, _SHARE = 64, 8192
+"""Channels that go at a time: at most, and by what the square of how many are left is divided. One of 64, 32 of 512."""
 
 _KEPT_ALONG = 0.2
 """Share of a matrix that may belong to what is gone before it is made smaller."""
@@ -78,7 +80,7 @@ def eliminate(
     while len(gone) < total:
         alive = np.setdiff1d(np.arange(total), gone) if order is None else np.asarray(order)[len(gone) :]
         scores = np.sum([state.scores(alive) for state in states], axis=0)
-        count = max(1, min(_ELIMINATED, len(alive) // _ELIMINATED))
+        count = max(1, min(_AT_ONCE, len(alive) ** 2 // _SHARE))
         places = np.argsort(scores, kind="stable")[:count] if order is None else np.arange(count)
         cost = max(sum(state.remove(alive[places]) for state in states), 0.0)
         # Those that go together share what they cost by what each would cost alone.
@@ -118,7 +120,7 @@ def _gains(consumer: Consumer, H: Floats, gone: NDArray[np.int64]) -> NDArray[np
     """By how much the relative error falls when one of the channels that are gone comes back."""
     R, K = np.sort(consumer.columns[gone], axis=None), _others(consumer, gone)
     across = H[np.ix_(K, R)]
-    left = H[np.ix_(R, R)] - across.T @ np.linalg.solve(H[np.ix_(K, K)], across)
+    left = H[np.ix_(R, R)] - across.T @ solved(H[np.ix_(K, K)], across)
     places = np.searchsorted(R, consumer.columns[gone])
     return removal_costs(consumer.weight[:, R] @ left, left, places) / (consumer.energy or 1.0)
 
@@ -126,7 +128,7 @@ def _gains(consumer: Consumer, H: Floats, gone: NDArray[np.int64]) -> NDArray[np
 def _costs(consumer: Consumer, H: Floats, kept: NDArray[np.int64], gone: NDArray[np.int64]) -> NDArray[np.float64]:
     """By how much the relative error grows when one of the channels that are kept goes."""
     K, R = _others(consumer, gone), consumer.columns[gone].ravel()
-    inverse = np.linalg.inv(H[np.ix_(K, K)])
+    inverse = inverted(H[np.ix_(K, K)])
     weight = consumer.weight[:, K] + consumer.weight[:, R] @ H[np.ix_(R, K)] @ inverse
     return removal_costs(weight, inverse, np.searchsorted(K, consumer.columns[kept])) / (consumer.energy or 1.0)
 
@@ -145,7 +147,7 @@ def survivors(weight: Floats, second_moment: Floats, kept: NDArray[np.bool_], da
     inner = H[np.ix_(kept, kept)]
     ridge = _level(H) * damping * np.eye(len(inner))
     lost = np.asarray(weight, np.float64)[:, ~kept] @ H[np.ix_(~kept, kept)]
-    correction: Floats = np.linalg.solve(inner + ridge, lost.T).T
+    correction: Floats = solved(inner + ridge, lost.T).T
     result: Floats = weight[:, kept] + correction
     return result
 
@@ -163,7 +165,7 @@ def refit(weight: Floats, second_moment: Floats, cross: Floats, damping: float =
     """
     H = np.asarray(second_moment, np.float64)
     missing = cross - np.asarray(weight, np.float64) @ H
-    result: Floats = weight + np.linalg.solve(H + _level(H) * damping * np.eye(len(H)), missing.T).T
+    result: Floats = weight + solved(H + _level(H) * damping * np.eye(len(H)), missing.T).T
     return result
 
 
@@ -183,8 +185,7 @@ def removal_costs(weight: Floats, inverse: Floats, columns: NDArray[np.int64]) -
 
 def damped_inverse(second_moment: Floats, damping: float) -> Floats:
     """(H + damping mean(diag H) I)^-1."""
-    inverse: Floats = np.linalg.inv(_damped(second_moment, damping))
-    return inverse
+    return inverted(_damped(second_moment, damping))
 
 
 def _damped(second_moment: Floats, damping: float) -> Floats:
@@ -215,10 +216,11 @@ class _State:
         """Remove some together and let the others make up for it."""
         S = self._columns[channels].ravel()
         rows = self._inverse[S]
-        solved = np.linalg.solve(rows[:, S], rows)  # [(H^-1)_SS]^-1 (H^-1)_S,:
+        change = np.linalg.solve(rows[:, S], rows)  # [(H^-1)_SS]^-1 (H^-1)_S,:
         cost = float(np.einsum("ij,ij->", self._weight[:, S] @ np.linalg.inv(rows[:, S]), self._weight[:, S]))
-        self._weight -= self._weight[:, S] @ solved
-        self._inverse -= rows.T @ solved
+        self._weight -= self._weight[:, S] @ change
+        # In place: thousands of columns squared are slow to write twice. It is symmetric, and BLAS wants it transposed.
+        self._inverse = blas.dgemm(-1.0, change.T, rows.T, 1.0, self._inverse.T, trans_b=True, overwrite_c=True).T
         # What is gone must not come back by rounding: its own block stays invertible, its weights zero.
         self._weight[:, S] = 0
         self._inverse[S] = 0
