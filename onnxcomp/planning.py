@@ -1,19 +1,14 @@
 """What to do to each part of a model, all decided together: branches, widths and precision under one limit on time.
 
-1. The model is profiled in every precision that the target has kernels for, and again with more and more channels gone:
-   the time of each unit, by its precision and by the widths on both its sides.
-2. What the outputs lose is measured: without each branch, at a few widths of each group whose narrowing saves time, and
-   in each precision, where every unit is taken for an equal part of the loss.
-3. One program chooses (`numerics.choice`): a branch that goes takes its units' time with it, whatever their widths; a
-   unit's time depends on its precision and its groups' widths together; a tensor between two precisions is converted
-   once, however many read it.
-4. What a plan really takes and loses is told back (`learn`, `compare`), and times and errors are rescaled by it.
+From what is known of the parts (`appraisal`) one program chooses (`numerics.choice`): a branch that goes takes its
+units' time with it, whatever their widths; a unit's time depends on its precision and its groups' widths together; a
+tensor between two precisions is converted once, however many read it. What a plan really takes and loses is told back
+(`learn`, `compare`), and times and errors are rescaled by it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from itertools import combinations
 
 import numpy as np
@@ -21,61 +16,25 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from onnxcomp import model as models
-from onnxcomp.branches import Branch, branches, without_branches
-from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
-from onnxcomp.core import Context, Option, Parts, Pass, no_progress
-from onnxcomp.cost import node_costs
-from onnxcomp.effects import Answers, abroad
-from onnxcomp.errors import OnnxcompError
-from onnxcomp.executors import mapped
-from onnxcomp.latency import LatencyModel
-from onnxcomp.numerics.blas import one_thread
-from onnxcomp.numerics.choice import Clash, Term, undominated
+from onnxcomp.appraisal import Appraisal
+from onnxcomp.core import Option, Parts, Pass
+from onnxcomp.numerics.choice import Clash, Term
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
-from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing
-from onnxcomp.program import Program, Row, either
-from onnxcomp.pruning import Pruner
-from onnxcomp.reconstruction import reconstruct
-from onnxcomp.runtime import Feeds
-from onnxcomp.saliency import Aggregate, Criterion
-from onnxcomp.samples import Dataset
-from onnxcomp.surgery import without
-from onnxcomp.table import FLOAT, best_form, form_times
-from onnxcomp.units import Units
-from onnxcomp.widths import Counts, may_go
+from onnxcomp.program import Program, either
+from onnxcomp.table import FLOAT, best_form
 
-_LEAST = 0.25
-"""Share of its channels that every group keeps: fewer lose too much for what they save."""
-_MULTIPLE = 4
-"""Widths are multiples of this."""
-_SAVES = 0.08
-"""Share of a unit's time that a width must save to be worth measuring its loss: less is noise."""
-_LITTLE = 0.002
-"""Share of the model's time that a part must be able to save, for another pass to be tried on it."""
 _LAYOUT = 2.0
 """What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself: at
 least that, until it was measured."""
-_ROUNDS = 2
-"""Of profiles of models with fewer channels, of five runs each."""
-_HOPELESS = 2.0
-"""How many times as long as in the best precision a model takes in float, where no width makes float worth it."""
-_LEVELS = 4
-"""Widths of each group that are timed: all channels, three quarters, half, a quarter."""
-_FITTED_LAYERS = 4
-"""Behind a branch that goes, which are fitted before it is measured what the outputs lose: a fifth of it or less."""
-_FITTED_SAMPLES = 128
 _SOURCES = ("branches", "widths", "other passes", "precision")
 """Of errors."""
 _USUAL = np.array([0.8, 0.5, 0.5, 1.0])
 """What is left of the errors of each source, added up, once all layers are fitted again."""
 _TRUST = 0.1
 """How much that counts beside what was measured: 1 as much as one plan."""
-_PROBES = 2
-"""Widths of each group at which it is measured what the outputs lose."""
 
 
 @dataclass(frozen=True)
@@ -129,237 +88,26 @@ class Plan:
 
 
 class Planner:
-    """Measures a model once, and plans as often as asked.
-
-    Attributes:
-        forms: the precisions, and what the model takes in each.
-        branches: that may go.
-        untraced: why channels could not be traced, so that nothing may go; empty where they could.
-        refused: what other passes offer and cannot do, and why.
+    """Plans for one model, as often as asked.
 
     Args:
-        model: cleaned up, in float.
-        quantizers: by name, with weights rounded to the nearest; the one that a model is best quantized with first.
-        data: to learn from.
-        context: target, exclusions, batch.
-        feeds: one run at the batch size that counts.
+        known: of its parts.
         crossing: conversion times between precisions.
-        prune: whether channels may go.
-        prune_depth: whether branches may go.
-        others: passes whose options for parts of the model are choices too.
-        sized: whether bytes count beside time.
+
+    Attributes:
+        branches: that may go.
+        forms: the precisions, and what the model takes in each.
     """
 
-    def __init__(
-        self,
-        model: ir.Model,
-        quantizers: Mapping[str, QuantizeStatic | QuantizeDynamic],
-        data: Dataset,
-        context: Context,
-        feeds: Feeds,
-        crossing: Crossing | None,
-        *,
-        prune: bool,
-        prune_depth: bool,
-        others: Sequence[Pass] = (),
-        sized: bool = False,
-    ) -> None:
-        self._sized = sized
-        self._model, self._context, self._crossing = model, context, crossing
-        self._data = data
-        self._answers = Answers(model, data, context)
-        self._units = Units(model)
-        self.untraced = ""
+    def __init__(self, known: Appraisal, crossing: Crossing | None) -> None:
+        self._crossing, self._answers, self._units = crossing, known.answers, known.units
+        self.forms, self._elements, self._total = known.forms, known.elements, known.total
+        self.branches, self._branch_errors = known.branches, known.branch_errors
+        self._rows, self._form_errors = known.rows, known.form_errors
         self._layout = _LAYOUT
         self._ratios: list[float] = []
         self._seen: list[tuple[tuple[float, ...], float]] = []
         self._weights = _USUAL
-        self.forms, self.elements = form_times(model, self._units, quantizers, replace(context, data=data), feeds)
-        self._total = sum(self.forms[FLOAT].times.values())
-        self._form_errors = self._measured_errors(data)
-        self._groups = self._traced(data)
-        self.branches = self._found_branches() if prune_depth else []
-        known = replace(context, data=data)
-        self._branch_errors = context.recall("branch errors", (model, known, prune_depth), self._measured_branches)
-        self._rows: list[Row] = []
-        if prune and self._groups:
-            timed = self._timed()
-            self._rows += context.recall(
-                "width errors",
-                (model, known, [self.forms[name].technique for name in timed], [*self.forms], feeds, sized),
-                lambda: list(self._measured_widths(data, feeds, timed)),
-            )
-        self.refused: list[tuple[str, str]] = []
-        for technique in others:
-            rows, refused = context.recall(
-                "options", (technique, model, known, [*self.forms], sized), partial(self._measured_options, technique)
-            )
-            self._rows += rows
-            self.refused += refused
-
-    # -- what is measured -------------------------------------------------------------------------------------------
-
-    def _measured_errors(self, data: Dataset) -> dict[str, dict[str, float]]:
-        """Of the outputs, by unit in each precision: of what the whole loses, every unit takes an equal part."""
-        found: dict[str, dict[str, float]] = {FLOAT: {}}
-        for name, form in self.forms.items():
-            if form.technique is not None:
-                made = form.technique(self._model, replace(self._context, data=data)).model
-                found[name] = dict.fromkeys(form.changed, self._answers.error(made) / max(len(form.changed), 1))
-        return found
-
-    def _traced(self, data: Dataset) -> ChannelGroups | None:
-        try:
-            return channel_groups(self._model, next(iter(data.batches(1))).feeds)
-        except OnnxcompError as error:
-            self.untraced = error.fact
-            return None
-
-    def _found_branches(self) -> list[Branch]:
-        if self._groups is None:
-            return []
-        names = {value.name: shape for value, shape in self._groups.facts.shapes.items()}
-        shapes = {v: names[v.name] for node in self._model.graph for v in node.outputs if v.name in names}
-        shapes |= {value: names[value.name] for value in self._model.graph.inputs if value.name in names}
-        nodes = {node.name or "": node for node in self._model.graph}
-        return [
-            branch
-            for branch in branches(self._model, shapes)
-            if not any(self._context.excludes(nodes[name]) for name in branch.nodes)
-        ]
-
-    def _measured_branches(self) -> list[float]:
-        context, model = self._context, self._model
-        few = self._data.at_most(_FITTED_SAMPLES, context.seed + 1).loaded()  # mostly others than those that judge it
-        alone = replace(context, data=None, progress=no_progress, cache={}, store=None, executor=None)
-        executor, room = abroad(model, context)
-        work = partial(_branch_error, model if executor is None else models.to_bytes(model), self._answers, few, alone)
-        found: list[float] = []
-        for error in mapped(work, self.branches, executor, room):
-            found.append(error)
-            context.progress(len(found), len(self.branches), "measuring what branches are worth")
-        return found
-
-    def _timed(self) -> list[str]:
-        """The precisions in which narrower models are timed: the best, and float where that may come to be better."""
-        best, times = best_form(self.forms), {name: sum(form.times.values()) for name, form in self.forms.items()}
-        return [best] if best == FLOAT or times[FLOAT] > _HOPELESS * times[best] else [best, FLOAT]
-
-    def _measured_widths(self, data: Dataset, feeds: Feeds, timed: Sequence[str]) -> Iterator[Row]:
-        """The groups whose narrowing saves time in some precision, and what the outputs lose by it."""
-        assert self._groups is not None
-        pruner = Pruner(self._groups, data, self._context, refit=True)
-        useful = self._timed_widths(self._groups, pruner, data, feeds, timed)
-        names = {group.name for group in useful}
-        self._context.progress(0, 0, "ranking channels")
-        rankings = pruner.rank(Criterion.OBS, Aggregate.MEAN, normalised=True, only=names)
-        most = {group: (ranking, int(useful[group][0][-1])) for group, ranking in rankings.items()}
-        for group, curve in pruner.curves(most, _PROBES).items():
-            counts, shares, touched = useful[group]
-            left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
-            settings = tuple((group.size - counts).tolist())
-            yield Row(group.name, settings, curve.errors[counts], shares, left, touched)
-
-    def _timed_widths(
-        self, groups: ChannelGroups, pruner: Pruner, data: Dataset, feeds: Feeds, timed: Sequence[str]
-    ) -> dict[ChannelGroup, tuple[Counts, dict[str, NDArray[np.float64]], set[str]]]:
-        """What narrowing saves, for each group where it saves anything in some precision.
-
-        Returns:
-            How many channels may go, what is then left of the time of the units that the group touches, by precision,
-            and these units. Precisions that are not timed do as the first of those that are.
-        """
-        cuttable = [
-            may_go(group.size, _LEAST, _MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
-            for group in groups
-        ]
-        self._context.progress(0, 0, "timing widths")
-        known = replace(self._context, data=data)
-        clocks = {
-            name: LatencyModel(groups, cuttable, known, feeds, self.forms[name].technique, _ROUNDS, _LEVELS)
-            for name in timed
-        }
-        first = clocks[timed[0]]
-        useful = {}
-        for index, (group, counts) in enumerate(zip(groups, first.counts, strict=True)):
-            keep = self._sized | (counts == 0)
-            shares = {}
-            for name, clock in clocks.items():
-                shares[name] = own = np.array([clock.share(index, int(count)) for count in counts])
-                keep = keep | (own < np.minimum.accumulate(np.append(1.0, own[:-1])) - _SAVES)
-            if keep.sum() > 1:
-                by_form = {name: shares.get(name, shares[timed[0]])[keep] for name in self.forms}
-                useful[group] = counts[keep], by_form, {self._units.of(name) for name in first.touched[index]}
-        return useful
-
-    def _bytes_left(self, group: ChannelGroup, counts: Counts, touched: Set[str]) -> NDArray[np.float64]:
-        """Share of their bytes that units have left without some channels of a group, by how many of them."""
-        assert self._groups is not None
-        parameters = {cost.name: cost.parameters for cost in node_costs(self._model)}
-        whole = sum(self.forms[FLOAT].bytes.get(unit, 0) for unit in touched)
-        found = []
-        for count in counts.tolist():
-            cut = without(self._groups, {group: range(count)}) if count else self._model
-            left = self._units.bytes(node_costs(cut), parameters)
-            found.append(sum(left.get(unit, 0) for unit in touched) / max(whole, 1))
-        return np.array(found)
-
-    def _measured_options(self, technique: Pass) -> tuple[list[Row], list[tuple[str, str]]]:
-        """What another pass can do to save time, for each part where that is worth it; and what it cannot, and why."""
-        context = replace(self._context, data=self._data)
-        by_part: dict[str, list[Option]] = defaultdict(list)
-        context.progress(0, 0, f"looking for what {technique.name} can do")
-        rows, refused = [], []
-        failed: dict[str, list[str]] = defaultdict(list)
-        try:
-            for option in technique.offered(self._model, context):
-                by_part[option.part].append(option)
-        except OnnxcompError as failure:
-            refused.append((technique.name, failure.fact))
-        for place, options in enumerate(by_part.values()):
-            context.progress(place, len(by_part), f"measuring what {technique.name} loses")
-            if useful := self._useful(options):
-                try:
-                    with technique.answering():
-                        rows.append(self._row(technique, useful))
-                except OnnxcompError as failure:
-                    failed[failure.fact].append(useful[0].part)
-        for fact, (first, *others) in failed.items():
-            refused.append((f"{technique.name} on {first}{f' and {len(others)} more' if others else ''}", fact))
-        return rows, refused
-
-    def _useful(self, options: Sequence[Option]) -> list[Option]:
-        """Those that save enough, and to which none is better in error and all that counts."""
-        unit, table = self._units.of(options[0].part), self.forms[FLOAT]
-        whole, size = table.times.get(unit, 0.0), table.bytes.get(unit, 0)
-        least = max(_SAVES, _LITTLE * self._total / whole if whole else 1.0)
-        saving = [
-            option
-            for option in options
-            if option.latency <= 1 - least or (self._sized and option.bytes < size * (1 - _SAVES))
-        ]
-        if not saving:
-            return []
-        errors = np.array([option.error for option in saving])
-        costs = np.array([(option.latency, option.bytes if self._sized else 0) for option in saving])
-        return [saving[number] for number in undominated(errors, costs)]
-
-    def _row(self, technique: Pass, options: Sequence[Option]) -> Row:
-        """Of what the outputs lose: measured for the option in the middle, and in proportion for the others."""
-        probe = options[len(options) // 2]
-        # On all data: what is fitted to few vectors gives those right, at any rank.
-        made = technique.drafted().taking([probe])(self._model, replace(self._context, data=self._data)).model
-        gain = self._answers.error(made) / max(probe.error, 1e-12)
-        whole = max(self.forms[FLOAT].bytes.get(self._units.of(probe.part), 0), 1)
-        return Row(
-            probe.part,
-            (0, *(option.setting for option in options)),
-            np.array([0.0, *(gain * option.error for option in options)]),
-            dict.fromkeys(self.forms, np.array([1.0, *(option.latency for option in options)])),
-            np.array([1.0, *(option.bytes / whole for option in options)]),
-            {self._units.of(probe.part)},
-            technique,
-        )
 
     # -- the program ------------------------------------------------------------------------------------------------
 
@@ -492,7 +240,7 @@ class Planner:
             origin = self._units.of(maker.name or "")
             readers = dict.fromkeys(self._units.of(use.node.name or "") for use in value.uses())
             readers = {unit: None for unit in readers if unit in units and unit != origin}
-            size = self.elements.get(maker.name or "", 0) or self.elements.get(origin, 0)
+            size = self._elements.get(maker.name or "", 0) or self._elements.get(origin, 0)
             for inside, integers in ((is_static, False), (None, True)):
                 cost = np.array([self._layout * self._crossing.cost(size, to_integers=integers), 0.0, 0.0])
                 first = is_static[origin] if inside is not None else ~is_static[origin]
@@ -567,21 +315,3 @@ class Planner:
     def origin(self, name: str) -> str:
         """The unit of a node of the model, or of what became of it."""
         return self._units.of(name)
-
-    @property
-    def has_choices(self) -> bool:
-        """Whether anything can go."""
-        return bool(self.branches or self._rows)
-
-
-@one_thread()
-def _branch_error(source: ir.Model | bytes, answers: Answers, data: Dataset, context: Context, branch: Branch) -> float:
-    """What the outputs lose where a branch is gone, once the layers behind it make up for it; the same anywhere."""
-    model = models.load(source)
-    shallower = _without(model, [branch])
-    reconstruct(model, shallower, {}, data, context, jointly=False, most=_FITTED_LAYERS)
-    return answers.error(shallower)
-
-
-def _without(model: ir.Model, gone: Sequence[Branch]) -> ir.Model:
-    return without_branches(model, [(branch.join, branch.operand) for branch in gone])

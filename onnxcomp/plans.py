@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnxcomp import kernels, placement, registry
+from onnxcomp.appraisal import Appraisal
 from onnxcomp.budget import within
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
@@ -258,15 +259,15 @@ class Plans:
         quantizers: dict[str, QuantizeStatic | QuantizeDynamic] = {}
         if isinstance(last, QuantizeStatic | QuantizeDynamic):
             quantizers["INT8"] = replace(last, rounding=NEAREST)
-        planner = Planner(
-            self._clean.model, quantizers, context.data, context, self._bench.batch.feeds, placement.crossing(context),
+        known = Appraisal(
+            self._clean.model, quantizers, context.data, context, self._bench.batch.feeds,
             prune=ways["prune"], prune_depth=ways["prune-depth"], others=others,
             sized=self._most is not None,
         )  # fmt: skip
-        untraced = [("plans", f"channels cannot be traced: {planner.untraced}")] if planner.untraced else []
-        for name, reason in [*untraced, *planner.refused]:
+        untraced = [("plans", f"channels cannot be traced: {known.untraced}")] if known.untraced else []
+        for name, reason in [*untraced, *known.refused]:
             self._bench.trials.append(Candidate(name, (), best.model, (), verdict=f"not possible: {reason}"))
-        return planner if planner.has_choices else None
+        return Planner(known, placement.crossing(context)) if known.has_choices else None
 
 
 def optional(names: Set[str]) -> list[type[Pass]]:

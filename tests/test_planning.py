@@ -13,6 +13,7 @@ import pytest
 from models import zoo
 from onnxcomp import latency, planning, table
 from onnxcomp import model as models
+from onnxcomp.appraisal import Appraisal
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Context, Option, Outcome, Parts, Pass, node_pattern
 from onnxcomp.cost import node_costs
@@ -77,7 +78,9 @@ def planner(
     assert given.data is not None
     feeds = next(iter(given.data.batches(1))).feeds
     quantizers = {"INT8": INT8} if quantize else {}
-    return Planner(model, quantizers, given.data, given, feeds, CROSSING, prune=prune, prune_depth=prune_depth)
+    return Planner(
+        Appraisal(model, quantizers, given.data, given, feeds, prune=prune, prune_depth=prune_depth), CROSSING
+    )
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +160,8 @@ def test_what_is_not_allowed_is_not_planned(model: ir.Model) -> None:
     assert set(floats.forms.values()) == {FLOAT}
     names = "|".join(f"^{node.name}$" for node in model.graph)
     nothing = planner(model, quantize=False, exclude=node_pattern(names))
-    assert not nothing.has_choices
+    assert not nothing.branches
+    assert not nothing._rows
 
 
 def test_narrow_layers_run_in_the_precision_that_is_best_for_their_width(
@@ -233,7 +237,7 @@ def test_any_model_can_be_planned_or_says_why_not(name: str, monkeypatch: pytest
     given = replace(given, data=data)
     feeds = next(iter(data.batches(1))).feeds
     try:
-        found = Planner(model, {"INT8": INT8}, data, given, feeds, CROSSING, prune=True, prune_depth=True)
+        found = Planner(Appraisal(model, {"INT8": INT8}, data, given, feeds, prune=True, prune_depth=True), CROSSING)
     except OnnxcompError:
         return
     plan = found.plan(0.5)
@@ -286,18 +290,19 @@ class Mute(Offer):
         raise KeyError("nothing")
 
 
-def offered(model: ir.Model, kind: type[Offer] = Offer, **settings: Any) -> Planner:
+def offered(model: ir.Model, kind: type[Offer] = Offer, **settings: Any) -> Appraisal:
     given = context(64)
     assert given.data is not None
     feeds = next(iter(given.data.batches(1))).feeds
     others = [kind(second(model))]
-    return Planner(model, {"INT8": INT8}, given.data, given, feeds, CROSSING, others=others, **settings)
+    return Appraisal(model, {"INT8": INT8}, given.data, given, feeds, others=others, **settings)
 
 
 def test_options_of_any_pass_are_choices_where_they_save_time(model: ir.Model) -> None:
-    found = offered(model, prune=False, prune_depth=False)
+    known = offered(model, prune=False, prune_depth=False)
     name = second(model)
-    assert found.has_choices
+    assert known.has_choices
+    found = Planner(known, CROSSING)
     careful, daring = found.plan(1e-9), found.plan(1.0)
     assert careful is not None
     assert daring is not None
@@ -327,7 +332,7 @@ def test_the_time_limit_stops_passes_of_others_too(model: ir.Model) -> None:
 
 
 def test_a_layer_is_narrower_or_otherwise_treated_not_both(model: ir.Model) -> None:
-    found = offered(model, prune=True, prune_depth=True)
+    found = Planner(offered(model, prune=True, prune_depth=True), CROSSING)
     plans = [plan for error in np.geomspace(1e-4, 1, 12) if (plan := found.plan(error)) is not None]
     assert any(plan.others for plan in plans)
     for plan in plans:
@@ -342,7 +347,7 @@ def test_branches_are_measured_by_other_processes_too(model: ir.Model) -> None:
         given = replace(context(64), executor=executor)
         assert given.data is not None
         feeds = next(iter(given.data.batches(1))).feeds
-        spread = Planner(model, {}, given.data, given, feeds, CROSSING, prune=False, prune_depth=True)
+        spread = Planner(Appraisal(model, {}, given.data, given, feeds, prune=False, prune_depth=True), CROSSING)
     assert len(alone.branches) == len(STRENGTHS)
     assert spread._branch_errors == alone._branch_errors
 
@@ -367,7 +372,8 @@ def test_what_one_search_kept_serves_another_with_more_precisions(
     others = [] if prune else [Offer(second(model))]
     for quantizers in ({}, {"INT8": INT8}):
         found = Planner(
-            model, quantizers, given.data, given, feeds, CROSSING, prune=prune, prune_depth=False, others=others
+            Appraisal(model, quantizers, given.data, given, feeds, prune=prune, prune_depth=False, others=others),
+            CROSSING,
         )
         plan = found.plan(np.inf)
         assert plan is not None
