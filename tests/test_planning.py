@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from models import zoo
-from onnxcomp import latency, planning, table
+from onnxcomp import appraisal, latency, planning, table
 from onnxcomp import model as models
 from onnxcomp.appraisal import Appraisal
 from onnxcomp.budget import Budget
@@ -223,8 +223,8 @@ def test_a_sum_of_two_branches_loses_one_at_most() -> None:
 @pytest.mark.parametrize("name", sliced(sorted(zoo.BUILDERS), 3))
 def test_any_model_can_be_planned_or_says_why_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Made-up times, real errors, few widths: what is planned can be made, and runs."""
-    monkeypatch.setattr(planning, "_LEVELS", 2)
-    monkeypatch.setattr(planning, "_PROBES", 1)
+    monkeypatch.setattr(appraisal, "_LEVELS", 2)
+    monkeypatch.setattr(appraisal, "_PROBES", 1)
     given = Context(None, Target(threads=1), seed=1)
     model = zoo.BUILDERS[name]()
     if any(spec_of(value) is None for value in free_inputs(model)):
@@ -589,7 +589,7 @@ def test_where_nothing_can_go_nothing_is_planned(lab: Lab, monkeypatch: pytest.M
         raise OnnxcompError("odd shapes")
 
     if untraced:
-        monkeypatch.setattr(planning, "channel_groups", nobody_knows)
+        monkeypatch.setattr(appraisal, "channel_groups", nobody_knows)
     report = lab.optimize(chain(["g0"]), passes=["simplify", "prune", "prune-depth"], effort="default").report
     assert not any(trial.name.startswith("plan ") for trial in report.trials)
     assert any("odd shapes" in trial.verdict for trial in report.trials) == untraced
