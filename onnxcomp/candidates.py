@@ -30,8 +30,8 @@ NOISE = 0.03
 """Latencies and sizes closer than this count as equal."""
 
 
-_TRUSTED = 0.3
-"""Share by which a loss may be wrong that is told by likelihoods, beside its noise."""
+_DOUBT = 0.3
+"""Share of a loss by which likelihoods may be wrong about it, beside their noise."""
 _FINGERPRINT = "0" * 64
 """As long as those are that results get."""
 
@@ -100,7 +100,7 @@ class Candidate:
     timing: Timing | None = None
     drop: float | None = None
     noise: float | None = None
-    loss: "Loss | None" = None
+    loss: Loss | None = None
     verdict: str = ""
     predicted: float | None = None
     memory: int | None = None
@@ -332,6 +332,7 @@ class Workbench:
         judges, temperature = self.judges, self.temperature
         if temperature is None:
             return None
+        self._tell(f"judging: {candidate.name}")
 
         def expect() -> metrics.Drop | None:
             session = Session(candidate.model, self.context.target)
@@ -339,14 +340,13 @@ class Workbench:
 
         parts = (candidate.model, self.model, judges.judge, judges.metric, temperature)
         found = self.context.recall("expected loss", parts, expect)
-        if found is None or found.standard_error is None:
-            return None
-        return Loss(found.value, float(np.hypot(found.standard_error, _TRUSTED * found.value)))
+        return None if found is None else Loss(found.value, found.standard_error)
 
     @cached_property
     def temperature(self) -> float | None:
         """At which the original is as sure as it is right."""
         judges = self.judges
+        self._tell("judging how sure the original is")
         return self.context.recall(
             "temperature",
             (self.model, judges.judge, judges.metric),
@@ -391,12 +391,14 @@ class Workbench:
         self.context.progress(len(self.trials), 0, what)
 
 
-def _combined(one: Loss, other: Loss) -> Loss:
-    """By inverse variances."""
-    if not one.noise or not other.noise:
-        return one
-    weights = np.array([one.noise, other.noise]) ** -2.0
-    return Loss(float(weights @ [one.value, other.value] / weights.sum()), float(weights.sum() ** -0.5))
+def _combined(counted: Loss, expected: Loss) -> Loss:
+    """By inverse variances; a loss by likelihoods is doubted by a share of the larger one."""
+    if not counted.noise or expected.noise is None:
+        return counted
+    doubt = _DOUBT * max(abs(counted.value), expected.value)
+    weights = np.array([counted.noise, np.hypot(expected.noise, doubt)]) ** -2.0
+    value = weights @ [counted.value, expected.value] / weights.sum()
+    return Loss(float(value), float(weights.sum() ** -0.5))
 
 
 def _clocked(compute: Callable[[], Found]) -> tuple[Found, float]:

@@ -69,10 +69,12 @@ def _static(bench: Workbench, base: Candidate, effort: Effort) -> list[Candidate
     if bench.provider != "cpu" or not bench.works(full):
         return [full]
     found = {everywhere: full}
-    everywhere = kernels.with_fastest(base.model, everywhere, bench.context, bench.batch.feeds)
-    if products := len(everywhere.as_gemm):
+    fastest = kernels.with_fastest(base.model, everywhere, bench.context, bench.batch.feeds)
+    if products := len(fastest.as_gemm):
         name = f"static INT8, {products} {'convolution as a product' if products == 1 else 'convolutions as products'}"
-        found[everywhere] = full = _upon(bench, base, name, everywhere)
+        found[fastest] = _upon(bench, base, name, fastest)
+        if bench.works(found[fastest]):
+            everywhere, full = fastest, found[fastest]
     floats, integers = profiles([base.model, full.model], bench.context, bench.batch.feeds)
     crossing = placement.crossing(bench.context)
     names = set(full.changed)

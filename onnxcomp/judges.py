@@ -21,7 +21,7 @@ from onnxcomp.samples import Batch, Dataset, Feeds
 from onnxcomp.synthetic import synthetic
 
 _TEMPERATURES = tuple(np.geomspace(0.25, 16, 25).tolist())
-_LIKELY = 1000
+_LIKELY_SAMPLES = 1000
 """Samples that tell how likely answers are: they have less noise than those that count hits."""
 
 
@@ -132,7 +132,10 @@ class Judges:
             rows = evaluated(wanted, original, self._some, original, context).rows
         except OnnxcompError:
             return None
-        return None if rows is None else _TEMPERATURES[int(rows.mean((0, 1)).argmin())]
+        surprises = np.full(1, np.nan) if rows is None else rows.mean((0, 1))
+        best = int(surprises.argmin())
+        known = np.isfinite(surprises).all() and 0 < best < len(surprises) - 1  # at an end the scores are none
+        return _TEMPERATURES[best] if known else None
 
     def expected_loss(
         self, session: Session, original: Session, temperature: float, context: Context = Context()
@@ -146,7 +149,7 @@ class Judges:
 
     @functools.cached_property
     def _some(self) -> Dataset:
-        return self.judge.at_most(_LIKELY)
+        return self.judge.at_most(_LIKELY_SAMPLES)
 
     @property
     def tell_accuracy(self) -> bool:

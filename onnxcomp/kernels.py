@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.core import Context
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.runtime import Feeds
 from onnxcomp.timing import for_timing, profiles
@@ -17,7 +18,8 @@ _CLEARLY = 0.95
 def with_fastest(model: ir.Model, technique: QuantizeStatic, context: Context, feeds: Feeds) -> QuantizeStatic:
     """The same quantization with those convolutions as matrix products that clearly take less time so.
 
-    Both ways are profiled side by side. Only ONNX Runtime's CPU provider has them.
+    Both ways are profiled side by side. Only ONNX Runtime's CPU provider has them; where neither can be profiled, none
+    is one.
 
     Args:
         model: in float, with names on its nodes.
@@ -25,14 +27,18 @@ def with_fastest(model: ir.Model, technique: QuantizeStatic, context: Context, f
         context: target, and samples, few of which are used.
         feeds: one run at the batch size that counts.
     """
-    names = tuple(sorted(node.name or "" for node in model.graph if node.op_type == "Conv"))
+    usual = replace(technique, as_gemm=())
+    names = tuple(node.name or "" for node in model.graph if node.op_type == "Conv")
     if context.target.short != "cpu" or not names:
-        return replace(technique, as_gemm=())
+        return usual
     drafts = [replace(technique, as_gemm=each).drafted() for each in ((), names)]
-    outcomes = [draft(model, for_timing(context)) for draft in drafts]
-    if not outcomes[0].modified:
-        return replace(technique, as_gemm=())
-    direct, products = profiles([outcome.model for outcome in outcomes], context, feeds)
-    usual = direct.times
-    faster = (name for name in names if products.times.get(name, np.inf) < _CLEARLY * usual.get(name, 0.0))
-    return replace(technique, as_gemm=tuple(faster))
+    try:
+        outcomes = [draft(model, for_timing(context)) for draft in drafts]
+        able = {change.node for change in set(outcomes[1].changes) - set(outcomes[0].changes)}
+        if not able:
+            return usual
+        direct, products = profiles([outcome.model for outcome in outcomes], context, feeds)
+    except OnnxcompError:  # what fails here fails, and is told, where it is to be the result
+        return usual
+    faster = (name for name in able if products.times.get(name, np.inf) < _CLEARLY * direct.times.get(name, 0.0))
+    return replace(technique, as_gemm=tuple(sorted(faster)))

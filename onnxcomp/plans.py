@@ -158,9 +158,7 @@ class Plans:
             most -= 1
             for trial in found:
                 yield trial
-                if trial.speedup and not within(
-                    max(self._bench.drop(trial), self._bench.loss(trial).value), self._loss
-                ):
+                if trial.speedup and not within(self._bench.drop(trial), self._loss):
                     share *= _RETREAT
             if self.best.speedup > before.speedup * _WORTH:
                 most += 1
@@ -244,7 +242,7 @@ class Plans:
             last = replace(last, keep=tuple(sorted(keep)))
             if not any(self._planner.origin(name) in quantized for name in left):
                 return tuple(before)
-            if isinstance(last, QuantizeStatic):
+            if isinstance(last, QuantizeStatic) and last.as_gemm:
                 last = kernels.with_fastest(narrow, last, self._bench.context, self._bench.batch.feeds)
         return (*before, last)
 

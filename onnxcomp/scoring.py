@@ -64,26 +64,27 @@ class Surprise:
     temperatures: tuple[float, ...]
 
     def __call__(self, outputs: Arrays, targets: Arrays) -> FloatArray:
-        """The mean over a sample's labels, in (samples, 1, temperatures).
+        """Of each sample, (samples, 1, temperatures).
 
         Raises:
-            DataError: as for `Top`; or the model says classes and no scores.
+            DataError: as for `class_scores`; several labels for a sample; or the model says classes and no scores.
         """
         labels = integer_labels(targets)
-        scores = _logarithms(class_scores(outputs, labels))
-        labels = labels.reshape(scores.shape[:-1])[..., np.newaxis]
-        found = [
-            -np.take_along_axis(_log_softmax(scores / temperature), labels, -1) for temperature in self.temperatures
-        ]
-        return np.concatenate([_mean_per_sample(each[..., 0]) for each in found], axis=-1)
+        scores = class_scores(outputs, labels)
+        if scores.ndim != 2:
+            raise DataError("samples have several labels each", remedy="give one label for each sample")
+        scores, rows = _logarithms(scores), np.arange(len(scores))
+        found = [-_log_softmax(scores / temperature)[rows, labels.reshape(-1)] for temperature in self.temperatures]
+        return np.stack(found, axis=-1)[:, np.newaxis]
 
 
 @dataclass(frozen=True)
 class LessLikely:
     """How much less likely a candidate's k answers are than the original's, by the original at some temperature.
 
-    What accuracy is lost, expected without a look at labels. A right answer that became a wrong one counts as
-    one less in a score, and as the difference of both likelihoods here, which has a fraction of the noise.
+    For one output of class scores (samples, classes). What accuracy is lost, expected without a look at labels: a right
+    answer that became a wrong one counts as one less in a score, and as the difference of both likelihoods here, which
+    has a fraction of the noise.
     """
 
     k: int

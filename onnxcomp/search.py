@@ -289,14 +289,10 @@ class Search:
     # -- refining ---------------------------------------------------------------------------------------------------
 
     def _within(self, candidate: Candidate) -> bool:
-        """Whether the budget on the metric holds, by what was counted and by what is believed; the verdict says so."""
-        verdict = "within the budget"
-        if not within(self._bench.drop(candidate), self._max_drop):
-            verdict = "over the budget"
-        elif not within(self._bench.loss(candidate).value, self._max_drop):
-            verdict = "over the budget, by how likely its answers are"
-        candidate.verdict = candidate.verdict or verdict
-        return verdict == "within the budget"
+        """Whether the budget on the metric holds; the verdict says so."""
+        holds = within(self._bench.drop(candidate), self._max_drop)
+        candidate.verdict = candidate.verdict or f"{'within' if holds else 'over'} the budget"
+        return holds
 
     def _refine(self, draft: Candidate) -> Candidate | None:
         """The draft with carefully rounded weights, and nodes back in float until it keeps the budget."""

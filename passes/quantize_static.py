@@ -80,7 +80,8 @@ class QuantizeStatic(Pass):
             everything that ONNX Runtime computes or moves in integers.
         keep: names of the nodes that stay in float.
         as_gemm: names of the convolutions that ONNX Runtime's CPU provider is to compute as matrix products; their
-            weights get another zero point, and outputs stay the same.
+            weights get another zero point, and outputs stay the same. It does so for unsigned activations only; others
+            stay as they are.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -333,6 +334,12 @@ class _Surgery:
             shifted = (bias + shift).astype(np.float32)
             reader.replace_input_with(index, self._builder.constant(shifted, f"{product.name}_shifted_bias"))
 
+    def _is_product(self, layer: Layer) -> bool:
+        """Whether ONNX Runtime is to compute it so: only for unsigned activations has its CPU provider both ways."""
+        settings = self._settings
+        allowed = not settings.signed and not settings.inputs_only and layer.node.op_type == "Conv"
+        return allowed and layer.name in settings.as_gemm
+
     def _round_weights(self) -> dict[str, "_Weights"]:
         """The layers' weights by name; what several layers share is rounded for the inputs of all and stored once."""
         sharing: dict[tuple[ir.Value, int], list[Layer]] = defaultdict(list)
@@ -354,7 +361,7 @@ class _Surgery:
         aside = 1 if grid.qmax < np.iinfo(grid.dtype).max else -1
         for ((weight, _), group), (_, _, gram, _, least) in zip(sharing.items(), wanted, strict=True):
             rounded = round_weights(group[0], grid, rounding, gram, least_scale=least, cache=self._context.cache)
-            zero = aside if all(layer.name in self._settings.as_gemm for layer in group) else 0
+            zero = aside if all(self._is_product(layer) for layer in group) else 0
             shifted = rounded.integers + np.int8(zero)
             integers = self._builder.constant(group[0].from_matrix(shifted), f"{weight.name}_int")
             scale = self._builder.constant(rounded.scale[:, 0], f"{weight.name}_scale")

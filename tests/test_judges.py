@@ -10,7 +10,7 @@ from onnxcomp.errors import DataError, ModelError, OptionError
 from onnxcomp.judges import Judges
 from onnxcomp.runtime import Session, Target
 from onnxcomp.samples import Dataset
-from tests.commands import mlp
+from tests.commands import mlp, weights
 
 TARGET = Target(threads=1)
 
@@ -161,12 +161,20 @@ def test_inputs_that_are_no_tensors_are_refused() -> None:
 
 def test_only_labels_and_scores_have_a_temperature(judges: Any, tmp_path: Path) -> None:
     original = Session(models.load(mlp(tmp_path / "again.onnx")), TARGET)
-    assert judges(data(120)).temperature(original) > 0
+    given = data(400, labels=False)
+    given["x"][:, 0] = 0
+    (scores,) = original.run({"x": given["x"]}).values()
+    noisy = scores + np.random.default_rng(1).gumbel(size=scores.shape)  # its largest is as likely as scores say
+    assert 0.25 < judges(given | {"label": noisy.argmax(1)}).temperature(original) < 16
     assert judges(data(120), metric="agreement").temperature(original) is None
     assert judges(data(120, labels=False)).temperature(original) is None
 
 
 def test_the_original_is_expected_to_lose_nothing(judges: Any, tmp_path: Path) -> None:
     original = Session(models.load(mlp(tmp_path / "again.onnx")), TARGET)
-    expected = judges(data(120)).expected_loss(original, original, 1.0)
-    assert expected.value == 0
+    made = judges(data(120))
+    assert made.expected_loss(original, original, 1.0).value == 0
+    other = Session(
+        models.load(mlp(tmp_path / "other.onnx", {name: -array for name, array in weights().items()})), TARGET
+    )
+    assert made.expected_loss(other, original, 1.0).value > 0

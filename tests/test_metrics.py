@@ -536,3 +536,11 @@ def test_only_scores_and_labels_tell_how_likely_answers_are() -> None:
     classes = np.arange(6)
     with pytest.raises(DataError, match="not how likely"):
         metrics.evaluate(wanted, constant(classes), FakeData(np.zeros((6, 1)), {"label": classes}), None, 6)
+
+
+def test_labels_of_each_pixel_tell_no_likelihood() -> None:
+    wanted = metrics.surprise(METRICS["accuracy"], (1.0,))
+    assert wanted is not None
+    data = FakeData(np.zeros((2, 1)), {"label": np.zeros((2, 4, 4), int)})
+    with pytest.raises(DataError, match="several labels"):
+        metrics.evaluate(wanted, constant(np.random.default_rng(0).normal(size=(2, 3, 4, 4))), data, None, 2)

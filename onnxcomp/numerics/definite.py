@@ -17,12 +17,16 @@ def solved(matrix: Floats, right: Floats) -> NDArray[np.float64]:
         matrix: (n, n) symmetric positive definite.
         right: (n, k).
     """
+    if not len(matrix):
+        return np.zeros(right.shape)
     _, result, failed = lapack.dposv(matrix, right, lower=1)
     return np.asarray(np.linalg.solve(matrix, right) if failed else result, np.float64)
 
 
 def inverted(matrix: Floats) -> NDArray[np.float64]:
     """The inverse of an (n, n) symmetric positive definite matrix."""
+    if not len(matrix):
+        return np.zeros(matrix.shape)
     factor, failed = lapack.dpotrf(matrix, lower=1)
     half = None
     if not failed:

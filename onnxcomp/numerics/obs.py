@@ -18,8 +18,8 @@ from scipy.linalg import blas
 from onnxcomp.numerics.arrays import Floats
 from onnxcomp.numerics.definite import inverted, solved
 
-_AT_ONCE, _SHARE = 64, 8192
-"""Channels that go at a time: at most, and by what the square of how many are left is divided. One of 64, 32 of 512."""
+_ELIMINATED = 64
+"""Channels that go at a time, at most, where there are thousands: a share of what is left."""
 
 _KEPT_ALONG = 0.2
 """Share of a matrix that may belong to what is gone before it is made smaller."""
@@ -80,7 +80,7 @@ def eliminate(
     while len(gone) < total:
         alive = np.setdiff1d(np.arange(total), gone) if order is None else np.asarray(order)[len(gone) :]
         scores = np.sum([state.scores(alive) for state in states], axis=0)
-        count = max(1, min(_AT_ONCE, len(alive) ** 2 // _SHARE))
+        count = max(1, min(_ELIMINATED, len(alive) // _ELIMINATED))
         places = np.argsort(scores, kind="stable")[:count] if order is None else np.arange(count)
         cost = max(sum(state.remove(alive[places]) for state in states), 0.0)
         # Those that go together share what they cost by what each would cost alone.

@@ -37,6 +37,11 @@ def test_what_is_given_stays_as_it_is() -> None:
     np.testing.assert_array_equal(right, copies[1])
 
 
+def test_nothing() -> None:
+    assert solved(np.zeros((0, 0)), np.zeros((0, 3))).shape == (0, 3)
+    assert inverted(np.zeros((0, 0))).shape == (0, 0)
+
+
 def test_singular_ones_are_refused() -> None:
     with pytest.raises(np.linalg.LinAlgError):
         inverted(np.zeros((2, 2)))
