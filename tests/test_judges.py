@@ -164,7 +164,8 @@ def test_only_labels_and_scores_have_a_temperature(judges: Any, tmp_path: Path) 
     given = data(400, labels=False)
     given["x"][:, 0] = 0
     (scores,) = original.run({"x": given["x"]}).values()
-    noisy = scores + np.random.default_rng(1).gumbel(size=scores.shape)  # its largest is as likely as scores say
+    # Which of them is largest is as likely as the scores say.
+    noisy = np.asarray(scores, np.float64) + np.random.default_rng(1).gumbel(size=scores.shape)
     assert 0.25 < judges(given | {"label": noisy.argmax(1)}).temperature(original) < 16
     assert judges(data(120), metric="agreement").temperature(original) is None
     assert judges(data(120, labels=False)).temperature(original) is None

@@ -419,6 +419,7 @@ def test_where_nothing_tells_accuracy_less_goes_and_a_note_says_so(
     assert any(trial.name.startswith("plan ") for trial in report.trials)
     assert any("an error above 0.02" in trial.verdict for trial in report.trials) != chosen
     assert any("Prune" in step.recipe for step in report.steps) == chosen
+    assert any("jointly=True" in step.recipe for step in report.steps) == chosen
     assert any("by the relative-error of the outputs alone" in note for note in report.notes) == chosen
 
 

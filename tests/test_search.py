@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,8 +12,8 @@ import pytest
 from scipy.special import softmax
 
 from models import zoo
+from onnxcomp import kernels, optimizer, runtime, search, stopwatch
 from onnxcomp import model as models
-from onnxcomp import optimizer, runtime, search, stopwatch
 from onnxcomp.budget import Budget
 from onnxcomp.candidates import NOISE, Candidate, Effort, Loss, Workbench
 from onnxcomp.core import Change, Context, Outcome, Pass
@@ -69,6 +69,24 @@ def test_over_any_budget_the_clean_model_is_the_result(lab: Lab) -> None:
     assert any("the cleaned-up model is the result" in note for note in result.report.notes)
     assert trial(result, "static INT8").verdict == "over the budget"
     assert trial(result, "clean-up").verdict == "chosen"
+
+
+def test_products_are_a_draft_and_all_that_follows_has_them(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def all_as_products(model: ir.Model, technique: QuantizeStatic, *_: Any) -> QuantizeStatic:
+        asked.append({node.name for node in model.graph} & set(LAYERS))
+        return replace(technique, as_gemm=("g0", "g3"))
+
+    monkeypatch.setattr(kernels, "with_fastest", all_as_products)
+    lab.loss = lambda model: 0.3 * ("g2" in integers(model))
+    lab.order = lambda name: name == "g2"
+    result = lab.optimize(wasteful(), passes=["simplify", "quantize-static"], budget=Budget(max_drop=0.1))
+    names = [t.name for t in result.report.trials]
+    assert names[1:3] == ["static INT8", "static INT8, 2 convolutions as products"]
+    assert asked == [set(LAYERS)]
+    assert integers(result.model) == set(LAYERS) - {"g2"}
+    assert "as_gemm=('g0', 'g3')" in result.report.steps[-1].recipe
 
 
 def test_nothing_slower_is_chosen_even_without_any_loss(lab: Lab) -> None:
@@ -473,7 +491,7 @@ def answered() -> dict[str, Any]:
     """Samples whose labels are as likely as the network says."""
     given = samples(2000)
     (scores,) = Session(network(), Target(threads=1)).run(given).values()
-    likely = softmax(scores, axis=1)
+    likely = softmax(np.asarray(scores, np.float64), axis=1)
     labels = (np.random.default_rng(0).random((2000, 1)) > likely.cumsum(1)).sum(1)
     return given | {"label": np.minimum(labels, scores.shape[1] - 1)}
 
