@@ -71,22 +71,17 @@ def test_over_any_budget_the_clean_model_is_the_result(lab: Lab) -> None:
     assert trial(result, "clean-up").verdict == "chosen"
 
 
-def test_products_are_a_draft_and_all_that_follows_has_them(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_a_draft_beside_the_usual_kernels(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def all_as_products(model: ir.Model, technique: QuantizeStatic, *_: Any) -> QuantizeStatic:
+    def some(model: ir.Model, technique: QuantizeStatic, *_: Any) -> QuantizeStatic:
         asked.append({node.name for node in model.graph} & set(LAYERS))
         return replace(technique, as_gemm=("g0", "g3"))
 
-    monkeypatch.setattr(kernels, "with_fastest", all_as_products)
-    lab.loss = lambda model: 0.3 * ("g2" in integers(model))
-    lab.order = lambda name: name == "g2"
-    result = lab.optimize(wasteful(), passes=["simplify", "quantize-static"], budget=Budget(max_drop=0.1))
-    names = [t.name for t in result.report.trials]
-    assert names[1:3] == ["static INT8", "static INT8, 2 convolutions as products"]
+    monkeypatch.setattr(kernels, "with_fastest", some)
+    result = lab.optimize(wasteful(), passes=["simplify", "quantize-static"])
+    assert [t.name for t in result.report.trials[1:3]] == ["static INT8", "static INT8, 2 convolutions as products"]
     assert asked == [set(LAYERS)]
-    assert integers(result.model) == set(LAYERS) - {"g2"}
-    assert "as_gemm=('g0', 'g3')" in result.report.steps[-1].recipe
 
 
 def test_nothing_slower_is_chosen_even_without_any_loss(lab: Lab) -> None:
