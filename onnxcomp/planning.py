@@ -255,9 +255,16 @@ class Planner:
     # -- what was learnt --------------------------------------------------------------------------------------------
 
     def share(self, form: str) -> float:
-        """Predicted time of the model in one precision, as a share of the float model's."""
-        whole, floats = (sum(self.forms[name].times.values()) for name in (form, FLOAT))
-        return self._scale() * whole / floats
+        """Predicted time of the model in one precision, as a share of the float model's.
+
+        What that leaves in float is converted to and fro, as in any plan.
+        """
+        program = self._program()
+        found = [0] * len(program.errors)
+        for unit, place in program.units.items():
+            found[place] = program.options[unit].index(form) if form in program.options[unit] else 0
+        *times, _ = program.taken(found)
+        return self._scale() * sum(times) / self._total if self._total else 1.0
 
     def _scale(self) -> float:
         """By how much times are off: the mean over all that was timed, as each timing is off by several percent."""
@@ -266,6 +273,11 @@ class Planner:
     def learn(self, predicted: float, taken: float) -> None:
         """Rescale times by what something took, as shares of the float model's time."""
         self._ratios.append(self._scale() * taken / predicted)
+
+    def learn_form(self, form: str, taken: float) -> None:
+        """Rescale times by what the model takes in one precision, as a share of the float model's, and nothing else."""
+        self._ratios = []
+        self.learn(self.share(form), taken)
 
     def learn_crossings(self, kept: Set[str], taken: float) -> None:
         """Learn what it costs to leave integers and come back, by what the model takes with some nodes in float.

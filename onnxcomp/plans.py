@@ -89,8 +89,9 @@ class Plans:
         if self._planner is not None:
             form = "INT8" if "INT8" in self._planner.forms else FLOAT
             self._share = clean.speedup / best.speedup
-            self._planner.learn(self._planner.share(form), self._share)
+            self._planner.learn_form(form, self._share)
             self._learn_crossings()
+            self._planner.learn_form(form, self._share)  # by what conversions cost
             self._learn_loss(best, self._planner.compare_form(form, best.model))
 
     def _linear(self, loss: float) -> float:

@@ -555,6 +555,21 @@ def test_errors_and_conversions_are_rescaled_by_what_was_measured(model: ir.Mode
     assert len({whole.forms[layer.name] for layer in layers(model)}) == 1
 
 
+def test_conversions_of_what_the_best_leaves_in_float_count_once(model: ir.Model) -> None:
+    given = context(64)
+    assert given.data is not None
+    feeds = next(iter(given.data.batches(1))).feeds
+    kept = replace(INT8, keep=(second(model),))
+    known = Appraisal(model, {"INT8": kept}, given.data, given, feeds, prune=False, prune_depth=True)
+    found = Planner(known, CROSSING)
+    parts = sum(known.forms["INT8"].times.values()) / known.total
+    assert found.share("INT8") > parts  # into float and back
+    for layout in (1.0, 4.0):
+        found._layout *= layout
+        found.learn_form("INT8", 0.4)
+        assert found.share("INT8") == pytest.approx(0.4)
+
+
 def test_what_fitting_makes_up_for_is_told_before_integers_hide_it(model: ir.Model) -> None:
     found = planner(model)
     plan = found.plan(0.2)
