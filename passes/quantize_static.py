@@ -13,10 +13,10 @@ Networks for Efficient Integer-Arithmetic-Only Inference".) Rules:
 4. What feeds a Softmax stays in float: masks reach -3e38 there, and scores want the resolution.
 5. A MatMul or Gemm whose output nothing quantized reads gives float.
 
-ONNX Runtime's CPU provider convolves uint8 by int8 directly where all zero points of the weights are 0. With any other it
-gathers patches and multiplies matrices, which is faster where the CPU has instructions for those (AMX), and in some
-shapes elsewhere. Symmetric weights leave one integer unused, so that one lower or higher they stand for the same numbers
-(`as_gemm`).
+ONNX Runtime's CPU provider convolves uint8 by int8 directly where all zero points of the weights are 0. With any other
+it gathers patches and multiplies matrices, which is faster where the CPU has instructions for those (AMX), and in some
+shapes elsewhere. Symmetric weights leave one integer unused, so that one lower or higher they stand for the same
+numbers (`as_gemm`).
 
 TensorRT fuses by other rules: pairs go in front of layers and residual sums only, int8 with zero point 0, and biases
 stay in float (`inputs_only`).
