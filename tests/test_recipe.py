@@ -195,6 +195,7 @@ def test_what_is_written_holds_every_setting_and_is_readable() -> None:
         "    rounding: {gptq: true, sweeps: 3, bias_correction: true}",
         "    inputs_only: false",
         '    keep: [conv1, "no"]',
+        "    as_gemm: []",
     ]
 
 
