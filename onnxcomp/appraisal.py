@@ -73,6 +73,7 @@ class Appraisal:
         prune_depth: whether branches may go.
         others: passes whose options for parts of the model are choices too.
         sized: whether bytes count beside time.
+        unseen: samples on which outputs are compared, as what was fitted to `data` does better on those; by default those.
 
     Attributes:
         answers: what the model says on a few samples.
@@ -100,9 +101,10 @@ class Appraisal:
         prune_depth: bool,
         others: Sequence[Pass] = (),
         sized: bool = False,
+        unseen: Dataset | None = None,
     ) -> None:
         self._model, self._context, self._data, self._sized = model, context, data, sized
-        self.answers = Answers(model, data, context)
+        self.answers = Answers(model, unseen or data, context)
         self.units = Units(model)
         self.untraced = ""
         known = replace(context, data=data)
@@ -111,7 +113,9 @@ class Appraisal:
         self.form_errors = self._measured_errors(data)
         self._groups = self._traced(data)
         self.branches = self._found_branches() if prune_depth else []
-        self.branch_errors = context.recall("branch errors", (model, known, prune_depth), self._measured_branches)
+        self.branch_errors = context.recall(
+            "branch errors", (model, known, unseen, prune_depth), self._measured_branches
+        )
         self.rows: list[Row] = []
         if prune and self._groups:
             timed = self._timed()
@@ -123,7 +127,9 @@ class Appraisal:
         self.refused: list[tuple[str, str]] = []
         for technique in others:
             rows, refused = context.recall(
-                "options", (technique, model, known, [*self.forms], sized), partial(self._measured_options, technique)
+                "options",
+                (technique, model, known, unseen, [*self.forms], sized),
+                partial(self._measured_options, technique),
             )
             self.rows += rows
             self.refused += refused

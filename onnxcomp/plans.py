@@ -261,7 +261,7 @@ class Plans:
         known = Appraisal(
             self._clean.model, quantizers, context.data, context, self._bench.batch.feeds,
             prune=ways["prune"], prune_depth=ways["prune-depth"], others=others,
-            sized=self._most is not None,
+            sized=self._most is not None, unseen=self._bench.judges.judge,
         )  # fmt: skip
         untraced = [("plans", f"channels cannot be traced: {known.untraced}")] if known.untraced else []
         for name, reason in [*untraced, *known.refused]:
