@@ -73,7 +73,7 @@ class Appraisal:
         prune_depth: whether branches may go.
         others: passes whose options for parts of the model are choices too.
         sized: whether bytes count beside time.
-        unseen: samples on which outputs are compared, as what was fitted to `data` does better on those; by default those.
+        unseen: samples on which outputs are compared, as what is fitted to `data` does better on it; `data` if none.
 
     Attributes:
         answers: what the model says on a few samples.
