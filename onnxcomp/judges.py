@@ -134,7 +134,7 @@ class Judges:
             return None
         surprises = np.full(1, np.nan) if rows is None else rows.mean((0, 1))
         best = int(surprises.argmin())
-        known = np.isfinite(surprises).all() and 0 < best < len(surprises) - 1  # at an end the scores are none
+        known = np.isfinite(surprises).all() and 0 < best < len(surprises) - 1  # at an end they are no scores to go by
         return _TEMPERATURES[best] if known else None
 
     def expected_loss(
