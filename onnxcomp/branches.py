@@ -33,7 +33,8 @@ class Branch:
     @property
     def said(self) -> str:
         """What it is to be without it."""
-        return f"without a branch of {len(self.nodes) - 1} nodes"
+        count = len(self.nodes) - 1
+        return f"without a branch of {count} {'node' if count == 1 else 'nodes'}"
 
 
 def named(known: Iterable[Branch], parts: Parts) -> list[Branch]:

@@ -110,9 +110,10 @@ class Gram:
         with np.errstate(invalid="ignore", over="ignore"):  # `calibrate` refuses what is not finite, by name
             return cls(np.matmul(wide.swapaxes(1, 2), wide), rows.shape[1])
 
-    def merge(self, other: "Gram") -> "Gram":
-        """The Gram matrix of both sets of vectors."""
-        return Gram(self.total + other.total, self.rows + other.rows)
+    def merge(self, other: "Gram", *, in_place: bool = False) -> "Gram":
+        """The Gram matrix of both sets of vectors; in the memory of this one, which is then spent, if asked for."""
+        total = np.add(self.total, other.total, out=self.total if in_place else None)
+        return Gram(total, self.rows + other.rows)
 
     @property
     def second_moment(self) -> NDArray[np.float64]:
@@ -151,14 +152,14 @@ class Statistics:
     grams: Mapping[str, Gram] = field(default_factory=dict)
     channels: Mapping[Place, Moments] = field(default_factory=dict)
 
-    def merge(self, other: "Statistics") -> "Statistics":
-        """Statistics of both data together."""
+    def merge(self, other: "Statistics", *, in_place: bool = False) -> "Statistics":
+        """Statistics of both data together; in the memory of these, which are then spent, if asked for."""
         tensors = dict(self.tensors)
         for name, part in other.tensors.items():
             tensors[name] = tensors[name].merge(part) if name in tensors else part
         grams = dict(self.grams)
         for name, gram in other.grams.items():
-            grams[name] = grams[name].merge(gram) if name in grams else gram
+            grams[name] = grams[name].merge(gram, in_place=in_place) if name in grams else gram
         channels = dict(self.channels)
         for place, moments in other.channels.items():
             channels[place] = channels[place].merge(moments) if place in channels else moments
@@ -231,14 +232,13 @@ def calibrate(
         [layer for layer in layers if not known.answers(layer)],
         list({_place(slot): slot for slot in channels if not known.answers(slot)}.values()),
     )
-    sample_bytes = _activation_bytes(model)
-    size = int(np.clip(context.memory // (4 * max(sample_bytes, 1)), 1, _BATCH))
+    size = _batch_size(model, new, context.memory)
     groups = list(_groups(new, size, context.memory))
     result = Statistics()
     for done, requests in enumerate(groups):
         what = "calibrating" if len(groups) == 1 else f"calibrating, part {done + 1} of {len(groups)}"
         for part in _pass(model, data, context, requests, size, what):
-            result = result.merge(part)
+            result = result.merge(part, in_place=True)
             del part  # the next shard needs the room
     result = Statistics(
         {**known.tensors, **result.tensors},
@@ -293,7 +293,7 @@ def _gathered(reader: "_Reader", share: Mapping[str, float], seed: int, shard: S
     result = Statistics()
     with one_thread():
         for batch in shard.batches():
-            result = result.merge(reader.read(batch, share, generator))
+            result = result.merge(reader.read(batch, share, generator), in_place=True)
     return shard.samples, result
 
 
@@ -503,14 +503,25 @@ def _groups(requests: _Requests, size: int, memory: int) -> Iterator[_Requests]:
         yield portion
 
 
+def _batch_size(model: ir.Model, requests: _Requests, memory: int) -> int:
+    """Samples per run, so many that what it holds at a time and what it hands out leave room for statistics."""
+    running, given = _activation_bytes(model), sum(_given_bytes(request) for request in requests.all)
+    return int(np.clip(min(memory // (4 * running), memory // (8 * max(given, 1))), 1, _BATCH))
+
+
 def _bytes(request: Observed | Layer | Slot, size: int) -> int:
-    """What a request needs: its statistics, those of a shard and of a run, their sum, and what a run hands out."""
+    """What a request needs: its statistics, those of a shard and of a run, and what a run of so many hands out."""
     kept = _kept_bytes(request)
+    return (3 if isinstance(request, Layer) else 4) * kept + size * _given_bytes(request)
+
+
+def _given_bytes(request: Observed | Layer | Slot) -> int:
+    """What a run hands out for each sample."""
     if isinstance(request, Observed):
-        return 4 * kept + 2 * 4 * HISTOGRAM_ELEMENTS * size
+        return 2 * 4 * HISTOGRAM_ELEMENTS
     if isinstance(request, Layer):
-        return 4 * kept + 8 * size * _elements(request.data)
-    return 4 * kept + 4 * (4 + 2 * 8) * size * (int(request.positions.max(initial=0)) + 1)
+        return 8 * _elements(request.data)
+    return 4 * (4 + 2 * 8) * (int(request.positions.max(initial=0)) + 1)
 
 
 def _kept_bytes(request: Observed | Layer | Slot) -> int:
@@ -535,4 +546,4 @@ def _elements(value: ir.Value) -> int:
 
 def _activation_bytes(model: ir.Model) -> int:
     """Bytes per sample of the largest activation and its neighbours: what a run holds at a time."""
-    return 4 * max((sum(_elements(output) for output in node.outputs) for node in model.graph), default=1)
+    return max(4 * max((sum(_elements(output) for output in node.outputs) for node in model.graph), default=1), 1)

@@ -14,6 +14,7 @@ from onnxcomp.passes.smooth import Smooth
 from onnxcomp.registry import STORING, passes
 from onnxcomp.timing import profiles
 from onnxcomp.weights import NEAREST
+from onnxcomp.wording import several
 
 Recipe = tuple[str, tuple[Pass, ...]]
 
@@ -71,7 +72,7 @@ def _static(bench: Workbench, base: Candidate, effort: Effort) -> list[Candidate
     found = {everywhere: full}
     fastest = kernels.with_fastest(base.model, everywhere, bench.context, bench.batch.feeds)
     if products := len(fastest.as_gemm):
-        name = f"static INT8, {products} {'convolution as a product' if products == 1 else 'convolutions as products'}"
+        name = f"static INT8, {several(products, 'convolution as a product', 'convolutions as products')}"
         found[fastest] = _upon(bench, base, name, fastest)
         if bench.works(found[fastest]):
             everywhere, full = fastest, found[fastest]
@@ -82,7 +83,8 @@ def _static(bench: Workbench, base: Candidate, effort: Effort) -> list[Candidate
         chosen = placement.place(base.model, names, floats, integers, crossing, factor)
         placed = replace(everywhere, keep=tuple(sorted(names - chosen)))
         if placed not in found and chosen:
-            name = f"static INT8 but for {len(placed.keep)} nodes that are faster in float"
+            left = several(len(placed.keep), "node that is", "nodes that are")
+            name = f"static INT8 but for {left} faster in float"
             found[placed] = _upon(bench, base, name, placed)
     return list(found.values())
 

@@ -17,6 +17,7 @@ from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.planning import Plan, Planner
 from onnxcomp.table import FLOAT
 from onnxcomp.weights import NEAREST
+from onnxcomp.wording import several
 
 PLANNED = ("prune", "prune-depth")
 """Passes whose choices are made together, with those of precision. Those of any other with options can be too."""
@@ -278,11 +279,11 @@ def optional(names: Set[str]) -> list[type[Pass]]:
 def _in_words(plan: Plan) -> str:
     """What it does, without precision."""
     branches, groups = len(plan.branches), len(plan.widths)
-    said = [f"{branches} {'branch' if branches == 1 else 'branches'} gone"] if branches else []
-    said += [f"{groups} {'group' if groups == 1 else 'groups'} narrower"] if groups else []
+    said = [f"{several(branches, 'branch', 'branches')} gone"] if branches else []
+    said += [f"{several(groups, 'group')} narrower"] if groups else []
     for technique in plan.others:
         parts = len(getattr(technique, "parts", ()))
-        said.append(f"{technique.name} on {parts} {'part' if parts == 1 else 'parts'}")
+        said.append(f"{technique.name} on {several(parts, 'part')}")
     return ", ".join(said)
 
 

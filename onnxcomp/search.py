@@ -33,6 +33,7 @@ from onnxcomp.plans import PLANNED, Plans, optional
 from onnxcomp.report import Figures
 from onnxcomp.sensitivity import ranking
 from onnxcomp.weights import NEAREST
+from onnxcomp.wording import several
 
 _BITS = (8, 4)
 """In which weights are stored that are still float; the first alone where nothing tells accuracy and no limit asks."""
@@ -324,9 +325,8 @@ class Search:
         while high - low > 1:
             middle = (low + high) // 2
             keep = tuple(sorted({*last.keep, *order[:middle]}))
-            trial = bench.make(
-                f"{candidate.name}, {middle} most sensitive nodes in float", (*before, replace(last, keep=keep))
-            )
+            kept = several(middle, "most sensitive node", "most sensitive nodes")
+            trial = bench.make(f"{candidate.name}, {kept} in float", (*before, replace(last, keep=keep)))
             if bench.works(trial) and self._within(trial):
                 found, high = trial, middle
             else:

@@ -38,6 +38,11 @@ def count(value: float) -> str:
     return f"{value:.0f}"
 
 
+def several(number: int, one: str, more: str | None = None) -> str:
+    """`1 node` or `2 nodes`."""
+    return f"{number} {one if number == 1 else more or f'{one}s'}"
+
+
 def score(metric: str, value: float | None) -> str:
     """A metric's value: a share as a percentage, anything else with four digits."""
     if value is None:

@@ -55,7 +55,7 @@ class PruneDepth(Pass):
     remains: float = 0.9
     cost: Cost = Cost.FLOPS
     reconstruct: bool = True
-    jointly: bool = False
+    jointly: bool = True
     parts: Parts = ()
 
     def __post_init__(self) -> None:

@@ -250,6 +250,16 @@ def test_a_cap_below_one_request_takes_each_apart() -> None:
         assert_moments(capped.moments(slot), gathered(model, x).moments(slot), rtol=1e-4)
 
 
+def test_large_activations_make_runs_smaller_not_passes_more() -> None:
+    model, x = network(), images(64)
+    reports: list[str] = []
+    context = Context(memory=1_600_000, progress=lambda done, total, what: reports.append(what))
+    grams = calibrate(model, dataset(model, x), context, layers=list(layers(model))).grams
+    assert {*reports} == {"calibrating"}  # 64 samples' inputs of all layers beside their statistics exceed the cap
+    for name, gram in gathered(model, x).grams.items():
+        np.testing.assert_allclose(grams[name].total, gram.total, rtol=1e-3, atol=1e-3)
+
+
 def test_memory_does_not_grow_with_the_data() -> None:
     model = network()
     peaks = []

@@ -105,7 +105,7 @@ def test_backed_off_to_no_gain_is_not_chosen(lab: Lab) -> None:
     lab.order = lambda name: name == "g0"
     result = lab.optimize(passes=["simplify", "quantize-static"])
     assert not integers(result.model)
-    assert trial(result, "static INT8, 1 most sensitive nodes in float").verdict == "not faster beyond noise"
+    assert trial(result, "static INT8, 1 most sensitive node in float").verdict == "not faster beyond noise"
 
 
 def test_a_slower_draft_wins_where_the_fastest_loses_too_much(lab: Lab) -> None:
@@ -326,7 +326,7 @@ def test_a_result_that_fails_on_final_data_is_made_with_more_care(lab: Lab) -> N
     assert set(LAYERS) - integers(result.model) == {"g1"}
     assert result.report.met
     assert trial(result, "static INT8").verdict == "over the budget on the final data"
-    assert trial(result, "static INT8, 1 most sensitive nodes in float").verdict == "chosen"
+    assert trial(result, "static INT8, 1 most sensitive node in float").verdict == "chosen"
 
 
 def test_a_result_that_holds_on_final_data_is_left_in_peace(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
