@@ -130,11 +130,13 @@ class Gram:
     @property
     def covariance(self) -> NDArray[np.float64]:
         """(groups, in, in), exactly zero for inputs that are constant but for rounding."""
-        squares, mean = self.second_moment, self.mean
-        result: NDArray[np.float64] = squares - mean[:, :, None] * mean[:, None, :]
-        before, after = (np.diagonal(each, axis1=1, axis2=2) for each in (squares, result))
-        varies = after > _ROUNDING * before
-        result *= varies[:, :, None] * varies[:, None, :]
+        mean = self.mean
+        result = self.second_moment
+        before = np.diagonal(result, axis1=1, axis2=2).copy()
+        result -= mean[:, :, None] * mean[:, None, :]
+        varies = np.diagonal(result, axis1=1, axis2=2) > _ROUNDING * before
+        if not varies.all():
+            result *= varies[:, :, None] * varies[:, None, :]
         return result
 
 

@@ -178,8 +178,8 @@ def removal_costs(weight: Floats, inverse: Floats, columns: NDArray[np.int64]) -
         columns: (channels, n) the columns S of each.
     """
     inner = inverse[columns[:, :, None], columns[:, None, :]]
-    W = weight[:, columns].swapaxes(0, 1)  # (channels, out, n)
-    cost: NDArray[np.float64] = np.einsum("cok,cok->c", np.matmul(W, np.linalg.inv(inner)), W)
+    W = weight.T[columns]  # (channels, n, out)
+    cost: NDArray[np.float64] = np.einsum("cij,cij->c", np.linalg.inv(inner), np.matmul(W, W.swapaxes(1, 2)))
     return cost
 
 
@@ -199,41 +199,48 @@ def _level(H: Floats) -> float:
 
 
 class _State:
-    """One consumer while channels go."""
+    """One consumer while channels go.
+
+    Of its weights only W^T W counts, so where there are more rows than columns, a triangular factor stands for them.
+    """
 
     def __init__(self, consumer: Consumer, damping: float) -> None:
         self._energy = consumer.energy or 1.0
-        self._inverse = damped_inverse(consumer.second_moment, damping)
-        self._weight = np.array(consumer.weight, np.float64)
+        weight = np.asarray(consumer.weight, np.float64)
+        if len(weight) > weight.shape[1]:
+            weight = np.asarray(np.linalg.qr(weight, mode="r"))
+        # A row for each column of the layer: the inverse beside the weights, as both change alike.
+        self._rows = np.hstack([damped_inverse(consumer.second_moment, damping), weight.T])
         self._columns = consumer.columns
         self._gone: list[int] = []
 
     def scores(self, channels: NDArray[np.int64]) -> NDArray[np.float64]:
         """What each channel would cost, relative to the layer's output."""
-        return removal_costs(self._weight, self._inverse, self._columns[channels]) / self._energy
+        inverse, weights = np.hsplit(self._rows, [len(self._rows)])
+        return removal_costs(weights.T, inverse, self._columns[channels]) / self._energy
 
     def remove(self, channels: NDArray[np.int64]) -> float:
         """Remove some together and let the others make up for it."""
-        S = self._columns[channels].ravel()
-        rows = self._inverse[S]
-        change = np.linalg.solve(rows[:, S], rows)  # [(H^-1)_SS]^-1 (H^-1)_S,:
-        cost = float(np.einsum("ij,ij->", self._weight[:, S] @ np.linalg.inv(rows[:, S]), self._weight[:, S]))
-        self._weight -= self._weight[:, S] @ change
-        # In place: thousands of columns squared are slow to write twice. It is symmetric, and BLAS wants it transposed.
-        self._inverse = blas.dgemm(-1.0, change.T, rows.T, 1.0, self._inverse.T, trans_b=True, overwrite_c=True).T
+        S, width = self._columns[channels].ravel(), len(self._rows)
+        rows = self._rows[S]
+        inner, weights = rows[:, S], rows[:, width:]
+        change = np.linalg.solve(inner, rows[:, :width])  # [(H^-1)_SS]^-1 (H^-1)_S,:
+        cost = float(np.einsum("ij,ij->", np.linalg.inv(inner) @ weights, weights))
+        # In place: thousands of columns squared are slow to write twice. BLAS takes the transpose.
+        self._rows = blas.dgemm(-1.0, rows.T, change.T, 1.0, self._rows.T, trans_b=True, overwrite_c=True).T
         # What is gone must not come back by rounding: its own block stays invertible, its weights zero.
-        self._weight[:, S] = 0
-        self._inverse[S] = 0
-        self._inverse[:, S] = 0
-        self._inverse[S, S] = 1
+        self._rows[S] = 0
+        self._rows[:, S] = 0
+        self._rows[S, S] = 1
         self._gone += S.tolist()
-        if len(self._gone) > len(self._inverse) * _KEPT_ALONG:
+        if len(self._gone) > width * _KEPT_ALONG:
             self._forget()
         return cost / self._energy
 
     def _forget(self) -> None:
         """Drop the rows and columns of what is gone."""
-        left = np.setdiff1d(np.arange(len(self._inverse)), self._gone)
-        self._weight, self._inverse = self._weight[:, left], self._inverse[np.ix_(left, left)]
+        width = len(self._rows)
+        left = np.setdiff1d(np.arange(width), self._gone)
+        self._rows = self._rows[np.ix_(left, [*left, *range(width, self._rows.shape[1])])]
         self._columns = np.searchsorted(left, self._columns)  # those that are gone are not asked for again
         self._gone = []
