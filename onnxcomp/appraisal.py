@@ -121,7 +121,7 @@ class Appraisal:
             timed = self._timed()
             self.rows += context.recall(
                 "width errors",
-                (model, known, [self.forms[name].technique for name in timed], [*self.forms], feeds, sized),
+                (model, known, unseen, [self.forms[name].technique for name in timed], [*self.forms], feeds, sized),
                 lambda: list(self._measured_widths(data, feeds, timed)),
             )
         self.refused: list[tuple[str, str]] = []
@@ -188,7 +188,7 @@ class Appraisal:
     def _measured_widths(self, data: Dataset, feeds: Feeds, timed: Sequence[str]) -> Iterator[Row]:
         """The groups whose narrowing saves time in some precision, and what the outputs lose by it."""
         assert self._groups is not None
-        pruner = Pruner(self._groups, data, self._context, refit=True)
+        pruner = Pruner(self._groups, data, self._context, refit=True, answers=self.answers)
         useful = self._timed_widths(self._groups, pruner, data, feeds, timed)
         names = {group.name for group in useful}
         self._context.progress(0, 0, "ranking channels")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnxcomp.channels import Slot
 from onnxcomp.core import Context
 from onnxcomp.errors import DataError
-from onnxcomp.executors import mapped
+from onnxcomp.executors import ahead, mapped
 from onnxcomp.layers import Layer, layers
 from onnxcomp.model import content_hash, free_inputs, load, opset
 from onnxcomp.numerics.blas import one_thread
@@ -293,9 +293,10 @@ def _gathered(reader: "_Reader", share: Mapping[str, float], seed: int, shard: S
     """How many samples a shard has, and their statistics."""
     generator = np.random.default_rng([seed, shard.number])
     result = Statistics()
+    runs = ahead((batch, reader.run(batch)) for batch in shard.batches())
     with one_thread():
-        for batch in shard.batches():
-            result = result.merge(reader.read(batch, share, generator), in_place=True)
+        for batch, outputs in runs:
+            result = result.merge(reader.read(batch, outputs, share, generator), in_place=True)
     return shard.samples, result
 
 
@@ -331,9 +332,18 @@ class _Reader:
         names = [layer.name for layer in self.layers]
         return _arrived, (self.session, self.outputs, self.reduced, self.sums, names, self.channels)
 
-    def read(self, batch: Batch, share: Mapping[str, float], generator: np.random.Generator) -> Statistics:
+    def run(self, batch: Batch) -> Mapping[str, NDArray[np.generic]]:
+        """What the probe gives."""
+        return self.session.run(batch.feeds, self.outputs)
+
+    def read(
+        self,
+        batch: Batch,
+        outputs: Mapping[str, NDArray[np.generic]],
+        share: Mapping[str, float],
+        generator: np.random.Generator,
+    ) -> Statistics:
         """The statistics of one run; of each layer's input vectors that many per sample."""
-        outputs = self.session.run(batch.feeds, self.outputs)
         tensors, grams, trimmed = {}, {}, batch.trim(outputs)
         for tensor, (sample, low, high) in self.reduced.items():
             arrays = trimmed[sample], outputs[low], outputs[high]  # padding repeats a row: no news for the extremes
@@ -518,11 +528,11 @@ def _bytes(request: Observed | Layer | Slot, size: int) -> int:
 
 
 def _given_bytes(request: Observed | Layer | Slot) -> int:
-    """What a run hands out for each sample."""
+    """What a run hands out for each sample; the next one is under way meanwhile."""
     if isinstance(request, Observed):
         return 2 * 4 * HISTOGRAM_ELEMENTS
     if isinstance(request, Layer):
-        return 8 * _elements(request.data)
+        return 12 * _elements(request.data)
     return 4 * (4 + 2 * 8) * (int(request.positions.max(initial=0)) + 1)
 
 

@@ -124,6 +124,10 @@ class Planner:
         found = program.solved(error, size - self._rest())
         return None if found is None else self._plan_of(program, found)
 
+    def again(self, plan: Plan) -> Plan:
+        """The same plan, foretold by what is known now."""
+        return self._plan_of(self._program(), plan.found)
+
     def near(self, plan: Plan) -> list[Plan]:
         """The plans that decide otherwise on one branch or one row, the fastest first."""
         program = self._program()

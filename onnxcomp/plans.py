@@ -37,6 +37,10 @@ _RETREAT = 0.7
 """By what that falls where a plan lost too much: the same samples judge the next one."""
 _WORTH = 1.1
 """How much faster a plan must be than the best before it, to be followed by one more than planned."""
+_FAR = 2.0
+"""Times the error foretold that a plan's outputs have, where it teaches so much that one more may follow..."""
+_LESSONS = 2
+"""...and how often."""
 _BEYOND = 1.25
 """How far a neighbour of a plan may go beyond the error that plans are to have: what it loses is measured."""
 _FILLED = 0.97
@@ -148,11 +152,13 @@ class Plans:
         Between them they are timed beside the best without a plan, and judged.
 
         Args:
-            most: plans, beside those that made `best` much faster; fewer where the next one does not promise to.
+            most: plans, beside those that made `best` much faster and some that failed as their errors were foretold
+                far too low; fewer where the next one does not promise to be faster.
             share: of the loss that is allowed, that a plan may have.
         """
         if self._planner is None:
             return
+        lessons = _LESSONS
         while most > 0:
             found = self._at(self._aim(share), before := self.best)
             if found is None:
@@ -160,8 +166,12 @@ class Plans:
             most -= 1
             for trial in found:
                 yield trial
-                if trial.speedup and not within(self._bench.drop(trial), self._loss):
-                    share *= _RETREAT
+                failed = trial.speedup and not within(self._bench.drop(trial), self._loss)
+            if failed:
+                share *= _RETREAT
+            if failed and lessons and self._errors[trial] > _FAR * self._plans[trial].error:
+                lessons -= 1
+                most += 1
             if self.best.speedup > before.speedup * _WORTH:
                 most += 1
 
@@ -203,8 +213,17 @@ class Plans:
         plan = plan or self._planner.plan(error)
         if plan is None or not plan.decides or any(plan.same(other) for other in self._plans.values()):
             return None
-        promises = best is None or self._clean.speedup / plan.time >= best.speedup * (1 + NOISE)
+        promises = best is None or plan.time * (1 + NOISE) <= self._foretold(best)
         return self._made(plan) if promises or needed or not self._plans else None
+
+    def _foretold(self, best: Candidate) -> float:
+        """What the best takes, as a share of the float model's time: of a plan, what is foretold by what is known now.
+
+        A plan is compared with its like: what is measured has noise, and may be off for both in the same way.
+        """
+        if self._planner is not None and best in self._plans:
+            return self._planner.again(self._plans[best]).time
+        return self._clean.speedup / best.speedup
 
     def _small(self, error: float, best: Candidate | None) -> Plan | None:
         """The fastest plan within the limit on size, if there is one."""

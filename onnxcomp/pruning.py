@@ -18,6 +18,7 @@ from onnxcomp.core import Context, Skip
 from onnxcomp.effects import Answers, abroad
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.members import Reader, readers
+from onnxcomp.model import content_hash
 from onnxcomp.numerics.obs import Consumer, eliminate, survivors, swapped
 from onnxcomp.saliency import Aggregate, Criterion, saliencies
 from onnxcomp.samples import Dataset
@@ -66,14 +67,17 @@ class Pruner:
         data: to learn from.
         context: target, exclusions, seed, memory.
         refit: whether the layers that read channels make up for those that go.
+        answers: of the model, by which it is told what widths cost; by default on some of the data.
 
     Attributes:
         skips: groups that are left alone, and why; grows as reasons are found.
     """
 
-    def __init__(self, groups: ChannelGroups, data: Dataset, context: Context, *, refit: bool) -> None:
+    def __init__(
+        self, groups: ChannelGroups, data: Dataset, context: Context, *, refit: bool, answers: Answers | None = None
+    ) -> None:
         self.groups = groups
-        self._data, self.context, self._refits = data, context, refit
+        self._data, self.context, self._refits, self._given = data, context, refit, answers
         self.skips: list[Skip] = []
         self._readers: dict[ChannelGroup, list[Reader]] = {}
         for group in groups:
@@ -110,7 +114,7 @@ class Pruner:
 
     @cached_property
     def _answers(self) -> Answers:
-        return Answers(self.groups.model, self._data, self.context)
+        return self._given or Answers(self.groups.model, self._data, self.context)
 
     def _moments(self, layer: Layer) -> NDArray[np.float64]:
         """H of a layer's inputs (groups, in, in); centred where its bias takes up their mean."""
@@ -157,10 +161,22 @@ class Pruner:
         return True
 
     def _eliminated(self, group: ChannelGroup) -> Ranking:
-        swept = eliminate(self._consumers(group), DAMPING)
-        scores = np.empty(group.size)
-        scores[swept.order] = np.diff(swept.errors)
-        return Ranking(swept.order, scores, swept.errors)
+        if group.name not in self._eliminations:
+            swept = eliminate(self._consumers(group), DAMPING)
+            scores = np.empty(group.size)
+            scores[swept.order] = np.diff(swept.errors)
+            self._eliminations[group.name] = Ranking(swept.order, scores, swept.errors)
+        return self._eliminations[group.name]
+
+    @cached_property
+    def _eliminations(self) -> dict[str, Ranking]:
+        """Rankings by OBS, by the group's name; those of the same model and data are kept for the next plan."""
+        key = ("eliminations", content_hash(self.groups.model))
+        data, known = self.context.cache.get(key, (None, {}))
+        if data is not self._data:
+            data, known = self.context.cache[key] = self._data, {}
+        found: dict[str, Ranking] = known
+        return found
 
     def swapped(self, group: ChannelGroup, gone: NDArray[np.int64]) -> NDArray[np.int64]:
         """As many channels whose loss costs the layers that read them no more."""

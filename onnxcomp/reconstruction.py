@@ -11,7 +11,8 @@ inputs.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,6 +38,8 @@ _LEAST_ROWS = 16384
 Project: TypeAlias = Callable[[Layer, NDArray[np.float64], NDArray[np.float64]], NDArray[np.float64]]
 """From a layer, weights (out, in) that fit it and H (groups, in, in) of its inputs, the weights that it gets."""
 
+_IN_VAIN = 2
+"""Rows of the same shapes, in turn, that fitting together did not help, after which others are left out."""
 _START = 2
 """The part of the rows, one in so many, that is enough for layers that are fitted together afterwards."""
 
@@ -78,11 +81,14 @@ def reconstruct(
     pairs = pairs[:most]
     norms = _Norms(original, changed, outputs, twins, context)
     by_name = {pair.after.name: pair for pair in pairs}
+    in_vain: Counter[Hashable] = Counter()  # by the shapes of a row's layers
     done = 0
     factors = {pair.after.name for pair in pairs if pair.before is None}
     for row in chains([pair.after for pair in pairs], factors):
         block = [by_name[layer.name] for layer in row]
+        shapes = tuple(layer.weight_shape for layer in row)
         both = jointly and len(block) > 1 and project is None and block[-1].before is not None
+        both = both and in_vain[shapes] < _IN_VAIN
         start: Layer | None = block[0].after
         for pair in block:
             norms.adjust(pair.after.node)
@@ -93,8 +99,11 @@ def reconstruct(
                 skips += [Skip(pair.after.name, f"not fitted again: {reason}")] if reason else []
                 both = both and not reason
                 start = None
-        if both and (reason := fit_together(block, changed, twins, data.samples, context, damping)):
-            skips += [Skip(pair.after.name, f"fitted by itself only: {reason}") for pair in block]
+        if both:
+            helped = fit_together(block, changed, twins, data.samples, context, damping)
+            in_vain[shapes] = in_vain[shapes] + 1 if helped is False else 0
+            if isinstance(helped, str):
+                skips += [Skip(pair.after.name, f"fitted by itself only: {helped}") for pair in block]
         done += len(block)
         context.progress(done, len(pairs), "fitting layers again")
     norms.adjust()

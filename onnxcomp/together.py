@@ -28,11 +28,11 @@ _HELD_OUT = 0.2
 
 def fit_together(
     block: list[Pair], changed: ir.Model, twins: Twins, samples: int, context: Context, damping: float
-) -> str | None:
+) -> str | bool:
     """Fit layers in a row to what the last one is to give, where that helps on samples held out.
 
     Returns:
-        Why that cannot be tried, or None.
+        Whether it does, or why that cannot be tried.
     """
     row = [pair.after for pair in block]
     parts = _parts(block, twins, samples, context)
@@ -40,18 +40,16 @@ def fit_together(
         return parts
     try:
         links = _links(block, changed, context)
-        fitted = joint.fit(links, parts[0], context.seed, damping)
+        fitted = joint.fit(links, *parts, seed=context.seed, damping=damping)
     except OnnxcompError as error:
         return f"what lies between it and its neighbours does not run by itself: {error.fact}"
     except np.linalg.LinAlgError:
         return "its inputs do not vary"
-    better = [replace(link, weight=weight, bias=bias) for link, (weight, bias) in zip(links, fitted, strict=True)]
-    if joint.error(better, parts[1]) < joint.error(links, parts[1]):
-        for layer, (weight, bias) in zip(row, fitted, strict=True):
-            layer.set_matrix(weight.reshape(-1, weight.shape[2]))
-            if bias is not None:
-                layer.set_bias(bias.ravel())
-    return None
+    for layer, (weight, bias) in zip(row, fitted, strict=True):
+        layer.set_matrix(weight.reshape(-1, weight.shape[2]))
+        if bias is not None:
+            layer.set_bias(bias.ravel())
+    return any(not np.array_equal(weight, link.weight) for link, (weight, _) in zip(links, fitted, strict=True))
 
 
 def _parts(

@@ -68,13 +68,19 @@ class Part:
 
 
 def fit(
-    links: Sequence[Link], parts: Sequence[Part], seed: int = 0, damping: float = 1e-2
+    links: Sequence[Link],
+    parts: Sequence[Part],
+    held_out: Sequence[Part] = (),
+    seed: int = 0,
+    damping: float = 1e-2,
 ) -> list[tuple[Floats, Floats | None]]:
     """Weights and biases of layers in a row that bring the last one's output nearer to a target.
 
     Args:
         links: the layers.
         parts: the samples; each is taken through all layers at a time.
+        held_out: others. Steps end when the error on these is above that of the layers as they came in, and the result
+            is what had the least; without any, it is what the last step led to.
         seed: of the random signs by which A is estimated.
         damping: added to the diagonals of A and H, as a share of their means.
 
@@ -85,17 +91,32 @@ def fit(
     with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:  # type: ignore[no-untyped-call]
         chain = _Chain(links, parts, seed, damping, pool)
         start, limits = np.zeros(chain.size), {"maxiter": _STEPS, "maxfun": 2 * _STEPS}
-        found = minimize(chain.loss, start, method="L-BFGS-B", jac=True, options=limits)  # type: ignore[call-overload]
-        return chain.parameters(found.x)
+        best, least = start, (before := chain.error(start, held_out))
+
+        def judge(point: Floats) -> None:
+            nonlocal best, least
+            now = chain.error(point, held_out)
+            if now > before:
+                raise StopIteration
+            if now < least:
+                best, least = point.copy(), now
+
+        found = minimize(
+            chain.loss, start, method="L-BFGS-B", jac=True, options=limits, callback=judge if held_out else None
+        )  # type: ignore[call-overload]
+        return chain.parameters(best if held_out else found.x)
 
 
 def error(links: Sequence[Link], parts: Sequence[Part]) -> float:
     """The squared error of what the last layer gives, summed."""
-    weights = [_single(link.weight, link.bias) for link in links]
-    return float(sum(_squared(_forward(links, weights, part.data)[1] - part.target) for part in parts))
+    return _error(links, [_single(link.weight, link.bias) for link in links], parts)
 
 
 _Weights: TypeAlias = tuple[Tensor, Tensor | None]
+
+
+def _error(links: Sequence[Link], weights: Sequence[_Weights], parts: Sequence[Part]) -> float:
+    return float(sum(_squared(_forward(links, weights, part.data)[1] - part.target) for part in parts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +186,10 @@ class _Chain:
             bias = None if link.bias is None else link.bias + change[..., -1]
             result.append((link.weight + change[..., : link.weight.shape[2]], bias))
         return result
+
+    def error(self, point: Floats, parts: Sequence[Part]) -> float:
+        """The squared error at a point on other samples, summed."""
+        return _error(self._links, [_single(weight, bias) for weight, bias in self.parameters(point)], parts)
 
     def loss(self, point: Floats) -> tuple[float, Floats]:
         """Half the relative squared error at a point, and its gradient."""
