@@ -14,7 +14,7 @@ from itertools import combinations
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from scipy.optimize import nnls
+from scipy.optimize import least_squares
 
 from onnxcomp.appraisal import Appraisal
 from onnxcomp.core import Option, Parts, Pass
@@ -35,6 +35,8 @@ _USUAL = np.array([0.8, 0.5, 0.5, 1.0])
 """What is left of the errors of each source, added up, once all layers are fitted again."""
 _TRUST = 0.1
 """How much that counts beside what was measured: 1 as much as one plan."""
+_FARTHEST = np.log(1000.0)
+"""Of a weight's logarithm from the usual one's, at most: an error of nothing at all says that little for others."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ class Planner:
                 others[row.technique].append(row.option(number))
         losses = [float(own[number]) for own, number in zip(program.errors, found, strict=True)]
         parts = np.bincount(program.sources, losses, len(_SOURCES))
-        sources = np.divide(parts, self._weights, out=np.zeros(len(parts)), where=self._weights > 0)
+        sources = parts / self._weights
         in_float = tuple(
             node.name or ""
             for unit, form in forms.items()
@@ -315,17 +317,20 @@ class Planner:
         return self._compared((0.0, 0.0, 0.0, sum(self._form_errors[form].values())), made)
 
     def _compared(self, sources: tuple[float, ...], made: ir.Model) -> float:
-        """Each source of error gets the weight that fits all that is known best: least squares of relative errors.
+        """Each source of error gets the weight that fits all that is known best, near the usual one.
 
-        The usual ones are where they start.
+        Least squares of logarithms: an error that was foretold a hundred times too low is as wrong as one too high.
         """
         measured = max(self._answers.error(made), 1e-12)
         if any(sources):
             self._seen.append((sources, measured))
-        rows = [np.array(own) / error for own, error in self._seen]
-        prior = np.sqrt(_TRUST) * np.diag(1 / _USUAL)
-        values = [*np.ones(len(rows)), *np.full(len(_USUAL), np.sqrt(_TRUST))]
-        self._weights = nnls(np.vstack([*rows, prior]), np.array(values))[0]
+        rows = np.array([np.array(own) / error for own, error in self._seen]).reshape(-1, len(_USUAL))
+
+        def residuals(logs: NDArray[np.float64]) -> NDArray[np.float64]:
+            return np.append(np.log(rows @ np.exp(logs)), np.sqrt(_TRUST) * (logs - np.log(_USUAL)))
+
+        start = np.log(_USUAL)
+        self._weights = np.exp(least_squares(residuals, start, bounds=(start - _FARTHEST, start + _FARTHEST)).x)
         return measured
 
     def origin(self, name: str) -> str:

@@ -557,6 +557,33 @@ def test_errors_and_conversions_are_rescaled_by_what_was_measured(model: ir.Mode
     assert len({whole.forms[layer.name] for layer in layers(model)}) == 1
 
 
+@pytest.mark.parametrize("factor", [0.01, 1.0, 100.0])
+def test_errors_far_from_what_was_foretold_are_learnt_either_way(
+    model: ir.Model, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    found = planner(model)
+    plan = found.plan(0.02)
+    assert plan is not None
+    monkeypatch.setattr(found._answers, "error", lambda _: factor * plan.error)
+    found.compare(plan, model)
+    assert abs(np.log(found.again(plan).error / (factor * plan.error))) < np.log(3)
+    monkeypatch.setattr(found._answers, "error", lambda _: 0.0)
+    found.compare(plan, model)
+    assert found.again(plan).error > 0
+
+
+@pytest.mark.parametrize(("factor", "plans"), [(1.0, 1), (100.0, 3)])
+def test_a_plan_that_failed_by_an_error_foretold_far_too_low_is_followed_by_more(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch, factor: float, plans: int
+) -> None:
+    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    lab.loss = lambda made: 1.0 if models.tensor_bytes(made) < whole else 0.0
+    monkeypatch.setattr(Planner, "compare", lambda self, plan, made, *, quantized=True: factor * plan.error)
+    report = searched(lab, model, effort="quick", budget=Budget(max_drop=0.1)).report
+    assert sum(trial.name.startswith("plan ") for trial in report.trials) == plans
+
+
 def test_conversions_of_what_the_best_leaves_in_float_count_once(model: ir.Model) -> None:
     given = context(64)
     assert given.data is not None
