@@ -1,4 +1,4 @@
-"""Plans: branches, widths and precision chosen together, on made-up times."""
+"""The planner: branches, widths and precision chosen together, on made-up times."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,7 @@ from models import zoo
 from onnxcomp import appraisal, latency, planning, table
 from onnxcomp import model as models
 from onnxcomp.appraisal import Appraisal
-from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Context, Option, Outcome, Parts, Pass, node_pattern
-from onnxcomp.cost import node_costs
 from onnxcomp.deadline import TimeIsUp
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.executors import Processes
@@ -24,68 +22,19 @@ from onnxcomp.layers import layers
 from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
-from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.placement import Crossing
-from onnxcomp.planning import Plan, Planner
-from onnxcomp.plans import Lost, loss_per_error
+from onnxcomp.planning import Planner
 from onnxcomp.profiling import Profile
-from onnxcomp.report import Result
 from onnxcomp.runtime import Session, Target
 from onnxcomp.store import Store
 from onnxcomp.table import FLOAT
-from onnxcomp.weights import NEAREST
-from tests.lab import Lab, lab
-from tests.lab import network as chain
 from tests.passes.small import context, network
-from tests.passes.test_prune_depth import joins, residual
+from tests.passes.test_prune_depth import joins
+from tests.planned import CROSSING, INT8, STRENGTHS, clock, flops, made_up, model, planner
 from tests.slices import sliced
 
-__all__ = ["lab"]
-
-STRENGTHS = (1.0, 0.05, 0.5)
-CROSSING = Crossing((1, 10), (1.0, 1.0), (1.0, 1.0))
-INT8 = QuantizeStatic(rounding=NEAREST)
-
-
-def flops(model: ir.Model) -> dict[str, float]:
-    return {cost.name: float(cost.flops or 0) for cost in node_costs(model, 1, {"batch": 1})}
-
-
-def made_up(models: Sequence[ir.Model], *_: Any, **__: Any) -> list[Profile]:
-    """A microsecond for a thousand FLOPs, a third of that where weights are integers."""
-    found = []
-    for model in models:
-        integers = any(node.op_type == "DequantizeLinear" for node in model.graph)
-        sized = model.clone()
-        ir.passes.common.ShapeInferencePass()(sized)
-        names = {node.name for node in model.graph if node.op_type in {"Conv", "Gemm"}}
-        times = {name: taken / (3e3 if integers else 1e3) for name, taken in flops(sized).items() if name in names}
-        found.append(Profile(times, {}))
-    return found
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (table, latency):
-        monkeypatch.setattr(module, "profiles", made_up)
-
-
-def planner(
-    model: ir.Model, *, quantize: bool = True, prune: bool = True, prune_depth: bool = True, **settings: Any
-) -> Planner:
-    given = context(64, **settings)
-    assert given.data is not None
-    feeds = next(iter(given.data.batches(1))).feeds
-    quantizers = {"INT8": INT8} if quantize else {}
-    return Planner(
-        Appraisal(model, quantizers, given.data, given, feeds, prune=prune, prune_depth=prune_depth), CROSSING
-    )
-
-
-@pytest.fixture(scope="module")
-def model() -> ir.Model:
-    return residual(*STRENGTHS)
+__all__ = ["clock", "model"]
 
 
 @functools.cache
@@ -398,134 +347,6 @@ def test_a_limit_on_size_is_kept_at_the_price_of_time(model: ir.Model, monkeypat
     assert found.plan(0.2, size=100) is None
 
 
-def searched(lab: Lab, model: ir.Model, count: int = 121, **options: Any) -> Result:
-    """What `optimize` makes of a model with so many samples; by default without quantization, at the usual effort."""
-    data = context(count).data
-    assert data is not None
-    given = {"passes": ["simplify", "prune", "prune-depth"], "effort": "default"} | options
-    return lab.optimize(model, calib=[batch.feeds for batch in data], **given)
-
-
-@pytest.mark.parametrize(
-    ("loss", "budget", "chosen"), [(0.03, Budget(), False), (0.01, Budget(), True), (0.03, Budget(max_drop=0.05), True)]
-)
-def test_where_nothing_tells_accuracy_less_goes_and_a_note_says_so(
-    lab: Lab, model: ir.Model, loss: float, budget: Budget, chosen: bool
-) -> None:
-    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
-    lab.latency = lambda model: float(models.tensor_bytes(model))
-    lab.loss = lambda model: loss if models.tensor_bytes(model) < whole else 0.0
-    report = searched(lab, model, budget=budget, count=64).report
-    assert any(trial.name.startswith("plan ") for trial in report.trials)
-    assert any("an error above 0.02" in trial.verdict for trial in report.trials) != chosen
-    assert any("Prune" in step.recipe for step in report.steps) == chosen
-    assert any("jointly=True" in step.recipe for step in report.steps) == chosen
-    assert any("by the relative-error of the outputs alone" in note for note in report.notes) == chosen
-
-
-def test_a_plan_that_fails_on_the_final_data_gives_way_to_another(lab: Lab, model: ir.Model) -> None:
-    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
-    failed: list[int] = []
-
-    def first_fails(made: ir.Model) -> float:
-        size = models.tensor_bytes(made)
-        if size < whole and not failed:
-            failed.append(size)
-        return float(size in failed)
-
-    lab.latency, lab.final_loss = lambda made: float(models.tensor_bytes(made)), first_fails
-    result = searched(lab, model, budget=Budget(max_drop=0.1))
-    verdicts = [trial.verdict for trial in result.report.trials if trial.name.startswith("plan ")]
-    assert len(verdicts) > 1
-    assert verdicts.count("over the budget on the final data") == 1
-    assert verdicts.count("chosen") == 1
-
-
-def test_where_no_other_plan_is_gentle_enough_one_is_made(lab: Lab, model: ir.Model) -> None:
-    def gone(made: ir.Model) -> int:
-        return sum(node.op_type == "Add" for node in model.graph) - sum(node.op_type == "Add" for node in made.graph)
-
-    lab.latency = lambda made: float(models.tensor_bytes(made))
-    lab.loss = lambda made: 0.018 * gone(made)
-    lab.final_loss = lambda made: 2 * lab.loss(made)
-    report = searched(lab, model, budget=Budget(max_drop=0.1)).report
-    failed, chosen = (
-        next(trial for trial in report.trials if trial.verdict == verdict)
-        for verdict in ("over the budget on the final data", "chosen")
-    )
-    assert chosen.name.startswith("plan ")
-    assert report.trials.index(chosen) > report.trials.index(failed)
-    assert chosen.figures.drop is not None
-    assert failed.figures.drop is not None
-    assert 0 < chosen.figures.drop < failed.figures.drop
-
-
-def test_after_a_plan_that_lost_too_much_the_next_one_takes_less(lab: Lab, model: ir.Model) -> None:
-    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
-    lab.latency = lambda made: float(models.tensor_bytes(made))
-    lab.loss = lambda made: 1.0 if models.tensor_bytes(made) < whole else 0.0
-    report = searched(lab, model, budget=Budget(max_drop=0.1)).report
-    sizes = [trial.figures.size for trial in report.trials if trial.name.startswith("plan ")]
-    assert len(sizes) > 1
-    assert sizes == sorted(set(sizes))
-
-
-def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_fitting_makes_up_for(
-    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    promised = Planner.plan
-
-    def slow(self: Planner, *limits: float) -> Plan | None:
-        plan = promised(self, *limits)
-        return plan if plan is None or self._seen else replace(plan, time=1.0)
-
-    monkeypatch.setattr(Planner, "plan", slow)
-    lab.latency = lambda made: float(models.tensor_bytes(made))
-    report = searched(lab, model).report
-    first, second = [trial for trial in report.trials if trial.name.startswith("plan ")][:2]
-    assert first.predicted == pytest.approx(report.trials[0].figures.speedup)
-    assert first.predicted is not None
-    assert second.predicted is not None
-    assert second.predicted > first.predicted
-
-
-def test_plans_go_on_while_each_is_much_faster(lab: Lab, model: ir.Model) -> None:
-    lab.latency = lambda made: float(models.tensor_bytes(made))
-    report = searched(lab, model, effort="quick", budget=Budget(max_drop=0.1)).report
-    first, *others = [trial.figures.speedup or 0.0 for trial in report.trials if trial.name.startswith("plan ")]
-    assert others  # one is what `quick` makes of named passes
-    assert first > 1.1 * (report.trials[0].figures.speedup or 0.0)
-
-
-def test_where_nothing_tells_accuracy_what_goes_counts_beside_what_quantization_loses(
-    lab: Lab, model: ir.Model
-) -> None:
-    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
-    lab.latency = lambda made: float(models.tensor_bytes(made))
-    lab.loss = lambda made: 0.1 if models.tensor_bytes(made) < whole else 0.0
-    report = searched(lab, model, passes=["simplify", "quantize-static", "prune", "prune-depth"]).report
-    quantized = [trial for trial in report.trials if trial.name.startswith("static INT8") and trial.figures.drop]
-    assert quantized
-    assert any(trial.name.startswith("plan ") and trial.verdict == "chosen" for trial in report.trials)
-
-
-def test_plans_are_compared_before_they_are_quantized_too(
-    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lab.latency = lambda made: float(models.tensor_bytes(made))
-    compare, seen = Planner.compare, []
-
-    def noted(self: Planner, plan: Plan, made: ir.Model, *, quantized: bool = True) -> float:
-        seen.append((quantized, any(node.op_type == "QuantizeLinear" for node in made.graph)))
-        return compare(self, plan, made, quantized=quantized)
-
-    monkeypatch.setattr(Planner, "compare", noted)
-    report = searched(lab, model, passes=["simplify", "quantize-static", "prune"]).report
-    plans = [trial for trial in report.trials if trial.name.startswith("plan ") and trial.figures.speedup]
-    assert plans
-    assert seen[:2] == [(False, False), (True, True)]
-
-
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:
     found = usual(model)
     plan = found.plan(0.1)
@@ -572,18 +393,6 @@ def test_errors_far_from_what_was_foretold_are_learnt_either_way(
     assert found.again(plan).error > 0
 
 
-@pytest.mark.parametrize(("factor", "plans"), [(1.0, 1), (100.0, 3)])
-def test_a_plan_that_failed_by_an_error_foretold_far_too_low_is_followed_by_more(
-    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch, factor: float, plans: int
-) -> None:
-    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
-    lab.latency = lambda made: float(models.tensor_bytes(made))
-    lab.loss = lambda made: 1.0 if models.tensor_bytes(made) < whole else 0.0
-    monkeypatch.setattr(Planner, "compare", lambda self, plan, made, *, quantized=True: factor * plan.error)
-    report = searched(lab, model, effort="quick", budget=Budget(max_drop=0.1)).report
-    assert sum(trial.name.startswith("plan ") for trial in report.trials) == plans
-
-
 def test_conversions_of_what_the_best_leaves_in_float_count_once(model: ir.Model) -> None:
     given = context(64)
     assert given.data is not None
@@ -610,31 +419,3 @@ def test_what_fitting_makes_up_for_is_told_before_integers_hide_it(model: ir.Mod
     lost = found.compare(plan, made, quantized=False)
     assert found._weights @ np.array([*plan.sources[:-1], 0.0]) == pytest.approx(lost, rel=0.2)
     assert found._weights[-1] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize(
-    ("noise", "low", "high"),
-    [(1e-6, 0.9, 1.1), (0.0035, 0.42, 0.6), (0.1, 0.416, 0.42), (None, 0.5, 0.9)],
-    ids=["certain", "judged on thousands", "judged on a few", "not known"],
-)
-def test_a_noisy_loss_changes_what_the_next_error_is_taken_to_lose_by_little(
-    noise: float | None, low: float, high: float
-) -> None:
-    usual = 0.005 / 0.012
-    assert loss_per_error([], 0.005, usual) == pytest.approx(usual)
-    assert loss_per_error([Lost(1e-12, 0.0, 0.0)], 0.005, usual) == pytest.approx(usual)  # what changes nothing
-    assert low < loss_per_error([Lost(0.001, 0.001, noise), Lost(0.004, 0.004, noise)], 0.005, usual) < high
-    assert loss_per_error([Lost(0.004, np.inf, noise)], 0.005, usual) == pytest.approx(usual)
-    assert loss_per_error([Lost(0.004, 1.0, 1e-9)] * 50, 0.005, usual) == pytest.approx(4 * usual)
-
-
-@pytest.mark.parametrize("untraced", [False, True])
-def test_where_nothing_can_go_nothing_is_planned(lab: Lab, monkeypatch: pytest.MonkeyPatch, untraced: bool) -> None:
-    def nobody_knows(*_: Any) -> None:
-        raise OnnxcompError("odd shapes")
-
-    if untraced:
-        monkeypatch.setattr(appraisal, "channel_groups", nobody_knows)
-    report = lab.optimize(chain(["g0"]), passes=["simplify", "prune", "prune-depth"], effort="default").report
-    assert not any(trial.name.startswith("plan ") for trial in report.trials)
-    assert any("odd shapes" in trial.verdict for trial in report.trials) == untraced

@@ -14,7 +14,7 @@ from onnxcomp.placement import Crossing
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Target
 from tests.passes.test_prune_depth import residual
-from tests.test_planning import STRENGTHS, made_up
+from tests.planned import STRENGTHS, made_up
 from tests.test_report import SCHEMA
 
 
