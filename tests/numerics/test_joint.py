@@ -77,6 +77,18 @@ def test_fitting_together_beats_the_last_layer_alone() -> None:
     assert all(np.array_equal(first[0], second[0]) for first, second in zip(fitted, again, strict=True))
 
 
+def test_steps_end_where_others_lose() -> None:
+    links, parts = problem()
+    *known, other = parts
+    fitted = joint.fit(links, known, [other])
+    better = [replace(old, weight=weight, bias=bias) for old, (weight, bias) in zip(links, fitted, strict=True)]
+    assert joint.error(better, [other]) < 0.8 * joint.error(links, [other])
+    hidden = np.tanh(relu(other.data @ links[0].weight[0].T) @ links[1].weight[0].T)
+    as_it_is = Part(other.data, (hidden @ links[2].weight[0].T).astype(np.float32))
+    for old, (weight, _) in zip(links, joint.fit(links, known, [as_it_is]), strict=True):
+        np.testing.assert_array_equal(weight, old.weight)
+
+
 def test_nothing_to_learn_from_stays_as_it_was() -> None:
     links, parts = problem()
     silent = [Part(np.zeros_like(part.data), np.zeros_like(part.target)) for part in parts]

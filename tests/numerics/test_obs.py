@@ -27,9 +27,10 @@ def error_of(consumer: Consumer, removed: tuple[int, ...]) -> float:
     return float(np.trace((W - V) @ H @ (W - V).T) / np.trace(W @ H @ W.T))
 
 
+@pytest.mark.parametrize("out", [5, 12], ids=["wide", "tall"])
 @pytest.mark.parametrize("seed", range(5))
-def test_errors_are_those_of_the_normal_equations(seed: int) -> None:
-    consumer = problem(seed)
+def test_errors_are_those_of_the_normal_equations(seed: int, out: int) -> None:
+    consumer = problem(seed, out)
     found = eliminate([consumer], damping=1e-12)
     for count in range(len(found.order) + 1):
         assert found.errors[count] == pytest.approx(error_of(consumer, tuple(found.order[:count])), rel=1e-6, abs=1e-9)

@@ -1,6 +1,7 @@
 """Pruning reaches its target, keeps what it can, and says what it left alone."""
 
 import functools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from onnxcomp.data import open_dataset
 from onnxcomp.errors import OptionError
 from onnxcomp.graph import constant_of
 from onnxcomp.layers import layers
+from onnxcomp.numerics.obs import Elimination, eliminate
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.prefix import part_between
@@ -82,6 +84,24 @@ def test_fitting_layers_together_lowers_it_further(digits: ir.Model, monkeypatch
     monkeypatch.setattr(reconstruction, "chains", lambda found, factors: [[layer] for layer in found])
     alone = settings(digits, context(digits)).model
     assert error(digits, together) < 0.8 * error(digits, alone)
+
+
+def test_channels_of_one_model_and_data_are_ranked_once(digits: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranked: list[int] = []
+
+    def counted(*given: Any, **named: Any) -> Elimination:
+        ranked.append(1)
+        return eliminate(*given, **named)
+
+    monkeypatch.setattr(pruning, "eliminate", counted)
+    settings, given = Prune(0.9, rates=Rates.LOCAL, reconstruct=False), context(digits)
+    first = settings(digits, given).model
+    count = len(ranked)
+    assert count > 0
+    assert models.to_bytes(settings(digits, given).model) == models.to_bytes(first)
+    assert len(ranked) == count
+    settings(digits, replace(given, data=context(digits, 32).data))
+    assert len(ranked) == 2 * count
 
 
 def test_widths_are_multiples(digits: ir.Model) -> None:

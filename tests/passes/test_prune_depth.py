@@ -1,11 +1,14 @@
 """Depth pruning: the branch whose loss is least goes, and what is left makes up for it."""
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from models.net import Net
 from onnxcomp import model as models
+from onnxcomp import reconstruction
 from onnxcomp.branches import branches, without_branches
 from onnxcomp.core import Context, node_pattern
 from onnxcomp.errors import OptionError
@@ -15,6 +18,7 @@ from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.runtime import Session
 from onnxcomp.synthetic import synthetic
+from onnxcomp.twins import Pair
 from onnxcomp.widths import Cost
 from tests.passes.small import context, error, network
 
@@ -76,6 +80,22 @@ def test_what_is_left_makes_up_for_it() -> None:
         error(model, PruneDepth(parts=gone, reconstruct=on)(model, context(512)).model) for on in (False, True)
     )
     assert fitted < 0.5 * plain
+
+
+@pytest.mark.parametrize(("helped", "expected"), [(False, 2), (True, 4), ("it does not run", 4)])
+def test_fitting_together_is_given_up_where_two_rows_of_the_same_shapes_gained_nothing(
+    monkeypatch: pytest.MonkeyPatch, helped: bool | str, expected: int
+) -> None:
+    tried: list[list[str]] = []
+
+    def fit(block: list[Pair], *_: Any) -> bool | str:
+        tried.append([pair.after.name for pair in block])
+        return helped
+
+    monkeypatch.setattr(reconstruction, "fit_together", fit)
+    model = residual(0.5, 1, 1, 1, 1)
+    PruneDepth(parts=((joins(model)[0], 1),))(model, context())
+    assert len([row for row in tried if len(row) == 2]) == expected
 
 
 def test_what_comes_before_stays_as_it_is() -> None:
