@@ -86,7 +86,7 @@ def test_fitting_layers_together_lowers_it_further(digits: ir.Model, monkeypatch
     assert error(digits, together) < 0.8 * error(digits, alone)
 
 
-def test_channels_of_one_model_and_data_are_ranked_once(digits: ir.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_of_one_model_and_data_are_ranked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ranked: list[int] = []
 
     def counted(*given: Any, **named: Any) -> Elimination:
@@ -94,13 +94,14 @@ def test_channels_of_one_model_and_data_are_ranked_once(digits: ir.Model, monkey
         return eliminate(*given, **named)
 
     monkeypatch.setattr(pruning, "eliminate", counted)
-    settings, given = Prune(0.9, rates=Rates.LOCAL, reconstruct=False), context(digits)
-    first = settings(digits, given).model
+    model = zoo_model("vgg")
+    settings, given = Prune(0.9, rates=Rates.LOCAL, reconstruct=False), context_of(model)
+    first = settings(model, given).model
     count = len(ranked)
     assert count > 0
-    assert models.to_bytes(settings(digits, given).model) == models.to_bytes(first)
+    assert models.to_bytes(settings(model, given).model) == models.to_bytes(first)
     assert len(ranked) == count
-    settings(digits, replace(given, data=context(digits, 32).data))
+    settings(model, replace(given, data=context_of(model).data))
     assert len(ranked) == 2 * count
 
 
