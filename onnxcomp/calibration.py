@@ -111,8 +111,11 @@ class Gram:
             return cls(np.matmul(wide.swapaxes(1, 2), wide), rows.shape[1])
 
     def merge(self, other: "Gram", *, in_place: bool = False) -> "Gram":
-        """The Gram matrix of both sets of vectors; in the memory of this one, which is then spent, if asked for."""
-        total = np.add(self.total, other.total, out=self.total if in_place else None)
+        """The Gram matrix of both sets of vectors; in the memory of this one, which is then spent, if asked for.
+
+        What came from another process may be read-only: then in memory of its own.
+        """
+        total = np.add(self.total, other.total, out=self.total if in_place and self.total.flags.writeable else None)
         return Gram(total, self.rows + other.rows)
 
     @property

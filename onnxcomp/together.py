@@ -45,11 +45,12 @@ def fit_together(
         return f"what lies between it and its neighbours does not run by itself: {error.fact}"
     except np.linalg.LinAlgError:
         return "its inputs do not vary"
-    for layer, (weight, bias) in zip(row, fitted, strict=True):
+    helped = any(not np.array_equal(weight, link.weight) for link, (weight, _) in zip(links, fitted, strict=True))
+    for layer, (weight, bias) in zip(row, fitted, strict=True) if helped else ():
         layer.set_matrix(weight.reshape(-1, weight.shape[2]))
         if bias is not None:
             layer.set_bias(bias.ravel())
-    return any(not np.array_equal(weight, link.weight) for link, (weight, _) in zip(links, fitted, strict=True))
+    return helped
 
 
 def _parts(

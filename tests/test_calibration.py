@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.net import Net
-from onnxcomp.calibration import Observed, Statistics, calibrate
+from onnxcomp.calibration import Gram, Observed, Statistics, calibrate
 from onnxcomp.channels import Slot
 from onnxcomp.core import Context
 from onnxcomp.data import open_dataset
@@ -211,6 +211,17 @@ def test_parts_merge_to_the_whole() -> None:
     for part in reversed(parts):
         merged = merged.merge(part)
     assert_same(merged, gathered(model, x))
+
+
+def test_parts_merge_in_place_unless_they_are_read_only() -> None:
+    vectors = np.random.default_rng(0).normal(size=(3, 1, 20, 4))
+    first, second, third = (Gram.of(rows) for rows in vectors)
+    both = first.merge(second)
+    assert both.total is not first.total
+    assert first.merge(second, in_place=True).total is first.total
+    np.testing.assert_array_equal(first.total, both.total)
+    third.total.flags.writeable = False
+    np.testing.assert_array_equal(third.merge(both, in_place=True).total, both.merge(third).total)
 
 
 def test_padding_does_not_count() -> None:

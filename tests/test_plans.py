@@ -122,6 +122,15 @@ def test_plans_go_on_while_each_is_much_faster(lab: Lab, model: ir.Model) -> Non
     assert first > 1.1 * (report.trials[0].figures.speedup or 0.0)
 
 
+def test_no_plan_follows_one_that_is_foretold_as_fast(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planner, "again", lambda self, plan: replace(plan, time=0.0))
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    report = searched(lab, model, effort="quick", budget=Budget(max_drop=0.1)).report
+    assert sum(trial.name.startswith("plan ") for trial in report.trials) == 1  # more, as above, if that is not asked
+
+
 def test_where_nothing_tells_accuracy_what_goes_counts_beside_what_quantization_loses(
     lab: Lab, model: ir.Model
 ) -> None:
