@@ -82,7 +82,7 @@ def test_steps_end_where_others_lose() -> None:
     *known, other = parts
     fitted = joint.fit(links, known, [other])
     better = [replace(old, weight=weight, bias=bias) for old, (weight, bias) in zip(links, fitted, strict=True)]
-    assert joint.error(better, [other]) < 0.8 * joint.error(links, [other])
+    assert joint.error(better, [other]) < 0.2 * joint.error(links, [other])  # measured: 0.10
     hidden = np.tanh(relu(other.data @ links[0].weight[0].T) @ links[1].weight[0].T)
     as_it_is = Part(other.data, (hidden @ links[2].weight[0].T).astype(np.float32))
     for old, (weight, _) in zip(links, joint.fit(links, known, [as_it_is]), strict=True):
