@@ -10,13 +10,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import metrics, stopwatch
 from onnxcomp import model as models
+from onnxcomp import stopwatch
 from onnxcomp.core import Context, Outcome, Pass
 from onnxcomp.deadline import Deadline
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.footprint import memory_of
-from onnxcomp.judges import Judges, must_run
+from onnxcomp.judges import Baseline, Judges, must_run
 from onnxcomp.measure import paced
 from onnxcomp.recipe import Recipe
 from onnxcomp.record import signed
@@ -88,7 +88,7 @@ class Candidate:
     Attributes:
         drop: how much worse than the original it judges.
         noise: standard error of that; None where it is not known.
-        loss: the same drop with less noise, where how likely its answers are tells more.
+        expected: the same by how likely its answers are, where that is known.
         predicted: speed-up that was foretold.
     """
 
@@ -100,7 +100,7 @@ class Candidate:
     timing: Timing | None = None
     drop: float | None = None
     noise: float | None = None
-    loss: Loss | None = None
+    expected: Loss | None = None
     verdict: str = ""
     predicted: float | None = None
     memory: int | None = None
@@ -127,11 +127,11 @@ class Candidate:
 
     def faster(self, other: "Candidate") -> bool:
         """Whether it is, beyond noise: by the median, and in three of four rounds."""
-        return (
-            self.timing is not None
-            and self.speedup > other.speedup * (1 + NOISE)
-            and self.timing.speedup_low > other.speedup
-        )
+        return self.seems_faster(other) and self.timing is not None and self.timing.speedup_low > other.speedup
+
+    def seems_faster(self, other: "Candidate") -> bool:
+        """Whether it is, by the median alone: of many rounds, that tells."""
+        return self.timing is not None and self.speedup > other.speedup * (1 + NOISE)
 
     def smaller(self, other: "Candidate") -> bool:
         """Whether it is, and as fast."""
@@ -311,7 +311,7 @@ class Workbench:
         """How much worse than the original it judges; infinite where it fails."""
         if candidate.drop is None:
             self._tell(f"judging: {candidate.name}")
-            candidate.drop, candidate.noise = self._judge(candidate)
+            candidate.drop, candidate.noise, candidate.expected = self._judge(candidate)
         return candidate.drop
 
     def loss(self, candidate: Candidate) -> Loss:
@@ -321,65 +321,39 @@ class Workbench:
         counts likelihoods, which have much less but are only as true as the original is calibrated. Each counts by its
         variance.
         """
-        if candidate.loss is None:
-            counted = Loss(self.drop(candidate), candidate.noise)
-            expected = self._expected(candidate) if counted.noise and np.isfinite(counted.value) else None
-            candidate.loss = counted if expected is None else _combined(counted, expected)
-        return candidate.loss
-
-    def _expected(self, candidate: Candidate) -> Loss | None:
-        """By likelihoods; None where they are not known."""
-        judges, temperature = self.judges, self.temperature
-        if temperature is None:
-            return None
-        self._tell(f"judging: {candidate.name}")
-
-        def expect() -> metrics.Drop | None:
-            session = Session(candidate.model, self.context.target)
-            return judges.expected_loss(session, self.original, temperature, self.context)
-
-        parts = (candidate.model, self.model, judges.judge, judges.metric, temperature)
-        found = self.context.recall("expected loss", parts, expect)
-        return None if found is None else Loss(found.value, found.standard_error)
+        counted = Loss(self.drop(candidate), candidate.noise)
+        if candidate.expected is None or not counted.noise or not np.isfinite(counted.value):
+            return counted
+        return _combined(counted, candidate.expected)
 
     @cached_property
-    def temperature(self) -> float | None:
-        """At which the original is as sure as it is right."""
-        judges = self.judges
-        self._tell("judging how sure the original is")
-        return self.context.recall(
-            "temperature",
-            (self.model, judges.judge, judges.metric),
-            lambda: judges.temperature(self.original, self.context),
-        )
+    def baseline(self) -> Baseline:
+        """What the original gives on the data that judge."""
+        return self.judges.baseline(self.original, self.context)
 
-    @cached_property
-    def baseline(self) -> metrics.Score:
-        """What the original scores on the data that judge."""
-        return self.judges.score(self.original, self.original, self.context)
-
-    def _judge(self, candidate: Candidate) -> tuple[float, float | None]:
-        """The drop, and its standard error."""
+    def _judge(self, candidate: Candidate) -> tuple[float, float | None, Loss | None]:
+        """The drop, its standard error, and the same by likelihoods."""
         if candidate.model is self.model:
-            return 0.0, 0.0
+            return 0.0, 0.0, None
         judges, compare = self.judges, partial(self._compared, candidate.model)
-        (drop, noise, failure), seconds = self.context.recall(
+        (drop, noise, expected, failure), seconds = self.context.recall(
             "drop", (candidate.model, self.model, judges.judge, judges.gate), partial(_clocked, compare)
         )
         self._scoring_seconds = max(self._scoring_seconds, seconds)
         self._reserve()
         candidate.verdict = failure or candidate.verdict
-        return drop, noise
+        return drop, noise, expected
 
-    def _compared(self, model: ir.Model) -> tuple[float, float | None, str]:
-        """The drop, its standard error, and why it is infinite."""
+    def _compared(self, model: ir.Model) -> tuple[float, float | None, Loss | None, str]:
+        """The drop, its standard error, the same by likelihoods, and why the drop is infinite."""
         baseline = self.baseline
         try:
-            score = self.judges.score(Session(model, self.context.target), self.original, self.context)
+            session = Session(model, self.context.target)
+            found, likely = self.judges.compared(session, self.original, baseline, self.context)
         except OnnxcompError as error:  # the original gave a score, so it is the candidate's fault
-            return float("inf"), None, error.fact
-        found = metrics.compare(baseline, score)
-        return found.value, found.standard_error, ""
+            return float("inf"), None, None, error.fact
+        expected = None if likely is None else Loss(likely.value, likely.standard_error)
+        return found.value, found.standard_error, expected, ""
 
     def _reserve(self) -> None:
         """Leave time to time the result once more, and to score it and the original on the final data."""

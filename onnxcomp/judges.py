@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -15,14 +15,30 @@ from onnxcomp import model as models
 from onnxcomp.core import Context
 from onnxcomp.data import ImageOptions, Split, divisible, open_dataset, split
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.measure import SCORING_ROWS, evaluated, usual_metric
+from onnxcomp.measure import SCORING_ROWS, evaluated, rows_of, usual_metric
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset, Feeds
+from onnxcomp.scoring import FloatArray
 from onnxcomp.synthetic import synthetic
 
 _TEMPERATURES = tuple(np.geomspace(0.25, 16, 25).tolist())
-_LIKELY_SAMPLES = 1000
-"""Samples that tell how likely answers are: they have less noise than those that count hits."""
+_ROOM = 8
+"""Part of the memory cap, one in so many, that likelihoods may take."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the original gives on the data that judge.
+
+    Attributes:
+        score: by what a budget is on.
+        temperature: at which it is as sure as it is right; None where it has no labels, or no scores that tell.
+        scores: (samples, 1, classes) its log likelihoods, where it has a temperature.
+    """
+
+    score: metrics.Score
+    temperature: float | None = None
+    scores: FloatArray | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -123,33 +139,50 @@ class Judges:
         """Score a model on the judge's data, or on the final ones, by what a budget is on."""
         return evaluated(self.gate, session, self.final if final else self.judge, reference, context)
 
-    def temperature(self, original: Session, context: Context = Context()) -> float | None:
-        """At which the original is as sure as it is right; None where it has no labels or scores."""
-        wanted = metrics.surprise(self.metric, _TEMPERATURES)
-        if wanted is None:
-            return None
-        try:
-            rows = evaluated(wanted, original, self._some, original, context).rows
-        except OnnxcompError:
-            return None
-        surprises = np.full(1, np.nan) if rows is None else rows.mean((0, 1))
-        best = int(surprises.argmin())
-        known = np.isfinite(surprises).all() and 0 < best < len(surprises) - 1  # at an end they are no scores to go by
-        return _TEMPERATURES[best] if known else None
+    def baseline(self, original: Session, context: Context = Context()) -> Baseline:
+        """Score the original on the judge's data, with how likely it holds each class where that can be told."""
+        if self._beside is None or not self._tells_likelihoods(original, context):
+            return Baseline(self.score(original, original, context))
+        wanted = [self._counted, self._beside.surprise, self._beside.scores]
+        counted, surprises, scores = rows_of(wanted, original, self.judge, original, context)
+        score, means = metrics.scored(self._counted, counted), surprises.mean((0, 1))
+        best = int(means.argmin())
+        if not np.isfinite(means).all() or best in (0, len(means) - 1):  # at an end they are no scores to go by
+            return Baseline(score)
+        return Baseline(score, _TEMPERATURES[best], scores)
 
-    def expected_loss(
-        self, session: Session, original: Session, temperature: float, context: Context = Context()
-    ) -> metrics.Drop | None:
-        """What a candidate loses by how likely its answers are; None where that cannot be told."""
-        try:
-            found = evaluated(metrics.expected_loss(self.metric, temperature), session, self._some, original, context)
-        except OnnxcompError:
-            return None
-        return metrics.Drop(found.value, found.interval)
+    def compared(
+        self, session: Session, original: Session, baseline: Baseline, context: Context = Context()
+    ) -> tuple[metrics.Drop, metrics.Drop | None]:
+        """What a candidate loses on the judge's data: as counted and, where that is known, by likelihoods."""
+        if self._beside is None or baseline.temperature is None or baseline.scores is None:
+            return metrics.compare(baseline.score, self.score(session, original, context)), None
+        counted, answers = rows_of([self._counted, self._beside.answers], session, self.judge, original, context)
+        return (
+            metrics.compare(baseline.score, metrics.scored(self._counted, counted)),
+            metrics.expected_drop(baseline.scores, answers, baseline.temperature),
+        )
+
+    @property
+    def _counted(self) -> metrics.StreamedMetric:
+        """The metric where it counts labels."""
+        assert isinstance(self.gate, metrics.StreamedMetric)
+        return self.gate
 
     @functools.cached_property
-    def _some(self) -> Dataset:
-        return self.judge.at_most(_LIKELY_SAMPLES)
+    def _beside(self) -> metrics.Likelihoods | None:
+        return metrics.Likelihoods.beside(self.gate, _TEMPERATURES)
+
+    def _tells_likelihoods(self, original: Session, context: Context) -> bool:
+        """Whether each sample has a label and scores, whose logarithms there is room for; by the first of them."""
+        assert self._beside is not None
+        first = self.judge.select(range(min(SCORING_ROWS, len(self.judge))))
+        try:
+            (scores,) = metrics.rows_of([self._beside.scores], original.run, first, None, SCORING_ROWS)
+        except OnnxcompError:
+            return False
+        fits = scores[0].nbytes * self.judge.samples <= context.memory // _ROOM
+        return fits and len(np.unique(scores)) > 2  # else it says classes, not how likely they are
 
     @property
     def tell_accuracy(self) -> bool:

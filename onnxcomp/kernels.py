@@ -11,7 +11,7 @@ from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.runtime import Feeds
 from onnxcomp.timing import for_timing, profiles
 
-_CLEARLY = 0.95
+_CLEARLY = 0.9
 """Share of a node's time that another kernel must not exceed to be taken."""
 
 
@@ -32,8 +32,9 @@ def with_fastest(model: ir.Model, technique: QuantizeStatic, context: Context, f
     if context.target.short != "cpu" or not names:
         return usual
     drafts = [replace(technique, as_gemm=each).drafted() for each in ((), names)]
+    few = for_timing(context)
     try:
-        outcomes = [draft(model, for_timing(context)) for draft in drafts]
+        outcomes = [draft(model, few) for draft in drafts]
         able = {change.node for change in set(outcomes[1].changes) - set(outcomes[0].changes)}
         if not able:
             return usual

@@ -324,19 +324,31 @@ def evaluated(
         DataError, OptionError: as for `metrics.evaluate_all`.
         OnnxcompError: the model fails on the data.
     """
-    travels = all(each.travels for each in (session, reference))
-    if context.executor is None or not (travels and len(data)) or not isinstance(metric, metrics.StreamedMetric):
+    if context.executor is None or not isinstance(metric, metrics.StreamedMetric):
         return metrics.evaluate(metric, session.run, data, reference.run, SCORING_ROWS)
+    return metrics.scored(metric, rows_of([metric], session, data, reference, context)[0])
+
+
+def rows_of(
+    wanted: Sequence[metrics.StreamedMetric], session: Session, data: Dataset, reference: Session, context: Context
+) -> list[FloatArray]:
+    """What each sample gives for several metrics, as `metrics.rows_of` does, on shards where `evaluated` uses them."""
+    travels = all(each.travels for each in (session, reference))
+    if context.executor is None or not (travels and len(data)):
+        return metrics.rows_of(wanted, session.run, data, reference.run, SCORING_ROWS)
     sample = sum(array.nbytes for array in data.read(0).feeds.values())
     room = context.memory // (sample * _SHARD + 1)
-    work = partial(_rows, metric, session, reference if metric.needs == "reference" else None)
-    rows = mapped(work, shards(data.batches(SCORING_ROWS), _SHARD), context.executor, room)
-    return metrics.scored(metric, np.concatenate(list(rows)))
+    compares = any(metric.needs == "reference" for metric in wanted)
+    work = partial(_rows, wanted, session, reference if compares else None)
+    parts = mapped(work, shards(data.batches(SCORING_ROWS), _SHARD), context.executor, room)
+    return [np.concatenate(rows) for rows in zip(*parts, strict=True)]
 
 
-def _rows(metric: metrics.StreamedMetric, session: Session, reference: Session | None, shard: Shard) -> FloatArray:
+def _rows(
+    wanted: Sequence[metrics.StreamedMetric], session: Session, reference: Session | None, shard: Shard
+) -> list[FloatArray]:
     predict = None if reference is None else reference.run
-    return metrics.rows_of([metric], session.run, shard, predict, SCORING_ROWS)[0]
+    return metrics.rows_of(wanted, session.run, shard, predict, SCORING_ROWS)
 
 
 def usual_metric(session: Session, data: Dataset) -> tuple[metrics.Metric, str]:

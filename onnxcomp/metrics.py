@@ -17,9 +17,9 @@ from onnxcomp.errors import DataError, OptionError
 from onnxcomp.numerics.stats import Interval, bootstrap_interval
 from onnxcomp.scoring import (
     LABEL,
+    Answers,
     Arrays,
     FloatArray,
-    LessLikely,
     Surprise,
     Top,
     agreement,
@@ -28,6 +28,8 @@ from onnxcomp.scoring import (
     divergence,
     error_and_signal,
     integer_labels,
+    less_likely,
+    likelihoods,
     squared_error,
 )
 from onnxcomp.user_metric import UserFunction
@@ -337,19 +339,42 @@ def scored(metric: StreamedMetric, rows: FloatArray) -> Score:
     return Score(metric, value, bootstrap_interval(rows, metric.value), rows)
 
 
-def surprise(metric: Metric, temperatures: tuple[float, ...]) -> StreamedMetric | None:
-    """How surprised a model is by the labels that a metric counts, at each temperature; None where it counts none."""
-    if not isinstance(metric, StreamedMetric) or not isinstance(metric.rows, Top):
-        return None
-    return StreamedMetric("surprise", "labels", 0, np.inf, Surprise(temperatures), _first, metric.output)
+@dataclass(frozen=True)
+class Likelihoods:
+    """What tells how likely answers are, beside a metric that counts labels.
+
+    Attributes:
+        surprise: of a model by the labels, at each temperature.
+        scores: its log likelihoods.
+        answers: as many as the metric looks at.
+    """
+
+    surprise: StreamedMetric
+    scores: StreamedMetric
+    answers: StreamedMetric
+
+    @classmethod
+    def beside(cls, metric: Metric, temperatures: tuple[float, ...]) -> "Likelihoods | None":
+        """None where the metric counts no labels."""
+        if not isinstance(metric, StreamedMetric) or not isinstance(metric.rows, Top):
+            return None
+        return cls(
+            replace(metric, name="surprise", rows=Surprise(temperatures)),
+            replace(metric, name="scores", rows=likelihoods),
+            replace(metric, name="answers", rows=Answers(metric.rows.k)),
+        )
 
 
-def expected_loss(metric: Metric, temperature: float) -> StreamedMetric:
-    """What a metric that counts labels loses, by how likely the original at some temperature holds other answers."""
-    assert isinstance(metric, StreamedMetric)
-    assert isinstance(metric.rows, Top)
-    rows = LessLikely(metric.rows.k, temperature)
-    return StreamedMetric("expected loss", "reference", 0, np.inf, rows, _first, metric.output)
+def expected_drop(scores: FloatArray, answers: FloatArray, temperature: float) -> Drop:
+    """What a metric that counts labels loses, by how likely the original at some temperature holds a model's answers.
+
+    Args:
+        scores: (samples, 1, classes), rows of `Likelihoods.scores` for the original.
+        answers: (samples, 1, k), rows of `Likelihoods.answers` for the other.
+        temperature: at which the original is as sure as it is right.
+    """
+    rows = less_likely(scores, answers, temperature)
+    return Drop(float(rows.mean()), bootstrap_interval(rows, lambda means: means[..., 0, 0]))
 
 
 def _first(means: FloatArray) -> FloatArray:

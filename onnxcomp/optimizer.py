@@ -291,7 +291,7 @@ class _Proof:
         """Of the original on the final data: the same for every proof, and where those judged too, known."""
         bench, judges = self.bench, self.bench.judges
         if judges.final is judges.judge and judges.gate is judges.metric:
-            return bench.baseline
+            return bench.baseline.score
         return evaluated(judges.metric, bench.original, judges.final, bench.original, bench.context)
 
     @cached_property

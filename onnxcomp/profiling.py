@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 _DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed|/MatMul\w+Fusion/?)+$")
 _BLOCK = 5
+_MOST = 40
+"""Turns, where they take next to no time."""
+_ENOUGH = 1.0
+"""Seconds of turns, after which no more are taken than are asked for."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Profile:
 
 
 def profiles(
-    models: "Sequence[ir.Model]", target: Target, feeds: Feeds, rounds: int = 8, seconds: float = 20.0
+    models: "Sequence[ir.Model]", target: Target, feeds: Feeds, rounds: int = 4, seconds: float = 20.0
 ) -> list[Profile]:
     """Profile models in turn in a new process, so that a drift of the machine's speed hits all alike.
 
@@ -44,7 +48,7 @@ def profiles(
         models: with names on their nodes.
         target: where to run.
         feeds: one run.
-        rounds: turns, at most.
+        rounds: turns of five runs each; more of them where that takes less than a second.
         seconds: begin no other turn after this long.
     """
     with files_of(models) as paths:
@@ -57,8 +61,9 @@ def _events(
 ) -> list[Mapping[str, NodeTime]]:
     sessions = [Session(path, target, profile=True) for path in paths]
     start = time.perf_counter()
-    for done in range(rounds):
-        if done and time.perf_counter() - start > seconds:
+    for done in range(max(rounds, _MOST)):
+        spent = time.perf_counter() - start
+        if done and spent > (seconds if done < rounds else min(seconds, _ENOUGH)):
             break
         for session in sessions:
             for _ in range(_BLOCK):

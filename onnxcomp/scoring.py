@@ -53,9 +53,23 @@ class Top:
         return _mean_per_sample(hits)
 
 
+def likelihoods(outputs: Arrays, targets: Arrays) -> FloatArray:
+    """Of each sample its log likelihoods: scores, or logarithms of probabilities, (samples, 1, classes).
+
+    Raises:
+        DataError: as for `class_scores`; or samples have several labels each.
+    """
+    scores = class_scores(outputs, integer_labels(targets))
+    if scores.ndim != 2:
+        raise DataError("samples have several labels each", remedy="give one label for each sample")
+    if _are_probabilities(scores):
+        scores = np.log(np.maximum(scores, _TINY))
+    return np.asarray(scores[:, np.newaxis])
+
+
 @dataclass(frozen=True)
 class Surprise:
-    """-log p(label) in nats, at several temperatures T: p is the softmax of scores / T, or of log probabilities / T.
+    """-log p(label) in nats, at several temperatures T: p is the softmax of log likelihoods / T.
 
     The temperature with the least is the one at which a model is as sure as it is right (Guo et al. 2017, "On
     Calibration of Modern Neural Networks", section 4.2).
@@ -67,38 +81,50 @@ class Surprise:
         """Of each sample, (samples, 1, temperatures).
 
         Raises:
-            DataError: as for `class_scores`; several labels for a sample; or the model says classes and no scores.
+            DataError: as for `likelihoods`.
         """
-        labels = integer_labels(targets)
-        scores = class_scores(outputs, labels)
-        if scores.ndim != 2:
-            raise DataError("samples have several labels each", remedy="give one label for each sample")
-        scores, rows = _logarithms(scores), np.arange(len(scores))
-        found = [-_log_softmax(scores / temperature)[rows, labels.reshape(-1)] for temperature in self.temperatures]
-        return np.stack(found, axis=-1)[:, np.newaxis]
+        scores, labels = likelihoods(outputs, targets), integer_labels(targets).reshape(-1, 1, 1)
+        found = [
+            -np.take_along_axis(_log_softmax(scores / temperature), labels, -1) for temperature in self.temperatures
+        ]
+        return np.concatenate(found, axis=-1)
 
 
 @dataclass(frozen=True)
-class LessLikely:
-    """How much less likely a candidate's k answers are than the original's, by the original at some temperature.
-
-    For one output of class scores (samples, classes). What accuracy is lost, expected without a look at labels: a right
-    answer that became a wrong one counts as one less in a score, and as the difference of both likelihoods here, which
-    has a fraction of the noise.
-    """
+class Answers:
+    """The k classes that a model gives the highest scores."""
 
     k: int
-    temperature: float
 
-    def __call__(self, outputs: Arrays, reference: Arrays) -> FloatArray:
-        """Of each sample, (samples, 1, 1); an answer that is no number is right with no likelihood."""
-        candidate, original = _paired_class_scores(outputs, reference)
-        likely = np.exp(_log_softmax(_logarithms(original) / self.temperature))
-        own, other = (
-            np.take_along_axis(likely, np.argsort(-scores, axis=-1, kind="stable")[..., : self.k], -1).sum(-1)
-            for scores in (original, candidate)
-        )
-        return _mean_per_sample(own - np.where(np.isnan(candidate).any(-1), 0.0, other))
+    def __call__(self, outputs: Arrays, targets: Arrays) -> FloatArray:
+        """Of each sample, (samples, 1, k); -1 where a score is no number.
+
+        Raises:
+            DataError: as for `likelihoods`.
+        """
+        scores = likelihoods(outputs, targets)
+        answers = np.argsort(-scores, axis=-1, kind="stable")[..., : self.k]
+        return np.where(np.isnan(scores).any(-1, keepdims=True), -1.0, answers)
+
+
+def less_likely(scores: FloatArray, answers: FloatArray, temperature: float) -> FloatArray:
+    """How much less likely answers are than as many of the original's own, by the original at some temperature.
+
+    What accuracy is lost, expected without a look at labels: a right answer that became a wrong one counts as one less
+    in a score, and as the difference of both likelihoods here, which has a fraction of the noise.
+
+    Args:
+        scores: (samples, 1, classes) the original's log likelihoods.
+        answers: (samples, 1, k); what is no answer is right with no likelihood.
+        temperature: of the softmax.
+
+    Returns:
+        Of each sample, (samples, 1, 1).
+    """
+    likely = np.exp(_log_softmax(scores / temperature))
+    own = np.sort(likely, axis=-1)[..., -answers.shape[-1] :].sum(-1, keepdims=True)
+    other = np.take_along_axis(likely, answers.astype(np.int64), -1)
+    return np.asarray(own - np.where(answers < 0, 0.0, other).sum(-1, keepdims=True))
 
 
 def squared_error(outputs: Arrays, reference: Arrays) -> FloatArray:
@@ -142,19 +168,6 @@ def divergence(outputs: Arrays, reference: Arrays) -> FloatArray:
 
 def _are_probabilities(scores: FloatArray) -> bool:
     return bool((scores >= 0).all() and np.allclose(scores.sum(-1), 1, atol=1e-3))
-
-
-def _logarithms(scores: FloatArray) -> FloatArray:
-    """Scores whose softmax tells how likely each class is.
-
-    Raises:
-        DataError: they are zeros and ones, and tell nothing.
-    """
-    if not _are_probabilities(scores):
-        return scores
-    if not ((scores > 0) & (scores < 1)).any():
-        raise DataError("the model says classes and not how likely they are", remedy="use a model that gives scores")
-    return np.asarray(np.log(np.maximum(scores, _TINY)))
 
 
 def _log_softmax(scores: FloatArray) -> FloatArray:

@@ -65,7 +65,8 @@ def form_times(
     Returns:
         The times by the name of the precision, and the elements of each node's output.
     """
-    outcomes = {name: technique.drafted()(model, for_timing(context)) for name, technique in techniques.items()}
+    few = for_timing(context)
+    outcomes = {name: technique.drafted()(model, few) for name, technique in techniques.items()}
     outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
     whole, *found = profiles([model, *(outcome.model for outcome in outcomes.values())], context, feeds)
     costs, size = node_costs(model), file_bytes(model)

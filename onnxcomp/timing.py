@@ -16,12 +16,13 @@ _SAMPLES = 8
 
 
 def for_timing(context: Context) -> Context:
-    """The context with few samples: what INT8 takes does not depend on its ranges."""
+    """The context with few samples, too few to hand out: what INT8 takes does not depend on its ranges."""
     data = context.data
-    return replace(context, data=None if data is None else data.at_most(_SAMPLES, context.seed), cache={})
+    few = None if data is None else data.at_most(_SAMPLES, context.seed)
+    return replace(context, data=few, cache={}, executor=None)
 
 
-def profiles(models: Sequence[ir.Model], context: Context, feeds: Feeds, rounds: int = 8) -> list[Profile]:
+def profiles(models: Sequence[ir.Model], context: Context, feeds: Feeds, rounds: int = 4) -> list[Profile]:
     """What each node of some models takes, as `profiling.profiles` has it."""
     return context.recall(
         "profiles", (models, feeds, rounds), lambda: profiling.profiles(models, context.target, feeds, rounds)

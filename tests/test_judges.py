@@ -6,6 +6,7 @@ import onnx.parser
 import pytest
 
 from onnxcomp import model as models
+from onnxcomp.core import Context
 from onnxcomp.errors import DataError, ModelError, OptionError
 from onnxcomp.judges import Judges
 from onnxcomp.runtime import Session, Target
@@ -159,23 +160,64 @@ def test_inputs_that_are_no_tensors_are_refused() -> None:
         Judges.of(model, Session(model, TARGET), None, None, None, None, 0, None)
 
 
-def test_only_labels_and_scores_have_a_temperature(judges: Any, tmp_path: Path) -> None:
-    original = Session(models.load(mlp(tmp_path / "again.onnx")), TARGET)
-    given = data(400, labels=False)
+def answered(original: Session, count: int = 400) -> dict[str, Any]:
+    """Samples whose labels are as likely as the model says."""
+    given = data(count, labels=False)
     given["x"][:, 0] = 0
-    (scores,) = original.run({"x": given["x"]}).values()
-    # Which of them is largest is as likely as the scores say.
-    noisy = np.asarray(scores, np.float64) + np.random.default_rng(1).gumbel(size=scores.shape)
-    assert 0.25 < judges(given | {"label": noisy.argmax(1)}).temperature(original) < 16
-    assert judges(data(120), metric="agreement").temperature(original) is None
-    assert judges(data(120, labels=False)).temperature(original) is None
+    (scores,) = original.run(given).values()
+    noisy = np.asarray(scores, np.float64) + np.random.default_rng(1).gumbel(size=np.shape(scores))
+    return given | {"label": noisy.argmax(1)}
 
 
-def test_the_original_is_expected_to_lose_nothing(judges: Any, tmp_path: Path) -> None:
-    original = Session(models.load(mlp(tmp_path / "again.onnx")), TARGET)
-    made = judges(data(120))
-    assert made.expected_loss(original, original, 1.0).value == 0
-    other = Session(
-        models.load(mlp(tmp_path / "other.onnx", {name: -array for name, array in weights().items()})), TARGET
+@pytest.fixture
+def original(tmp_path: Path) -> Session:
+    return Session(models.load(mlp(tmp_path / "original.onnx")), TARGET)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Session:
+    negated = {name: -array for name, array in weights().items()}
+    return Session(models.load(mlp(tmp_path / "other.onnx", negated)), TARGET)
+
+
+def test_labels_and_scores_tell_losses_by_likelihoods_too(judges: Any, original: Session, other: Session) -> None:
+    made = judges(answered(original))
+    baseline = made.baseline(original)
+    assert 0.25 < baseline.temperature < 16
+    assert len(baseline.scores) == baseline.score.samples == 100
+    counted, expected = made.compared(other, original, baseline)
+    assert expected.value > 0
+    assert expected.standard_error < counted.standard_error
+    assert abs(expected.value - counted.value) < 3 * counted.standard_error
+    assert made.compared(original, original, baseline)[1].value == 0
+
+
+@pytest.mark.parametrize(("labels", "metric"), [(True, "agreement"), (False, None)])
+def test_without_labels_that_count_nothing_is_likely(
+    judges: Any, original: Session, other: Session, labels: bool, metric: str | None
+) -> None:
+    made = judges(data(120, labels), metric=metric)
+    baseline = made.baseline(original)
+    assert baseline.temperature is baseline.scores is None
+    counted, expected = made.compared(other, original, baseline)
+    assert counted.value > 0
+    assert expected is None
+
+
+def test_likelihoods_above_the_memory_cap_are_left_out(judges: Any, original: Session) -> None:
+    made = judges(answered(original))
+    needed = 100 * 4 * 8 * 8  # samples, classes, bytes, and an eighth of the cap
+    assert made.baseline(original, Context(memory=needed)).scores is not None
+    assert made.baseline(original, Context(memory=needed - 1)).scores is None
+
+
+def test_labels_of_each_position_tell_no_likelihood(judges: Any, tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17]> g (float[N, 3, 4] x) => (float[N, 3, 4] y) { y = Relu(x) }"""
     )
-    assert made.expected_loss(other, original, 1.0).value > 0
+    session = Session(models.load(proto), TARGET)
+    x = np.random.default_rng(0).standard_normal((80, 3, 4)).astype("f4")
+    made = Judges.of(models.load(proto), session, {"x": x, "label": x.argmax(2)}, None, None, None, 0, None)
+    baseline = made.baseline(session)
+    assert baseline.score.value == pytest.approx(1, abs=0.2)
+    assert baseline.temperature is None

@@ -488,33 +488,40 @@ def sure(samples: int = 4000, classes: int = 8) -> tuple[Floats, Floats, NDArray
     return likely, SURE * np.log(likely), labels
 
 
+def beside(name: str, *temperatures: float) -> metrics.Likelihoods:
+    found = metrics.Likelihoods.beside(METRICS[name], temperatures)
+    assert found is not None
+    return found
+
+
+def rows(metric: metrics.StreamedMetric, outputs: Floats, labels: NDArray[np.int64]) -> Floats:
+    data = FakeData(np.zeros((len(labels), 1)), {"label": labels})
+    (found,) = metrics.rows_of([metric], constant(outputs), data, None, len(labels))
+    return found
+
+
 def test_the_least_surprise_tells_how_sure_a_model_may_be() -> None:
     _, scores, labels = sure()
     temperatures = (0.5, 1.0, 1.5, 2.0, 2.5, 4.0)
-    wanted = metrics.surprise(METRICS["accuracy"], temperatures)
-    assert wanted is not None
     for outputs in (scores, scipy.special.softmax(scores, axis=1)):
-        rows = metrics.evaluate(
-            wanted, constant(outputs), FakeData(np.zeros((4000, 1)), {"label": labels}), None, 4000
-        ).rows
-        assert rows is not None
-        assert temperatures[rows.mean((0, 1)).argmin()] == SURE
+        means = rows(beside("accuracy", *temperatures).surprise, outputs, labels).mean((0, 1))
+        assert temperatures[means.argmin()] == SURE
         oracle = -scipy.special.log_softmax(scores / SURE, axis=1)[np.arange(4000), labels].mean()
-        assert rows.mean((0, 1))[3] == pytest.approx(oracle, rel=1e-6)
+        assert means[3] == pytest.approx(oracle, rel=1e-6)
 
 
 @pytest.mark.parametrize(("name", "k"), [("accuracy", 1), ("top5", 5)])
 def test_the_expected_loss_is_the_counted_one_with_less_noise(name: str, k: int) -> None:
     likely, scores, labels = sure()
     worse = scores + np.random.default_rng(6).normal(scale=1.0, size=scores.shape)
-    data = FakeData(np.zeros((4000, 1)), {"label": labels})
-    found = metrics.evaluate(metrics.expected_loss(METRICS[name], SURE), constant(worse), data, constant(scores), 4000)
+    told = beside(name, SURE)
+    expected = metrics.expected_drop(rows(told.scores, scores, labels), rows(told.answers, worse, labels), SURE)
     best, other = (np.argsort(-each, axis=1)[:, :k] for each in (scores, worse))
     oracle = (np.take_along_axis(likely, best, 1) - np.take_along_axis(likely, other, 1)).sum(1).mean()
-    assert found.value == pytest.approx(oracle, rel=1e-6)
+    assert expected.value == pytest.approx(oracle, rel=1e-6)
+    data = FakeData(np.zeros((4000, 1)), {"label": labels})
     before, after = (metrics.evaluate(METRICS[name], constant(each), data, None, 4000) for each in (scores, worse))
     counted = metrics.compare(before, after)
-    expected = metrics.Drop(found.value, found.interval)
     assert counted.standard_error is not None
     assert expected.standard_error is not None
     assert abs(counted.value - expected.value) < 2.5 * counted.standard_error
@@ -522,25 +529,19 @@ def test_the_expected_loss_is_the_counted_one_with_less_noise(name: str, k: int)
 
 
 def test_what_is_no_answer_is_right_with_no_likelihood() -> None:
-    likely, scores, _ = sure(10)
+    likely, scores, labels = sure(10)
     broken = np.where(np.arange(10)[:, None] == 3, np.nan, scores)
-    metric = metrics.expected_loss(METRICS["accuracy"], SURE)
-    found = metrics.evaluate(metric, constant(broken), FakeData(np.zeros((10, 1))), constant(scores), 10)
+    told = beside("accuracy", SURE)
+    found = metrics.expected_drop(rows(told.scores, scores, labels), rows(told.answers, broken, labels), SURE)
     assert found.value == pytest.approx(likely[3].max() / 10)
 
 
-def test_only_scores_and_labels_tell_how_likely_answers_are() -> None:
-    assert metrics.surprise(METRICS["agreement"], (1.0,)) is None
-    wanted = metrics.surprise(METRICS["accuracy"], (1.0,))
-    assert wanted is not None
-    classes = np.arange(6)
-    with pytest.raises(DataError, match="not how likely"):
-        metrics.evaluate(wanted, constant(classes), FakeData(np.zeros((6, 1)), {"label": classes}), None, 6)
+def test_only_metrics_that_count_labels_have_likelihoods() -> None:
+    assert metrics.Likelihoods.beside(METRICS["agreement"], (1.0,)) is None
 
 
 def test_labels_of_each_pixel_tell_no_likelihood() -> None:
-    wanted = metrics.surprise(METRICS["accuracy"], (1.0,))
-    assert wanted is not None
+    wanted = beside("accuracy", 1.0).surprise
     data = FakeData(np.zeros((2, 1)), {"label": np.zeros((2, 4, 4), int)})
     with pytest.raises(DataError, match="several labels"):
         metrics.evaluate(wanted, constant(np.random.default_rng(0).normal(size=(2, 3, 4, 4))), data, None, 2)

@@ -468,10 +468,10 @@ def test_latency_is_of_the_batch_asked_for_although_samples_are_fewer() -> None:
 
 def test_a_loss_is_believed_by_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = workbench()
-    monkeypatch.setattr(bench, "_expected", lambda _: Loss(0.002, 0.001))
 
     def lost(drop: float, noise: float | None) -> Loss:
-        return bench.loss(Candidate("c", (), network(), (), drop=drop, noise=noise))
+        expected = Loss(0.002, 0.001)
+        return bench.loss(Candidate("c", (), network(), (), drop=drop, noise=noise, expected=expected))
 
     value, noise = lost(0.006, 0.003)
     variances = np.array([0.003**2, 0.001**2 + (0.3 * 0.006) ** 2])
@@ -492,12 +492,12 @@ def answered() -> dict[str, Any]:
 
 
 def test_scores_that_have_nothing_to_do_with_labels_tell_no_loss() -> None:
-    assert workbench(samples(400, labels=True)).temperature is None
+    assert workbench(samples(400, labels=True)).baseline.temperature is None
 
 
 def test_the_loss_of_a_classifier_is_told_by_likelihoods_too() -> None:
     bench = workbench(answered())
-    assert bench.temperature == pytest.approx(1, rel=0.3)
+    assert bench.baseline.temperature == pytest.approx(1, rel=0.3)
     worse = bench.make("worse", (Poison(-1.0),))
     assert worse.noise is None
     loss = bench.loss(worse)
