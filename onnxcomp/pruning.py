@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Gram, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context, Skip
 from onnxcomp.effects import Answers, abroad
@@ -20,6 +20,7 @@ from onnxcomp.layers import Layer, layer_of
 from onnxcomp.members import Reader, readers
 from onnxcomp.model import content_hash
 from onnxcomp.numerics.obs import Consumer, eliminate, survivors, swapped
+from onnxcomp.observations import Gram
 from onnxcomp.saliency import Aggregate, Criterion, saliencies
 from onnxcomp.samples import Dataset
 from onnxcomp.surgery import SurgeryError, without

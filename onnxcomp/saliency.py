@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Gram, Statistics, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.channels import ChannelGroup, ChannelGroups, Slot
 from onnxcomp.core import Choice, Context
 from onnxcomp.core import chosen as choice
@@ -19,6 +19,7 @@ from onnxcomp.numerics import saliency as formulas
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.numerics.obs import Consumer
 from onnxcomp.numerics.saliency import Scores
+from onnxcomp.observations import Gram, Statistics
 from onnxcomp.samples import Dataset
 
 

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Gram
 from onnxcomp.core import Context
 from onnxcomp.executors import mapped
 from onnxcomp.layers import Layer
@@ -15,6 +14,7 @@ from onnxcomp.numerics.affine import IntGrid, dequantize, quantize, spread_block
 from onnxcomp.numerics.blas import one_thread
 from onnxcomp.numerics.gptq import polish, round_gptq
 from onnxcomp.numerics.ranges import blockwise
+from onnxcomp.observations import Gram
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,12 @@ import onnx.defs
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Observed, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.errors import ModelError, OnnxcompError
 from onnxcomp.graph import Builder, constant_of, prepared, remove_unused
 from onnxcomp.model import opset
+from onnxcomp.observations import Observed
 from onnxcomp.runtime import Session, Target
 
 _OPSET = 13

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Gram, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.core import NOT_NAMED, Change, Choice, Context, Option, Outcome, Parts, Pass, Setting, Skip, name_nodes
 from onnxcomp.cost import Totals
 from onnxcomp.effects import Answers
@@ -30,6 +30,7 @@ from onnxcomp.model import free_inputs, opset, spec_of
 from onnxcomp.numerics.choice import choose
 from onnxcomp.numerics.feedback import layer_error
 from onnxcomp.numerics.lowrank import Factors, LowRank
+from onnxcomp.observations import Gram
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.samples import Dataset, Feeds
 from onnxcomp.splitting import Clock, alike, alone, kernel_of, merge_into_followers, split

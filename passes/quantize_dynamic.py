@@ -17,13 +17,14 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.calibration import Gram, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.decode import CONTRIB, PackedMatrix, StoredMatrix, View, lookups, stored_bytes
 from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, replace
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.affine import IntGrid, quantize
 from onnxcomp.numerics.ranges import weight_scales
+from onnxcomp.observations import Gram
 from onnxcomp.runtime import Target, weight_bits
 from onnxcomp.weights import NEAREST, Rounding, Wanted, round_ahead, round_weights
 

@@ -31,7 +31,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Gram, Observed, Statistics, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, single_consumer
 from onnxcomp.integers import MOVING, data_inputs, folds, pad_value, quantizable, shared_scales
@@ -39,6 +39,7 @@ from onnxcomp.layers import Layer, layer_of
 from onnxcomp.numerics import ranges
 from onnxcomp.numerics.affine import AffineParameters, IntGrid, parameters_from_range, quantize
 from onnxcomp.numerics.histogram import Histogram
+from onnxcomp.observations import Gram, Observed, Statistics
 from onnxcomp.runtime import Target, weight_bits
 from onnxcomp.weights import NEAREST, Rounding, Wanted, mean_error, round_ahead, round_weights
 

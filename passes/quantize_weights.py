@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Gram, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.constants import Weight, weights_of
 from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.decode import (
@@ -36,6 +36,7 @@ from onnxcomp.errors import OptionError
 from onnxcomp.graph import Builder, prepared, remove_unused, replace
 from onnxcomp.layers import Layer
 from onnxcomp.numerics.affine import IntGrid
+from onnxcomp.observations import Gram
 from onnxcomp.weights import Rounding, Wanted, round_ahead, round_weights
 
 _OPSET = 13

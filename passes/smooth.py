@@ -20,12 +20,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Observed, Statistics, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip, name_nodes
 from onnxcomp.graph import Builder, prepared
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.affine import IntGrid, fake_quantize, parameters_from_range
 from onnxcomp.numerics.equalize import smooth
+from onnxcomp.observations import Observed, Statistics
 from onnxcomp.rescale import Site, obstacle, scale_readers, sites
 
 _OPSET = 13

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.net import Net
-from onnxcomp.calibration import Gram, Observed, Statistics, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.channels import Slot
 from onnxcomp.core import Context
 from onnxcomp.data import open_dataset
@@ -20,6 +20,7 @@ from onnxcomp.model import input_specs
 from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.numerics.moments import Moments
+from onnxcomp.observations import Gram, Observed, Statistics
 from onnxcomp.passes.quantize_static import Range
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Dataset

@@ -20,12 +20,13 @@ import pytest
 import onnxcomp
 from onnxcomp import errors, executors, metrics
 from onnxcomp import model as models
-from onnxcomp.calibration import Statistics, calibrate
+from onnxcomp.calibration import calibrate
 from onnxcomp.core import Context
 from onnxcomp.data import open_dataset
 from onnxcomp.errors import DataError, OnnxcompError, OptionError
 from onnxcomp.executors import Processes, mapped, opened, spare
 from onnxcomp.measure import evaluated
+from onnxcomp.observations import Statistics
 from onnxcomp.runtime import Session, Target
 from onnxcomp.samples import Dataset
 from tests import test_calibration as calibration

@@ -17,7 +17,7 @@ LAYERS = (
     {"runtime", "executors", "fresh", "footprint", "stopwatch", "profiling", "store",
      "deadline"},
     {"core"},
-    {"calibration", "equivalence", "weights", "decode", "rescale", "integers",
+    {"observations", "probe", "calibration", "equivalence", "weights", "decode", "rescale", "integers",
      "constants", "unpacking", "encodings", "compression",
      "relations", "movement", "facts", "channels", "members", "saliency", "surgery", "widths", "timing",
      "effects", "branches", "splitting", "latency", "chains", "prefix", "twins", "units", "together",

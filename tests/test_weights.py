@@ -8,9 +8,9 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from onnxcomp.calibration import Gram
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.numerics.affine import IntGrid, dequantize, spread_blocks
+from onnxcomp.observations import Gram
 from onnxcomp.weights import RoundedWeights, Rounding, mean_error, round_weights
 
 INT8 = IntGrid(8, signed=True, symmetric=True)
