@@ -49,14 +49,20 @@ _SIDE, _BLOCK = 28, 8
 
 
 def orders(share: float, quantize: Pass) -> Mapping[str, Sequence[Pass]]:
-    """Fixed orders that leave a share of the FLOPs before quantization."""
+    """Fixed orders that leave a share of the FLOPs; weights in integers are not pruned, so INT8 comes last."""
     half = share**0.5
-    return {
-        "channels, INT8": (Simplify(), Prune(share, multiple=16), quantize),
-        "branches, INT8": (Simplify(), PruneDepth(share), quantize),
-        "channels, branches, INT8": (Simplify(), Prune(half, multiple=16), PruneDepth(half), quantize),
-        "branches, channels, INT8": (Simplify(), PruneDepth(half), Prune(half, multiple=16), quantize),
+    floats: Mapping[str, Sequence[Pass]] = {
+        "channels": [Prune(share, multiple=16)],
+        "branches": [PruneDepth(share)],
+        "channels, branches": [Prune(half, multiple=16), PruneDepth(half)],
+        "branches, channels": [PruneDepth(half), Prune(half, multiple=16)],
     }
+    result: dict[str, Sequence[Pass]] = {}
+    for name, passes in floats.items():
+        if len(passes) > 1:
+            result[name] = (Simplify(), *passes)
+        result[f"{name}, INT8"] = (Simplify(), *passes, quantize)
+    return result
 
 
 def fixed(

@@ -200,8 +200,7 @@ class Search:
         most = max(self._effort.plans, any(way in self._named for way in planned))
         if not most or not self._allowed & planned:
             return
-        unplanned = self.best
-        self._bench.time(*dict.fromkeys([self.clean, unplanned]))  # again: the fastest of several had luck, too
+        unplanned = self._again(self.best)
         limit = self._budget.size_limit(self._original.size)
         if self._untold:
             self._allowed_to_plans = min(self._max_drop, float(np.hypot(self._bench.drop(unplanned), _UNTOLD)))
@@ -220,6 +219,15 @@ class Search:
                 self.plans.best = trial
             else:
                 trial.verdict = "not faster beyond noise" if fits == known else "above the limit on size"
+
+    def _again(self, best: Candidate) -> Candidate:
+        """The best, timed again as the fastest of several had luck, too; clean-up where it then gains nothing."""
+        self._bench.time(*dict.fromkeys([self.clean, best]))
+        if best is not self.clean and not self._gains(best, self.clean):
+            best.verdict = "not faster beyond noise when timed again"
+            self._sound.remove(best)
+            self.best = self.clean
+        return self.best
 
     def _sounds(self, trial: Candidate, *others: Candidate) -> bool:
         """Whether a plan runs and loses little enough; it is timed beside others."""

@@ -114,6 +114,22 @@ def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_f
     assert second.predicted > first.predicted
 
 
+@pytest.mark.parametrize("again", [0.5, 1.0])
+def test_what_was_only_lucky_to_be_fast_is_not_what_plans_start_from(lab: Lab, model: ir.Model, again: float) -> None:
+    def latency(made: ir.Model) -> float:
+        elements = sum(value.const_value.size for value in made.graph.initializers.values() if value.const_value)
+        quantized = any(node.op_type == "DequantizeLinear" for node in made.graph)
+        return elements * (1.0 if not quantized else 0.5 if len(lab.timed) == 1 else again)
+
+    lab.latency = latency
+    report = searched(lab, model, passes=["simplify", "quantize-static", "prune"], budget=Budget(max_drop=0.1)).report
+    quantized = [trial for trial in report.trials if trial.name.startswith("static INT8")]
+    lucky = any(trial.verdict == "not faster beyond noise when timed again" for trial in quantized)
+    assert lucky == (again == 1.0)
+    assert any(trial.name.startswith("plan ") for trial in report.trials)
+    assert any("QuantizeStatic" in step.recipe for step in report.steps) != lucky
+
+
 def test_plans_go_on_while_each_is_much_faster(lab: Lab, model: ir.Model) -> None:
     lab.latency = lambda made: float(models.tensor_bytes(made))
     report = searched(lab, model, effort="quick", budget=Budget(max_drop=0.1)).report

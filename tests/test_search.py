@@ -283,6 +283,22 @@ def test_what_proves_slower_at_length_gives_way(lab: Lab, tmp_path: Path, monkey
     assert small.report.result.size < 0.5 * small.report.original.size
 
 
+@pytest.mark.parametrize("at_length", [1.5, 1.0])
+def test_what_seems_faster_but_not_in_most_rounds_is_timed_at_length(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, at_length: float
+) -> None:
+    few = Effort.QUICK.protocol.rounds
+
+    def apart(models: Sequence[ir.Model], target: Target, feeds: Any, protocol: Protocol) -> list[Timing]:
+        fast = 1.5 if protocol.rounds <= few else at_length
+        ratios = [fast if integers(model) else 1.0 for model in models]
+        return [Timing(1 / ratio, 1.0, 1.0, ratio, 0.8, ratio) for ratio in ratios]
+
+    monkeypatch.setattr(stopwatch, "time_apart", apart)
+    result = lab.optimize(passes=["simplify", "quantize-static"])
+    assert bool(integers(result.model)) == (at_length > 1)
+
+
 def test_nothing_larger_than_the_original_is_chosen_unless_that_is_allowed(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
