@@ -89,7 +89,7 @@ class Candidate:
         drop: how much worse than the original it judges.
         noise: standard error of that; None where it is not known.
         expected: the same by how likely its answers are, where that is known.
-        predicted: speed-up that was foretold.
+        predicted: speed-up that was foretold, from that of what it starts from, timed beside it.
     """
 
     name: str
