@@ -47,7 +47,7 @@ _SAVES = 0.08
 """Share of a unit's time that a width must save to be worth measuring its loss: less is noise."""
 _LITTLE = 0.002
 """Share of the model's time that a part must be able to save, for another pass to be tried on it."""
-_ROUNDS = 2
+_ROUNDS = 3
 """Of profiles of models with fewer channels, of five runs each."""
 _HOPELESS = 2.0
 """How many times as long as in the best precision a model takes in float, where no width makes float worth it."""

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 _DECORATION = re.compile(r"(_nchwc|_token_\d+|/duplicated|_transformed|/MatMul\w+Fusion/?)+$")
 _BLOCK = 5
-_MOST = 40
-"""Turns, where they take next to no time."""
+_LONGEST_BLOCK = 0.05
+"""Seconds after which it ends, after two runs at least: some machines change their speed by a third each second."""
+_MOST = 200
+"""Runs of each model, where they take next to no time."""
 _ENOUGH = 1.0
-"""Seconds of turns, after which no more are taken than are asked for."""
+"""Seconds after which there are no more than are asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ def profiles(
         models: with names on their nodes.
         target: where to run.
         feeds: one run.
-        rounds: turns of five runs each; more of them where that takes less than a second.
+        rounds: turns of five runs each, or more turns of fewer runs where those are slow; more of them where all that
+            takes less than a second.
         seconds: begin no other turn after this long.
     """
     with files_of(models) as paths:
@@ -60,15 +63,22 @@ def _events(
     paths: Sequence[Path], target: Target, feeds: Feeds, rounds: int, seconds: float
 ) -> list[Mapping[str, NodeTime]]:
     sessions = [Session(path, target, profile=True) for path in paths]
-    start = time.perf_counter()
-    for done in range(max(rounds, _MOST)):
-        spent = time.perf_counter() - start
-        if done and spent > (seconds if done < rounds else min(seconds, _ENOUGH)):
+    start, wanted, runs = time.perf_counter(), rounds * _BLOCK, 0
+    while runs < max(wanted, _MOST):
+        if runs and time.perf_counter() - start > (seconds if runs < wanted else min(seconds, _ENOUGH)):
             break
-        for session in sessions:
-            for _ in range(_BLOCK):
-                session.run(feeds)
+        runs += min([_block(session, feeds) for session in sessions])
     return [session.profile() for session in sessions]
+
+
+def _block(session: Session, feeds: Feeds) -> int:
+    """Run a model a few times; how many."""
+    start = time.perf_counter()
+    for done in range(_BLOCK):
+        session.run(feeds)
+        if done and time.perf_counter() - start > _LONGEST_BLOCK:
+            break
+    return done + 1
 
 
 def _traced(model: "ir.Model", events: Mapping[str, NodeTime]) -> Profile:
