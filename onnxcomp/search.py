@@ -5,8 +5,8 @@
    those nodes in INT8 that a minimum cut over measured times puts there. All drafts are timed side by side.
 3. Refine the fastest: weights rounded with error feedback, judged on the metric. Over budget, nodes return to float,
    the most sensitive first, until it holds.
-4. Plan which branches go, how wide layers are and what runs as integers, all together; measure, and plan again. With
-   time for it, look at the best plan's neighbours too.
+4. Time that again, as the fastest of several had luck too. Plan which branches go, how wide layers are and what runs as
+   integers, all together; measure, and plan again. With time for it, look at the best plan's neighbours too.
 5. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
    sparse or binary, where the user asked for it.
 6. What shows no clear gain is timed at length, and gives way to what it was made of if it is slower than the original.
