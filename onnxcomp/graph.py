@@ -111,8 +111,13 @@ def replace(node: ir.Node, result: ir.Value) -> None:
 
 
 def remove_unused(model: ir.Model) -> None:
-    """Remove nodes and initializers that nothing reads."""
+    """Remove nodes and initializers that nothing reads; onnx_ir leaves such initializers in bodies of control flow."""
     common.RemoveUnusedNodesPass()(model)
+    for graph in model.graphs():
+        if graph is not model.graph:
+            for name, value in list(graph.initializers.items()):
+                if not value.uses() and not value.is_graph_output():
+                    del graph.initializers[name]
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from onnxcomp.cost import node_costs
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.facts import observe, sized
+from onnxcomp.graph import remove_unused
 from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.relations import Shapes
@@ -84,6 +85,7 @@ class PruneDepth(Pass):
         changes = [Change(branch.join, f"{branch.said}{note}") for branch in gone]
         if self.reconstruct:
             skips += reconstruct(found.model, made, {}, found.data, context, jointly=self.jointly)
+            remove_unused(made)  # the weights as they were before
         return Outcome(made, tuple(changes), tuple(skips))
 
     def options(self, model: ir.Model, context: Context) -> Iterator[Option]:

@@ -83,8 +83,15 @@ def test_a_result_keeps_the_contract(technique: str, name: str) -> None:
     assert outcome.modified == (models.to_bytes(outcome.model) != before), "changes are not reported truthfully"
     assert all(change.node and change.what for change in outcome.changes)
     assert all(skip.node and len(skip.reason.split()) > 1 for skip in outcome.skips)
+    assert unread(outcome.model) <= unread(case(name).model), "constants that nothing reads are left"
     assert_same_signature(case(name).model, outcome)
     assert_answers_alike(case(name), outcome, exact=PASSES[technique].exact or not outcome.modified)
+
+
+def unread(model: ir.Model) -> set[str | None]:
+    """Names of constants that nothing reads."""
+    constants = [value for graph in model.graphs() for value in graph.initializers.values()]
+    return {value.name for value in constants if not value.uses() and not value.is_graph_output()}
 
 
 def assert_same_signature(model: ir.Model, outcome: Outcome) -> None:
