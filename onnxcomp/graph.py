@@ -116,7 +116,7 @@ def remove_unused(model: ir.Model) -> None:
     for graph in model.graphs():
         if graph is not model.graph:
             for name, value in list(graph.initializers.items()):
-                if not value.uses() and not value.is_graph_output():
+                if not (value.uses() or value.is_graph_output() or value.is_graph_input()):
                     del graph.initializers[name]
 
 
