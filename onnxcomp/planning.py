@@ -35,6 +35,8 @@ _USUAL = np.array([0.65, 0.5, 0.5, 1.0])
 """What is left of the errors of each source, added up, once all layers are fitted again."""
 _TRUST = 0.1
 """How much that counts beside what was measured: 1 as much as one plan."""
+_NEAR = 0.3
+"""Difference of the logarithms of two times at which one tells half as much of the other as of itself."""
 _FARTHEST = np.log(1000.0)
 """Of a weight's logarithm from the usual one's, at most: an error of nothing at all says that little for others."""
 
@@ -107,7 +109,7 @@ class Planner:
         self.branches, self._branch_errors = known.branches, known.branch_errors
         self._rows, self._form_errors = known.rows, known.form_errors
         self._layout = _LAYOUT
-        self._ratios: list[float] = []
+        self._timed: list[tuple[float, float]] = []
         self._seen: list[tuple[tuple[float, ...], float]] = []
         self._weights = _USUAL
 
@@ -165,7 +167,7 @@ class Planner:
             for node in self._units.members[unit]
         )
         *times, taken = program.taken(found)
-        time, size = sum(times) / self._total * self._scale(), round(taken) + self._rest()
+        time, size = self._rescaled(self._parts(*times)), round(taken) + self._rest()
         joins = tuple((branch.join, branch.operand) for branch in gone)
         passes = tuple(technique.taking(options) for technique, options in others.items())
         return Plan(
@@ -265,25 +267,50 @@ class Planner:
 
         What that leaves in float is converted to and fro, as in any plan.
         """
+        return self._rescaled(self._share(form))
+
+    def _share(self, form: str) -> float:
+        """The same, not rescaled."""
         program = self._program()
         found = [0] * len(program.errors)
         for unit, place in program.units.items():
             found[place] = program.options[unit].index(form) if form in program.options[unit] else 0
         *times, _ = program.taken(found)
-        return self._scale() * sum(times) / self._total if self._total else 1.0
+        return self._parts(*times)
 
-    def _scale(self) -> float:
-        """By how much times are off: the mean over all that was timed, as each timing is off by several percent."""
-        return float(np.exp(np.mean(np.log(self._ratios)))) if self._ratios else 1.0
+    def _parts(self, units: float, crossings: float) -> float:
+        """What was added up, in microseconds, as a share of the float model's time."""
+        return (units + crossings) / self._total if self._total else 1.0
 
-    def learn(self, predicted: float, taken: float) -> None:
-        """Rescale times by what something took, as shares of the float model's time."""
-        self._ratios.append(self._scale() * taken / predicted)
+    def _rescaled(self, parts: float) -> float:
+        """A time that was added up from parts, as it will be."""
+        return parts * self._scale(parts)
+
+    def _scale(self, parts: float) -> float:
+        """By how much a time is off that was added up from parts.
+
+        The mean over all that was timed, as each timing is off by several percent. What took about as long counts most:
+        the more is gone, the more counts what no part shows.
+        """
+        if not self._timed or not parts:
+            return 1.0
+        others, ratios = np.log(np.array(self._timed)).T
+        weights = 1 / (1 + ((np.log(parts) - others) / _NEAR) ** 2)
+        return float(np.exp(np.average(ratios, weights=weights)))
+
+    def learn(self, plan: Plan, taken: float) -> None:
+        """Rescale times by what a plan took, as a share of the float model's time."""
+        *times, _ = self._program().taken(plan.found)
+        self._learn(self._parts(*times), taken)
+
+    def _learn(self, parts: float, taken: float) -> None:
+        if parts:
+            self._timed.append((parts, taken / parts))
 
     def learn_form(self, form: str, taken: float) -> None:
         """Rescale times by what the model takes in one precision, as a share of the float model's, and nothing else."""
-        self._ratios = []
-        self.learn(self.share(form), taken)
+        self._timed = []
+        self._learn(self._share(form), taken)
 
     def learn_crossings(self, kept: Set[str], taken: float) -> None:
         """Learn what it costs to leave integers and come back, by what the model takes with some nodes in float.
@@ -299,7 +326,8 @@ class Planner:
                 found[place] = len(program.options[unit]) - 1
         units, crossings, _ = program.taken(found)
         if crossings > 0:
-            self._layout *= max((taken / self._scale() * self._total - units) / crossings, 1.0)
+            scale = self._scale(self._parts(units, crossings))
+            self._layout *= max((taken / scale * self._total - units) / crossings, 1.0)
 
     def compare(self, plan: Plan, made: ir.Model, *, quantized: bool = True) -> float:
         """The error of a plan's outputs, as it is; errors of later plans are rescaled by it.

@@ -244,7 +244,7 @@ class Plans:
         yield trial
         if trial.speedup:
             trial.predicted = self._predicted(plan)
-            self._planner.learn(plan.time, self._share * self._base.speedup / trial.speedup)
+            self._planner.learn(plan, self._share * self._base.speedup / trial.speedup)
             if behind:
                 self._planner.compare(plan, self._bench.applied(passes)[0], quantized=False)
             self._learn_loss(trial, self._planner.compare(plan, trial.model))

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import gc
 import json
+import math
 import re
 import statistics
 import tempfile
@@ -339,6 +340,8 @@ class Protocol:
     """How latency is measured. Blocks keep caches warm; single alternating runs (`cold`) evict them: up to 2x apart."""
 
     block: int = 20
+    longest: float = math.inf
+    """Seconds after which a block ends, after one run at least."""
     rounds: int = 11
     warmup: int = 5
     cold: bool = False
@@ -348,7 +351,10 @@ class Protocol:
     def __str__(self) -> str:
         if self.cold:
             return "medians over alternating single runs (caches evicted)"
-        return f"medians over alternating blocks of {self.block} consecutive runs, after warm-up"
+        runs = f"{self.block} consecutive runs"
+        if self.longest < math.inf:
+            runs = f"up to {runs}, begun within {self.longest:g} s"
+        return f"medians over alternating blocks of {runs}, after warm-up"
 
 
 def compare(sessions: Sequence[Session], feeds: Feeds, protocol: Protocol = Protocol()) -> list[Timing]:
@@ -375,7 +381,7 @@ def block_seconds(sessions: Sequence[Session], feeds: Feeds, protocol: Protocol)
     try:
         start = time.perf_counter()
         while len(times) < rounds and (len(times) < 3 or time.perf_counter() - start < protocol.seconds):
-            times.append([_block_seconds(session, feeds, block) for session in sessions])
+            times.append([_block_seconds(session, feeds, block, protocol.longest) for session in sessions])
     finally:
         if collecting:
             gc.enable()
@@ -394,8 +400,10 @@ def summarised(table: NDArray[np.float64]) -> list[Timing]:
     ]
 
 
-def _block_seconds(session: Session, feeds: Feeds, block: int) -> float:
-    start = time.perf_counter()
-    for _ in range(block):
+def _block_seconds(session: Session, feeds: Feeds, block: int, longest: float) -> float:
+    """Seconds per run."""
+    start, taken, done = time.perf_counter(), 0.0, 0
+    while done < block and taken < longest:
         session.run(feeds)
-    return (time.perf_counter() - start) / block
+        done, taken = done + 1, time.perf_counter() - start
+    return taken / done

@@ -152,12 +152,25 @@ def test_what_was_measured_rescales_what_is_predicted(model: ir.Model) -> None:
     found = planner(model)
     before = found.plan(0.1)
     assert before is not None
-    found.learn(before.time, 2 * before.time)
+    found.learn(before, 2 * before.time)
     after = found.plan(0.1)
     assert after is not None
     assert after.time == pytest.approx(2 * before.time)
     assert replace(after, time=0.0) == replace(before, time=0.0)
     assert found.share(FLOAT) == pytest.approx(2.0)
+
+
+def test_what_took_about_as_long_tells_most(model: ir.Model) -> None:
+    """Of two plans the slow one took what was foretold, the fast one twice that."""
+    found = planner(model)
+    slow, fast = found.plan(0.01), found.plan(0.5)
+    assert slow is not None
+    assert fast is not None
+    assert fast.time < 0.8 * slow.time
+    found.learn(slow, slow.time)
+    found.learn(fast, 2 * fast.time)
+    scales = [found.again(plan).time / plan.time for plan in (slow, fast)]
+    assert 1 < scales[0] < 2**0.5 < scales[1] < 2
 
 
 def test_a_sum_of_two_branches_loses_one_at_most() -> None:

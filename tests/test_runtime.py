@@ -209,6 +209,13 @@ def test_single_runs_alternate_when_cold(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "".join(log) == "ab" * 12
 
 
+def test_blocks_end_by_time_so_that_fast_models_have_more_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    sessions, log = clocked(monkeypatch, a=[4.0], b=[1.0], c=[0.5])
+    timings = compare(sessions, {}, Protocol(block=5, longest=3.0, rounds=3, warmup=0, seconds=1e9))
+    assert "".join(log) == "abbbccccc" * 3
+    assert [timing.median for timing in timings] == [4.0, 1.0, 0.5]
+
+
 def test_speedups_compare_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     # The machine slows down threefold half way: the models' ratio stays.
     slowing = [1.0] * 4 + [3.0] * 4

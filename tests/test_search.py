@@ -463,12 +463,12 @@ def test_what_is_applied_once_is_not_applied_again() -> None:
 
 
 def test_a_model_that_takes_seconds_is_timed_in_short_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(np.arange(100) * 0.05)
+    clock = iter(np.arange(100) * 0.03)
     session = workbench().original
     monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
     protocol = paced(runtime.Protocol(rounds=9), session, {"x": samples(1)["x"]})
-    assert (protocol.block, protocol.warmup, protocol.rounds) == (2, 2, 18)
-    assert "blocks of 2 consecutive runs" in str(protocol)
+    assert (protocol.longest, protocol.warmup, protocol.rounds) == (0.08, 2, 18)
+    assert "blocks of up to 20 consecutive runs, begun within 0.08 s" in str(protocol)
 
 
 def test_a_fast_model_is_timed_as_usual() -> None:
