@@ -76,10 +76,20 @@ class PackedMatrix:
     block: int
 
     @classmethod
-    def nearest(cls, matrix: NDArray[np.floating], bits: int, block: int, *, symmetric: bool = True) -> "PackedMatrix":
-        """A matrix (rows, columns) rounded to the nearest integers, by scales that keep the squared error least."""
+    def nearest(
+        cls, matrix: NDArray[np.floating], bits: int, block: int, *, symmetric: bool = True, search: bool = True
+    ) -> "PackedMatrix":
+        """A matrix (rows, columns) rounded to the nearest integers.
+
+        Args:
+            matrix: its values.
+            bits: of each integer.
+            block: columns that share a scale.
+            symmetric: without zero points.
+            search: for scales that keep the squared error least.
+        """
         grid = IntGrid(bits, signed=False, symmetric=symmetric)
-        scale, zero_point = blockwise(matrix, block, grid)
+        scale, zero_point = blockwise(matrix, block, grid, search=search)
         width = matrix.shape[1]
         zeros: ArrayLike = grid.middle if zero_point is None else spread_blocks(zero_point, block, width)
         integers = quantize(matrix, spread_blocks(scale, block, width), zeros, grid)

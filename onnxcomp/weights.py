@@ -25,11 +25,13 @@ class Rounding:
         gptq: error feedback by the Gram matrix (Frantar 2022) instead of rounding each weight to the nearest.
         sweeps: of coordinate descent afterwards; 0 for none.
         bias_correction: the mean of what rounding does to the output goes into the bias.
+        search: of the scales with the least error; else the largest weight sets a scale.
     """
 
     gptq: bool = True
     sweeps: int = 3
     bias_correction: bool = True
+    search: bool = True
 
     @property
     def needs_gram(self) -> bool:
@@ -38,6 +40,8 @@ class Rounding:
 
 
 NEAREST = Rounding(gptq=False, sweeps=0, bias_correction=False)
+DRAFTED = replace(NEAREST, search=False)
+"""For timing: the kernels are the same whatever the weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +78,7 @@ def round_weights(
         layer: the layer.
         grid: the integers.
         rounding: which steps.
-        gram: of the layer's inputs; without it weights are rounded to the nearest, by searched scales.
+        gram: of the layer's inputs; without it weights are rounded to the nearest.
         block: inputs that share a scale; None for one scale per output channel.
         least_scale: (out,) or scalar lower bound of the scales.
         matrix: (out, in) to round instead of the layer's own.
@@ -155,7 +159,7 @@ def _rounded(matrix: _Matrix) -> RoundedWeights:
         part = slice(group * rows, (group + 1) * rows)
         W = full[part]
         H = None if gram is None else gram.second_moment[group]
-        scale, zero_point = blockwise(W, width, grid, H)
+        scale, zero_point = blockwise(W, width, grid, H, search=rounding.search)
         scale = np.maximum(scale, bounds[part, None])
         wide_scale = spread_blocks(scale, width, W.shape[1])
         wide_zero: NDArray[np.generic] | int = (

@@ -26,7 +26,7 @@ from onnxcomp.numerics.affine import IntGrid, quantize
 from onnxcomp.numerics.ranges import weight_scales
 from onnxcomp.observations import Gram
 from onnxcomp.runtime import Target, weight_bits
-from onnxcomp.weights import NEAREST, Rounding, Wanted, round_ahead, round_weights
+from onnxcomp.weights import DRAFTED, Rounding, Wanted, round_ahead, round_weights
 
 _OPSET = 13
 _LEAST_ELEMENTS = 1024  # of a table
@@ -59,7 +59,7 @@ class QuantizeDynamic(Pass):
         return self if self.weight_bits is not None else changed(self, weight_bits=weight_bits(context.target))
 
     def drafted(self) -> "QuantizeDynamic":  # noqa: D102
-        return changed(self, rounding=NEAREST)
+        return changed(self, rounding=DRAFTED)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Quantize every matrix product with a constant weight, every LSTM and every table."""
@@ -94,7 +94,7 @@ class QuantizeDynamic(Pass):
             if (reason := self._refused(nodes, context) or _table_obstacle(table)) is not None:
                 skips += [Skip(node.name or "", reason) for node in nodes if reason]
             else:
-                _quantize_table(table, nodes)
+                _quantize_table(table, nodes, search=self.rounding.search)
                 changes += [Change(node.name or "", "8-bit rows, decoded when looked up") for node in nodes]
         remove_unused(converted)
         if any(node.domain == CONTRIB for node in converted.graph.all_nodes()):
@@ -228,11 +228,11 @@ def _table_obstacle(table: ir.Value) -> str | None:
     return None if np.isfinite(content).all() else "its table is not finite"
 
 
-def _quantize_table(table: ir.Value, nodes: list[ir.Node]) -> None:
+def _quantize_table(table: ir.Value, nodes: list[ir.Node], *, search: bool) -> None:
     content = constant_of(table)
     assert content is not None
     assert isinstance(table.graph, ir.Graph)
-    packed = PackedMatrix.nearest(content, 8, content.shape[1])
+    packed = PackedMatrix.nearest(content, 8, content.shape[1], search=search)
     stored = StoredMatrix(Builder(table.graph), packed, table.name or "table")
     for node in nodes:
         indices = node.inputs[1]

@@ -41,7 +41,7 @@ from onnxcomp.numerics.affine import AffineParameters, IntGrid, parameters_from_
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.observations import Gram, Observed, Statistics
 from onnxcomp.runtime import Target, weight_bits
-from onnxcomp.weights import NEAREST, Rounding, Wanted, mean_error, round_ahead, round_weights
+from onnxcomp.weights import DRAFTED, Rounding, Wanted, mean_error, round_ahead, round_weights
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _INPUTS_ONLY = {"tensorrt", "nvtensorrtrtx"}
@@ -107,7 +107,7 @@ class QuantizeStatic(Pass):
         return self if self.weight_bits is not None else replace(self, weight_bits=weight_bits(context.target))
 
     def drafted(self) -> "QuantizeStatic":  # noqa: D102
-        return replace(self, range=Range.MINMAX, rounding=NEAREST)
+        return replace(self, range=Range.MINMAX, rounding=DRAFTED)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Choose the nodes, calibrate, insert the pairs."""

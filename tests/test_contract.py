@@ -127,6 +127,22 @@ def test_the_same_again_gives_the_same_bytes(technique: str, name: str) -> None:
     assert (again.changes, again.skips) == (first.changes, first.skips)
 
 
+@pytest.mark.parametrize(
+    "technique", [name for name, kind in PASSES.items() if kind().drafted() != kind() and name not in LONG]
+)
+@pytest.mark.parametrize("name", ["resnet", "bert", "control_flow"])
+def test_a_draft_has_the_same_graph(technique: str, name: str) -> None:
+    """Bytes of the constants are as many, and what runs them is the same."""
+    full, draft = (
+        each(case(name).model, dataclasses.replace(case(name).context, cache={}))
+        for each in (made(technique, name), PASSES[technique]().drafted())
+    )
+    assert draft.changes == full.changes
+    nodes = [[(node.name, node.op_type) for node in models.all_nodes(outcome.model)] for outcome in (full, draft)]
+    assert nodes[0] == nodes[1]
+    assert models.tensor_bytes(draft.model) == models.tensor_bytes(full.model)
+
+
 @every_pass
 @pytest.mark.parametrize("name", zoo.UNRUNNABLE)
 def test_models_that_do_not_run_are_refused_or_treated(technique: str, name: str) -> None:

@@ -192,7 +192,7 @@ def test_what_is_written_holds_every_setting_and_is_readable() -> None:
         "    range: mse",
         "    signed: false",
         "    weight_bits: 8",
-        "    rounding: {gptq: true, sweeps: 3, bias_correction: true}",
+        "    rounding: {gptq: true, sweeps: 3, bias_correction: true, search: true}",
         "    inputs_only: false",
         '    keep: [conv1, "no"]',
         "    as_gemm: []",

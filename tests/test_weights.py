@@ -55,6 +55,7 @@ def test_each_step_lowers_the_error(grid: IntGrid, groups: int, block: int | Non
     feedback = after(replace(NEAREST, gptq=True))
     polished = after(replace(NEAREST, gptq=True, sweeps=3))
     everything = after(Rounding())
+    assert nearest < after(replace(NEAREST, search=False))
     assert corrected < nearest
     assert feedback < 0.8 * nearest
     assert polished < feedback
@@ -77,6 +78,14 @@ def test_without_a_gram_weights_go_to_the_nearest() -> None:
     np.testing.assert_array_equal(rounded.integers, expected)
     assert rounded.integers.dtype == np.int8
     assert not rounded.bias_shift.any()
+
+
+def test_without_a_search_the_largest_weight_sets_the_scale() -> None:
+    layer, _ = layer_and_rows()
+    rounded = round_weights(layer, INT8, replace(NEAREST, search=False), None)
+    largest = np.abs(layer.matrix()).max(axis=1)
+    np.testing.assert_allclose(rounded.scale[:, 0], largest / 127, rtol=1e-6)
+    assert (np.abs(rounded.integers.astype(int)).max(axis=1) == 127).all()
 
 
 def test_scales_keep_their_lower_bound() -> None:
