@@ -49,7 +49,7 @@ _LITTLE = 0.002
 """Share of the model's time that a part must be able to save, for another pass to be tried on it."""
 _ROUNDS = 3
 """Of profiles of models with fewer channels, of five runs each."""
-_HOPELESS = 2.0
+_HOPELESS = 1.8
 """How many times as long as in the best precision a model takes in float, where no width makes float worth it."""
 _LEVELS = 4
 """Widths of each group that are timed: all channels, three quarters, half, a quarter."""

@@ -19,7 +19,7 @@ from onnxcomp.prefix import part_between
 from onnxcomp.runtime import Session
 from onnxcomp.twins import Pair, Twins
 
-_ROWS = 32768
+_ROWS = 16384
 _SAMPLES = 32
 """At least, even where fewer have as many rows."""
 _HELD_OUT = 0.2
