@@ -289,8 +289,7 @@ class Planner:
     def _scale(self, parts: float) -> float:
         """By how much a time is off that was added up from parts.
 
-        The mean over all that was timed, as each timing is off by several percent. What took about as long counts most:
-        the more is gone, the more counts what no part shows.
+        The mean over all that was timed, as each timing is off by several percent. What took about as long counts most.
         """
         if not self._timed or not parts:
             return 1.0

@@ -88,7 +88,7 @@ class QuantizeDynamic(Pass):
             if reason is not None:
                 skips.append(Skip(node.name or "", reason))
             else:
-                _quantize_lstm(node, grid)
+                _quantize_lstm(node, grid, search=self.rounding.search)
                 changes.append(Change(node.name or "", done))
         for table, nodes in lookups(converted).items():
             if (reason := self._refused(nodes, context) or _table_obstacle(table)) is not None:
@@ -195,7 +195,7 @@ def _recurrent_obstacle(node: ir.Node) -> str | None:
     return None
 
 
-def _quantize_lstm(node: ir.Node, grid: IntGrid) -> None:
+def _quantize_lstm(node: ir.Node, grid: IntGrid, *, search: bool) -> None:
     """Turn the node into a DynamicQuantizeLSTM, which takes weights as (directions, inputs, 4 hidden)."""
     assert isinstance(node.graph, ir.Graph)
     builder = Builder(node.graph)
@@ -206,7 +206,7 @@ def _quantize_lstm(node: ir.Node, grid: IntGrid) -> None:
         assert value is not None
         assert weight is not None
         matrix = weight.reshape(-1, weight.shape[2])
-        scale = weight_scales(matrix, grid)
+        scale = weight_scales(matrix, grid, search=search)
         integers = quantize(matrix, scale[:, None], 0, grid).reshape(weight.shape).swapaxes(1, 2)
         scales = scale.reshape(weight.shape[:2])
         node.replace_input_with(index, builder.constant(integers, f"{value.name}_int"))

@@ -203,7 +203,8 @@ class QuantizeWeights(Pass):
         weight, layer = plan.weight, plan.weight.layer
         if layer is None:
             matrix = weight.view.matrix(weight.array).astype(np.float32)
-            return PackedMatrix.nearest(matrix, plan.bits, plan.block, symmetric=self.symmetric)
+            search = self.rounding.search
+            return PackedMatrix.nearest(matrix, plan.bits, plan.block, symmetric=self.symmetric, search=search)
         gram = grams.get(layer.name)
         rounded = round_weights(layer, self._grid(plan), self.rounding, gram, block=plan.block, cache=context.cache)
         if len(weight.nodes) == 1:
