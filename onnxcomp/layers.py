@@ -274,26 +274,27 @@ class Layer:
             rows: (groups, rows, in/group * kernel).
             shape: of the layer's input.
         """
-        flat = np.swapaxes(rows, 0, 1)
         if self.node.op_type != "Conv":
-            axis = self.input_axis
+            axis, flat = self.input_axis, np.swapaxes(rows, 0, 1)
             return np.moveaxis(flat.reshape(*np.delete(shape, axis), shape[axis]), -1, axis)
         inside = tuple(slice(before, before + size) for (before, _), size in zip(self._pads(shape), shape, strict=True))
         padded = np.zeros([size + sum(pads) for size, pads in zip(shape, self._pads(shape), strict=True)], rows.dtype)
-        windows = self._windows(padded, padded=True)
-        parts = flat.reshape(windows.shape)
+        windows = self._positions_last(self._windows(padded, padded=True))
+        parts = np.swapaxes(rows, 1, 2).reshape(windows.shape)
         for tap in np.ndindex(*self.kernel):
-            windows[(..., *tap)] += parts[(..., *tap)]
+            windows[:, *tap] += parts[:, *tap]
         return padded[inside]
 
     def _patches(self, data: Array, count: int, generator: np.random.Generator) -> NDArray[np.float32]:
         places = self._windows(data)
         shape = places.shape[: 1 + len(self.kernel)]
-        total = int(np.prod(shape))
+        total = math.prod(shape)
         if total > count:
-            places = places[np.unravel_index(_draw(total, count, generator), shape)]
-        patches = np.asarray(places, np.float32).reshape(min(total, count), self.groups, -1)
-        return np.ascontiguousarray(np.swapaxes(patches, 0, 1))
+            chosen = places[np.unravel_index(_draw(total, count, generator), shape)]
+            patches = np.asarray(chosen, np.float32).reshape(count, self.groups, -1)
+            return np.ascontiguousarray(np.swapaxes(patches, 0, 1))
+        columns = np.ascontiguousarray(self._positions_last(places), np.float32).reshape(self.groups, -1, total)
+        return np.swapaxes(columns, 1, 2)
 
     def _windows(self, data: Array, *, padded: bool = False) -> Array:
         """What a convolution reads at each position: (batch, *positions, channel, *kernel), a view on padded data."""
@@ -305,6 +306,11 @@ class Layer:
         keep = slice(None)
         view = view[(keep, keep, *(slice(None, None, step) for step in (*strides, *dilations)))]
         return np.moveaxis(view, 1, 1 + rank)
+
+    def _positions_last(self, windows: Array) -> Array:
+        """The same as (channel, *kernel, batch, *positions): lines of images are then copied, not of kernels."""
+        rank = 1 + len(self.kernel)
+        return np.moveaxis(windows, range(rank), range(-rank, 0))
 
     @property
     def _spans(self) -> list[int]:

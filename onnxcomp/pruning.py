@@ -19,7 +19,8 @@ from onnxcomp.effects import Answers, abroad
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.members import Reader, readers
 from onnxcomp.model import content_hash
-from onnxcomp.numerics.obs import Consumer, eliminate, survivors, swapped
+from onnxcomp.numerics.blas import as_pays
+from onnxcomp.numerics.obs import Consumer, Elimination, eliminate, survivors, swapped
 from onnxcomp.observations import Gram
 from onnxcomp.saliency import Aggregate, Criterion, saliencies
 from onnxcomp.samples import Dataset
@@ -163,11 +164,19 @@ class Pruner:
 
     def _eliminated(self, group: ChannelGroup) -> Ranking:
         if group.name not in self._eliminations:
-            swept = eliminate(self._consumers(group), DAMPING)
+            swept = self._swept(group)
             scores = np.empty(group.size)
             scores[swept.order] = np.diff(swept.errors)
             self._eliminations[group.name] = Ranking(swept.order, scores, swept.errors)
         return self._eliminations[group.name]
+
+    def _swept(self, group: ChannelGroup, order: NDArray[np.int64] | None = None) -> Elimination:
+        with as_pays(self._width(group)):
+            return eliminate(self._consumers(group), DAMPING, order)
+
+    def _width(self, group: ChannelGroup) -> int:
+        """Of the inputs of the widest layer that reads a group."""
+        return max(reader.layer.input_width for reader in self._readers[group])
 
     @cached_property
     def _eliminations(self) -> dict[str, Ranking]:
@@ -181,7 +190,8 @@ class Pruner:
 
     def swapped(self, group: ChannelGroup, gone: NDArray[np.int64]) -> NDArray[np.int64]:
         """As many channels whose loss costs the layers that read them no more."""
-        return swapped(self._consumers(group), gone, DAMPING)
+        with as_pays(self._width(group)):
+            return swapped(self._consumers(group), gone, DAMPING)
 
     # -- what they cost ---------------------------------------------------------------------------------------------
 
@@ -227,7 +237,7 @@ class Pruner:
         """From the errors of outputs by how many channels are gone."""
         order, errors = ranking.order, ranking.errors
         if errors is None:
-            errors = eliminate(self._consumers(group), DAMPING, order=order).errors
+            errors = self._swept(group, order).errors
         gains = [effect / max(errors[count], 1e-12) for count, effect in effects.items()]
         gain = np.interp(np.arange(len(errors)), [*effects], gains)
         return Curve(order, np.maximum.accumulate(errors * gain))

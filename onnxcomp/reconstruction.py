@@ -13,6 +13,7 @@ inputs.
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -25,7 +26,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.executors import ahead, beside
 from onnxcomp.graph import Builder, constant_of
 from onnxcomp.layers import Layer, layers
-from onnxcomp.numerics.blas import one_thread
+from onnxcomp.numerics.blas import as_pays, one_thread
 from onnxcomp.numerics.moments import Spread
 from onnxcomp.numerics.obs import refit
 from onnxcomp.prefix import Prefix
@@ -39,9 +40,11 @@ Project: TypeAlias = Callable[[Layer, NDArray[np.float64], NDArray[np.float64]],
 """From a layer, weights (out, in) that fit it and H (groups, in, in) of its inputs, the weights that it gets."""
 
 _IN_VAIN = 2
-"""Rows of the same shapes, in turn, that fitting together did not help, after which others are left out."""
-_START = 2
-"""The part of the rows, one in so many, that is enough for layers that are fitted together afterwards."""
+"""Rows of the same kind, in turn, that fitting together did not help, after which others are left out."""
+_DAMPING = (0.1, 1.0)
+"""Of the regression, as shares of the mean of H's diagonal: whichever is better on batches held out."""
+_HELD_OUT = 8
+"""One batch in so many is."""
 
 
 def reconstruct(
@@ -50,7 +53,6 @@ def reconstruct(
     outputs: Mapping[str, NDArray[np.bool_]],
     data: Dataset,
     context: Context,
-    damping: float = 1e-2,
     project: Project | None = None,
     jointly: bool = True,
     most: int | None = None,
@@ -63,7 +65,6 @@ def reconstruct(
         outputs: by node name (out,) which of its output channels are left, where some are gone.
         data: samples to fit on.
         context: target, seed, progress.
-        damping: of the regression, as a share of the mean of H's diagonal.
         project: makes of each layer's fitted weights those that it gets. Layers are then fitted one by one only.
         jointly: also fit layers in a row together, which takes longer than all else.
         most: fit so many layers only, the first ones that what changed reaches.
@@ -81,27 +82,27 @@ def reconstruct(
     pairs = pairs[:most]
     norms = _Norms(original, changed, outputs, twins, context)
     by_name = {pair.after.name: pair for pair in pairs}
-    in_vain: Counter[Hashable] = Counter()  # by the shapes of a row's layers
+    in_vain: Counter[Hashable] = Counter()  # by what a row's layers were, and which lost outputs
     done = 0
     factors = {pair.after.name for pair in pairs if pair.before is None}
     for row in chains([pair.after for pair in pairs], factors):
         block = [by_name[layer.name] for layer in row]
-        shapes = tuple(layer.weight_shape for layer in row)
+        kind = tuple(((pair.before or pair.after).weight_shape, bool(pair.outputs.all())) for pair in block)
         both = jointly and len(block) > 1 and project is None and block[-1].before is not None
-        both = both and in_vain[shapes] < _IN_VAIN
+        both = both and in_vain[kind] < _IN_VAIN
         start: Layer | None = block[0].after
         for pair in block:
             norms.adjust(pair.after.node)
             if pair.before is not None:
-                rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width) / (_START if both else 1)
+                rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width)
                 runs = twins.runs(pair, starts=start, settled=not both)
-                reason = _fit(pair, runs, rows / data.samples, context.seed, damping, project)
+                reason = _fit(pair, runs, rows / data.samples, context.seed, project)
                 skips += [Skip(pair.after.name, f"not fitted again: {reason}")] if reason else []
                 both = both and not reason
                 start = None
         if both:
-            helped = fit_together(block, changed, twins, data.samples, context, damping)
-            in_vain[shapes] = in_vain[shapes] + 1 if helped is False else 0
+            helped = fit_together(block, changed, twins, data.samples, context)
+            in_vain[kind] = in_vain[kind] + 1 if helped is False else 0
             if isinstance(helped, str):
                 skips += [Skip(pair.after.name, f"fitted by itself only: {helped}") for pair in block]
         done += len(block)
@@ -248,16 +249,12 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
     return found
 
 
-def _fit(
-    pair: Pair, runs: Iterator[Run], share: float, seed: int, damping: float, project: Project | None
-) -> str | None:
+def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, project: Project | None) -> str | None:
     """Ridge regression of one layer, on so many rows of each sample; or why not."""
     after = pair.after
     groups, width = after.groups, after.input_width
-    H = np.zeros((groups, width + 1, width + 1))
-    G = np.zeros((groups, int(pair.outputs.sum()) // groups, width + 1))
 
-    def products(numbered: tuple[int, Run]) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    def products(numbered: tuple[int, Run]) -> tuple[int, _Moments] | None:
         number, run = numbered
         if pair.outputs.size * math.prod(after.positions(run.data.shape)) != run.wanted.size:
             return None
@@ -269,38 +266,84 @@ def _fit(
         x = after.rows(run.data, rows, same())
         with np.errstate(invalid="ignore", over="ignore"):  # refused below, by name
             target = run.target(pair, rows, same)
-        x = np.concatenate([x, np.ones((*x.shape[:2], 1), x.dtype)], axis=2)
-        if not (np.isfinite(x).all() and np.isfinite(target).all()):
+        if not (np.isfinite(run.data).all() and np.isfinite(target).all()):
             raise DataError(
                 f"the input or the output of '{after.name}' is not finite",
                 "an activation overflows, or the data hold NaN or infinity",
                 "check the data, or leave the layer out with --exclude",
             )
-        y = target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype)
-        return np.matmul(x.swapaxes(1, 2), x), np.matmul(y, x)
+        return number, _Moments.of(x, target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype))
 
     reason = None
+    fitted, held_out = _Moments(), _Moments()
     with one_thread():  # for each of those beside each other
         for found in beside(products, enumerate(ahead(runs))):
             if found is None:
                 reason = "channels that are gone are rows of its input"
                 continue  # and not the end: what leads to later layers is still to be kept
-            H += found[0]
-            G += found[1]
+            number, moments = found
+            if (number + 1) % _HELD_OUT:
+                fitted += moments
+            else:
+                held_out += moments
     if reason:
         return reason
-    H, G = H / H[:, -1:, -1:], G / H[:, -1:, -1:]
-    width, biased = after.input_width, after.adds_bias
-    means, outputs = (H[:, :-1, -1], G[:, :, -1]) if biased else (np.zeros((groups, width)), np.zeros(G.shape[:2]))
-    moments = H[:, :-1, :-1] - means[:, :, None] * means[:, None]
-    diagonal = np.arange(width)
-    moments[:, diagonal, diagonal] = np.maximum(moments[:, diagonal, diagonal], 0)  # but for rounding
-    crosses = G[:, :, :-1] - outputs[:, :, None] * means[:, None]
-    old = after.matrix().astype(np.float64).reshape(groups, -1, width)
-    matrices = np.stack([refit(*parts, damping) for parts in zip(old, moments, crosses, strict=True)])
-    if project is not None:
-        matrices = project(after, np.asarray(matrices.reshape(-1, width), np.float64), moments).reshape(matrices.shape)
+    with as_pays(width):
+        old = after.matrix().astype(np.float64).reshape(groups, -1, width)
+        least = min(_DAMPING)
+        if held_out.count:
+            known, judges = fitted.centred(after.adds_bias), held_out.centred(after.adds_bias)
+            least = min(_DAMPING, key=lambda damping: judges.error(known.fitted(old, damping)))
+        moments = (fitted + held_out).centred(after.adds_bias)
+        matrices = moments.fitted(old, least)
+        if project is not None:
+            H = np.asarray(moments.xx, np.float64)
+            matrices = project(after, np.asarray(matrices.reshape(-1, width), np.float64), H).reshape(matrices.shape)
     after.set_matrix(matrices.reshape(-1, width))
-    if biased:
-        after.set_bias((outputs - np.matmul(matrices, means[:, :, None])[:, :, 0]).ravel())
+    if after.adds_bias:
+        after.set_bias((moments.y - np.matmul(matrices, moments.x[:, :, None])[:, :, 0]).ravel())
     return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """What a layer's inputs x and wanted outputs y sum to, or are in the mean.
+
+    Attributes:
+        xx, yx: (groups, in, in) x x^T and (groups, out, in) y x^T.
+        x, y: (groups, in) and (groups, out).
+        count: of the vectors.
+    """
+
+    xx: Any = 0.0
+    yx: Any = 0.0
+    x: Any = 0.0
+    y: Any = 0.0
+    count: int = 0
+
+    @staticmethod
+    def of(x: NDArray[Any], y: NDArray[Any]) -> "_Moments":
+        """Of vectors (groups, n, in) and (groups, out, n)."""
+        sums = np.matmul(x.swapaxes(1, 2), x), np.matmul(y, x), x.sum(1), y.sum(2)
+        xx, yx, of_x, of_y = (part.astype(np.float64) for part in sums)
+        return _Moments(xx, yx, of_x, of_y, x.shape[1])
+
+    def __add__(self, other: "_Moments") -> "_Moments":
+        return _Moments(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+    def centred(self, biased: bool) -> "_Moments":
+        """Means; where a bias makes up for them, with the means of x and y taken off the products."""
+        xx, yx, x, y = (part / self.count for part in (self.xx, self.yx, self.x, self.y))
+        if biased:
+            xx, yx = xx - x[:, :, None] * x[:, None], yx - y[:, :, None] * x[:, None]
+        diagonal = np.arange(xx.shape[1])
+        xx[:, diagonal, diagonal] = np.maximum(xx[:, diagonal, diagonal], 0)  # but for rounding
+        return _Moments(xx, yx, x, y, self.count)
+
+    def fitted(self, weights: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
+        """(groups, out, in) weights that fit, no further from these than pays."""
+        return np.stack([refit(*parts, damping) for parts in zip(weights, self.xx, self.yx, strict=True)])
+
+    def error(self, weights: NDArray[np.float64]) -> float:
+        """The mean squared error of weights (groups, out, in), but for what does not depend on them."""
+        return float(np.sum((weights @ self.xx - 2 * self.yx) * weights))

@@ -19,16 +19,14 @@ from onnxcomp.prefix import part_between
 from onnxcomp.runtime import Session
 from onnxcomp.twins import Pair, Twins
 
-_ROWS = 16384
+_ROWS = 65536
 _SAMPLES = 32
 """At least, even where fewer have as many rows."""
 _HELD_OUT = 0.2
 """Share of them on which it is judged whether fitting layers together helped."""
 
 
-def fit_together(
-    block: list[Pair], changed: ir.Model, twins: Twins, samples: int, context: Context, damping: float
-) -> str | bool:
+def fit_together(block: list[Pair], changed: ir.Model, twins: Twins, samples: int, context: Context) -> str | bool:
     """Fit layers in a row to what the last one is to give, where that helps on samples held out.
 
     Returns:
@@ -40,7 +38,7 @@ def fit_together(
         return parts
     try:
         links = _links(block, changed, context)
-        fitted = joint.fit(links, *parts, seed=context.seed, damping=damping)
+        fitted = joint.fit(links, *parts, seed=context.seed)
     except OnnxcompError as error:
         return f"what lies between it and its neighbours does not run by itself: {error.fact}"
     except np.linalg.LinAlgError:

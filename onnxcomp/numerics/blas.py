@@ -1,7 +1,8 @@
-"""Matrix products that do not depend on how many threads do them.
+"""On how many threads BLAS works.
 
-BLAS splits a product differently for another number of threads, and its last digits differ then: between machines, and
-between one process that has all cores and several that share them.
+It splits a product differently for another number of threads, and its last digits differ then: between machines, and
+between one process that has all cores and several that share them. And its threads go on spinning for a while after
+each product, which takes a core from whatever comes next.
 """
 
 import contextlib
@@ -12,6 +13,9 @@ from typing import Any
 
 import scipy.linalg  # noqa: F401  (brings a BLAS of its own, which must be there when they are looked for)
 from threadpoolctl import ThreadpoolController
+
+_WIDE = 1536
+"""Below it, matrices take less time on one thread than others lose by the spinning of those that helped."""
 
 _lock = threading.Lock()
 _inside: list[Any] = []
@@ -36,3 +40,8 @@ def one_thread() -> Iterator[None]:
             _inside.pop()
             if not _inside:
                 first.restore_original_limits()
+
+
+def as_pays(width: int) -> contextlib.AbstractContextManager[None]:
+    """BLAS works on one thread inside, unless square matrices of that width are worth more."""
+    return contextlib.nullcontext() if width >= _WIDE else one_thread()

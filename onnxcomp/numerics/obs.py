@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from scipy.linalg import blas
 
 from onnxcomp.numerics.arrays import Floats
+from onnxcomp.numerics.blas import as_pays
 from onnxcomp.numerics.definite import inverted, solved
 
 _ELIMINATED = 64
@@ -146,8 +147,9 @@ def survivors(weight: Floats, second_moment: Floats, kept: NDArray[np.bool_], da
     H = np.asarray(second_moment, np.float64)
     inner = H[np.ix_(kept, kept)]
     ridge = _level(H) * damping * np.eye(len(inner))
-    lost = np.asarray(weight, np.float64)[:, ~kept] @ H[np.ix_(~kept, kept)]
-    correction: Floats = solved(inner + ridge, lost.T).T
+    with as_pays(len(H)):
+        lost = np.asarray(weight, np.float64)[:, ~kept] @ H[np.ix_(~kept, kept)]
+        correction: Floats = solved(inner + ridge, lost.T).T
     result: Floats = weight[:, kept] + correction
     return result
 
@@ -164,8 +166,9 @@ def refit(weight: Floats, second_moment: Floats, cross: Floats, damping: float =
         damping: as a share of H's mean diagonal.
     """
     H = np.asarray(second_moment, np.float64)
-    missing = cross - np.asarray(weight, np.float64) @ H
-    result: Floats = weight + solved(H + _level(H) * damping * np.eye(len(H)), missing.T).T
+    with as_pays(len(H)):
+        missing = cross - np.asarray(weight, np.float64) @ H
+        result: Floats = weight + solved(H + _level(H) * damping * np.eye(len(H)), missing.T).T
     return result
 
 
