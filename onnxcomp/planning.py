@@ -31,7 +31,7 @@ _LAYOUT = 2.0
 least that, until it was measured."""
 _SOURCES = ("branches", "widths", "other passes", "precision")
 """Of errors."""
-_USUAL = np.array([0.65, 0.5, 0.5, 1.0])
+_USUAL = np.array([0.5, 0.4, 0.4, 1.0])
 """What is left of the errors of each source, added up, once all layers are fitted again."""
 _TRUST = 0.1
 """How much that counts beside what was measured: 1 as much as one plan."""

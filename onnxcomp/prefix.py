@@ -12,7 +12,8 @@ from onnxcomp.core import Context
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset, Feeds
 
-_BATCH = 64
+BATCH = 64
+"""Samples per run, where the model leaves that open."""
 
 
 class Prefix:
@@ -48,7 +49,7 @@ class Prefix:
         kept = {*names} if starts else {value.name or "" for value in settled}
         found: list[Feeds] = []
         small = bool(kept)
-        for number, batch in enumerate(self._data.batches(_BATCH) if from_data else self._outlines):
+        for number, batch in enumerate(self._data.batches(BATCH) if from_data else self._outlines):
             known = self._known[number] if self._known else {}
             outputs: Feeds = {}
             if session is not None:

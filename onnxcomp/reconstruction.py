@@ -29,7 +29,7 @@ from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.blas import as_pays, one_thread
 from onnxcomp.numerics.moments import Spread
 from onnxcomp.numerics.obs import refit
-from onnxcomp.prefix import Prefix
+from onnxcomp.prefix import BATCH, Prefix
 from onnxcomp.samples import Dataset
 from onnxcomp.together import fit_together
 from onnxcomp.twins import Pair, Run, Twins
@@ -44,7 +44,7 @@ _IN_VAIN = 2
 _DAMPING = (0.1, 1.0)
 """Of the regression, as shares of the mean of H's diagonal: whichever is better on batches held out."""
 _HELD_OUT = 8
-"""One batch in so many is."""
+"""One batch in so many is, or the last one of fewer."""
 
 
 def reconstruct(
@@ -82,6 +82,7 @@ def reconstruct(
     pairs = pairs[:most]
     norms = _Norms(original, changed, outputs, twins, context)
     by_name = {pair.after.name: pair for pair in pairs}
+    every = min(max(-(-data.samples // BATCH), 2), _HELD_OUT)
     in_vain: Counter[Hashable] = Counter()  # by what a row's layers were, and which lost outputs
     done = 0
     factors = {pair.after.name for pair in pairs if pair.before is None}
@@ -96,7 +97,7 @@ def reconstruct(
             if pair.before is not None:
                 rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width)
                 runs = twins.runs(pair, starts=start, settled=not both)
-                reason = _fit(pair, runs, rows / data.samples, context.seed, project)
+                reason = _fit(pair, runs, rows / data.samples, every, context.seed, project)
                 skips += [Skip(pair.after.name, f"not fitted again: {reason}")] if reason else []
                 both = both and not reason
                 start = None
@@ -249,8 +250,8 @@ def _ancestors(node: ir.Node) -> set[ir.Node]:
     return found
 
 
-def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, project: Project | None) -> str | None:
-    """Ridge regression of one layer, on so many rows of each sample; or why not."""
+def _fit(pair: Pair, runs: Iterator[Run], share: float, every: int, seed: int, project: Project | None) -> str | None:
+    """Ridge regression of one layer, on so many rows of each sample, one batch in `every` held out; or why not."""
     after = pair.after
     groups, width = after.groups, after.input_width
 
@@ -282,7 +283,7 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, seed: int, project: Proj
                 reason = "channels that are gone are rows of its input"
                 continue  # and not the end: what leads to later layers is still to be kept
             number, moments = found
-            if (number + 1) % _HELD_OUT:
+            if (number + 1) % every:
                 fitted += moments
             else:
                 held_out += moments

@@ -5,8 +5,9 @@
    those nodes in INT8 that a minimum cut over measured times puts there. All drafts are timed side by side.
 3. Refine the fastest: weights rounded with error feedback, judged on the metric. Over budget, nodes return to float,
    the most sensitive first, until it holds.
-4. Time that again, as the fastest of several had luck too. Plan which branches go, how wide layers are and what runs as
-   integers, all together; measure, and plan again. With time for it, look at the best plan's neighbours too.
+4. Time that again, where the fastest of several may have had luck. Plan which branches go, how wide layers are and
+   what runs as integers, all together; measure, and plan again. With time for it, look at the best plan's neighbours
+   too.
 5. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
    sparse or binary, where the user asked for it.
 6. What shows no clear gain is timed at length, and gives way to what it was made of if it is slower than the original.
@@ -44,6 +45,8 @@ _LITTLE = 0.003
 """Share of its bytes that clean-up must save to be worth anything by that alone; less is names and metadata."""
 _AT_LENGTH = 4
 """Times as many rounds, where a few leave open which of two is faster."""
+_LUCK = 1.15
+"""How many times as fast as all others one may seem that is not."""
 _RUNGS = (0.25, 0.5)
 """Shares of the nodes in INT8 that return to float, for a choice."""
 _ERRORS = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -221,7 +224,10 @@ class Search:
                 trial.verdict = "not faster beyond noise" if fits == known else "above the limit on size"
 
     def _again(self, best: Candidate) -> Candidate:
-        """The best, timed again as the fastest of several had luck, too; clean-up where it then gains nothing."""
+        """The best, timed again where luck may have made it that; clean-up where it then gains nothing."""
+        others = [trial for trial in self._bench.trials if trial.timing not in {None, best.timing}]
+        if best.timing is not None and all(best.timing.speedup_low > _LUCK * other.speedup for other in others):
+            return best
         self._bench.time(*dict.fromkeys([self.clean, best]))
         if best is not self.clean and not self._gains(best, self.clean):
             best.verdict = "not faster beyond noise when timed again"
