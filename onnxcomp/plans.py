@@ -48,7 +48,9 @@ _FILLED = 0.97
 _STRETCH = (1.0, 2.0, 4.0)
 """Times the error that plans are to have, that one may have which the limit on size needs."""
 _STEP = 4.0
-"""The most by which what is known changes that error."""
+"""The most by which what is known changes that error, from the usual one or from the largest that was tried."""
+_PASSES = 4
+"""Over what is known: losses scatter less where their slope is less than the usual one."""
 
 
 class Plans:
@@ -341,11 +343,16 @@ def loss_per_error(known: Sequence[Lost], allowed: float, usual: float) -> float
         allowed: loss, which sets the scale of a noise that is not known.
         usual: slope to start with, give or take as much again.
     """
-    weights, products = [1 / usual**2], [1 / usual]
-    for lost in known:
-        noise = _UNKNOWN_NOISE * allowed if lost.noise is None else max(lost.noise, _LEAST_NOISE * allowed)
-        variance = noise**2 + (_SCATTER * usual * lost.error) ** 2
-        if np.isfinite(lost.loss) and variance > 0:
-            weights.append(lost.error**2 / variance)
-            products.append(lost.error * lost.loss / variance)
-    return float(np.clip(sum(products) / sum(weights), usual / _STEP, usual * _STEP))
+    finite = [lost for lost in known if np.isfinite(lost.loss)]
+    farthest = max((lost.error for lost in finite), default=0.0)
+    least = min(usual, allowed / farthest if farthest else usual) / _STEP
+    slope = usual
+    for _ in range(_PASSES):
+        weights, products = [1 / usual**2], [1 / usual]
+        for lost in finite:
+            noise = _UNKNOWN_NOISE * allowed if lost.noise is None else max(lost.noise, _LEAST_NOISE * allowed)
+            if variance := noise**2 + (_SCATTER * min(slope, usual) * lost.error) ** 2:
+                weights.append(lost.error**2 / variance)
+                products.append(lost.error * lost.loss / variance)
+        slope = float(np.clip(sum(products) / sum(weights), least, usual * _STEP))
+    return slope

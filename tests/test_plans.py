@@ -216,6 +216,8 @@ def test_a_noisy_loss_changes_what_the_next_error_is_taken_to_lose_by_little(
     assert low < loss_per_error([Lost(0.001, 0.001, noise), Lost(0.004, 0.004, noise)], 0.005, usual) < high
     assert loss_per_error([Lost(0.004, np.inf, noise)], 0.005, usual) == pytest.approx(usual)
     assert loss_per_error([Lost(0.004, 1.0, 1e-9)] * 50, 0.005, usual) == pytest.approx(4 * usual)
+    harmless = Lost(100 * 0.005 / usual, 0.0, 0.0)  # at a hundred times the error that is taken to lose what is allowed
+    assert loss_per_error([harmless], 0.005, usual) == pytest.approx(0.005 / (4 * harmless.error))
 
 
 @pytest.mark.parametrize("untraced", [False, True])
