@@ -13,8 +13,7 @@ inputs.
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -28,7 +27,7 @@ from onnxcomp.graph import Builder, constant_of
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.blas import as_pays, one_thread
 from onnxcomp.numerics.moments import Spread
-from onnxcomp.numerics.obs import refit
+from onnxcomp.numerics.regression import Moments, best_damping
 from onnxcomp.prefix import BATCH, Prefix
 from onnxcomp.samples import Dataset
 from onnxcomp.together import fit_together
@@ -255,7 +254,7 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, every: int, seed: int, p
     after = pair.after
     groups, width = after.groups, after.input_width
 
-    def products(numbered: tuple[int, Run]) -> tuple[int, _Moments] | None:
+    def products(numbered: tuple[int, Run]) -> tuple[int, Moments] | None:
         number, run = numbered
         if pair.outputs.size * math.prod(after.positions(run.data.shape)) != run.wanted.size:
             return None
@@ -273,30 +272,28 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, every: int, seed: int, p
                 "an activation overflows, or the data hold NaN or infinity",
                 "check the data, or leave the layer out with --exclude",
             )
-        return number, _Moments.of(x, target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype))
+        return number, Moments.of(x, target.reshape(len(target), groups, -1).transpose(1, 2, 0).astype(x.dtype))
 
     reason = None
-    fitted, held_out = _Moments(), _Moments()
+    total, held_out = Moments(), Moments()
     with one_thread():  # for each of those beside each other
         for found in beside(products, enumerate(ahead(runs))):
             if found is None:
                 reason = "channels that are gone are rows of its input"
                 continue  # and not the end: what leads to later layers is still to be kept
-            number, moments = found
+            number, sums = found
             if (number + 1) % every:
-                fitted += moments
+                total += sums
             else:
-                held_out += moments
+                held_out += sums
     if reason:
         return reason
     with as_pays(width):
         old = after.matrix().astype(np.float64).reshape(groups, -1, width)
-        least = min(_DAMPING)
-        if held_out.count:
-            known, judges = fitted.centred(after.adds_bias), held_out.centred(after.adds_bias)
-            least = min(_DAMPING, key=lambda damping: judges.error(known.fitted(old, damping)))
-        moments = (fitted + held_out).centred(after.adds_bias)
-        matrices = moments.fitted(old, least)
+        damping = best_damping(_DAMPING, total, held_out, old, biased=after.adds_bias)
+        total += held_out
+        moments = total.centred(biased=after.adds_bias)
+        matrices = moments.fitted(old, damping)
         if project is not None:
             H = np.asarray(moments.xx, np.float64)
             matrices = project(after, np.asarray(matrices.reshape(-1, width), np.float64), H).reshape(matrices.shape)
@@ -304,47 +301,3 @@ def _fit(pair: Pair, runs: Iterator[Run], share: float, every: int, seed: int, p
     if after.adds_bias:
         after.set_bias((moments.y - np.matmul(matrices, moments.x[:, :, None])[:, :, 0]).ravel())
     return None
-
-
-@dataclass(frozen=True, eq=False)
-class _Moments:
-    """What a layer's inputs x and wanted outputs y sum to, or are in the mean.
-
-    Attributes:
-        xx, yx: (groups, in, in) x x^T and (groups, out, in) y x^T.
-        x, y: (groups, in) and (groups, out).
-        count: of the vectors.
-    """
-
-    xx: Any = 0.0
-    yx: Any = 0.0
-    x: Any = 0.0
-    y: Any = 0.0
-    count: int = 0
-
-    @staticmethod
-    def of(x: NDArray[Any], y: NDArray[Any]) -> "_Moments":
-        """Of vectors (groups, n, in) and (groups, out, n)."""
-        sums = np.matmul(x.swapaxes(1, 2), x), np.matmul(y, x), x.sum(1), y.sum(2)
-        xx, yx, of_x, of_y = (part.astype(np.float64) for part in sums)
-        return _Moments(xx, yx, of_x, of_y, x.shape[1])
-
-    def __add__(self, other: "_Moments") -> "_Moments":
-        return _Moments(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
-
-    def centred(self, biased: bool) -> "_Moments":
-        """Means; where a bias makes up for them, with the means of x and y taken off the products."""
-        xx, yx, x, y = (part / self.count for part in (self.xx, self.yx, self.x, self.y))
-        if biased:
-            xx, yx = xx - x[:, :, None] * x[:, None], yx - y[:, :, None] * x[:, None]
-        diagonal = np.arange(xx.shape[1])
-        xx[:, diagonal, diagonal] = np.maximum(xx[:, diagonal, diagonal], 0)  # but for rounding
-        return _Moments(xx, yx, x, y, self.count)
-
-    def fitted(self, weights: NDArray[np.float64], damping: float) -> NDArray[np.float64]:
-        """(groups, out, in) weights that fit, no further from these than pays."""
-        return np.stack([refit(*parts, damping) for parts in zip(weights, self.xx, self.yx, strict=True)])
-
-    def error(self, weights: NDArray[np.float64]) -> float:
-        """The mean squared error of weights (groups, out, in), but for what does not depend on them."""
-        return float(np.sum((weights @ self.xx - 2 * self.yx) * weights))

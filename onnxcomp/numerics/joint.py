@@ -27,6 +27,7 @@ Tensor: TypeAlias = NDArray[np.floating[Any]]
 Floats: TypeAlias = NDArray[np.float64]
 
 _STEPS = 24
+"""At most."""
 _WORTH = 0.003
 """Of the error on samples held out, that each step must have gained on average for another one."""
 _ESTIMATED = 4
