@@ -56,6 +56,8 @@ _LEVELS = 4
 _FITTED_LAYERS = 4
 """Behind a branch that goes, which are fitted before it is measured what the outputs lose: a fifth of it or less."""
 _FITTED_SAMPLES = 128
+_NOTHING = 1e-6
+"""Share of the largest error among a part's options that counts as rounding."""
 _PROBES = 2
 """Widths of each group at which it is measured what the outputs lose."""
 
@@ -222,11 +224,11 @@ class Appraisal:
         first = clocks[timed[0]]
         useful = {}
         for index, (group, counts) in enumerate(zip(groups, first.counts, strict=True)):
-            keep = self._sized | (counts == 0)
+            keep = np.full(len(counts), self._sized) | (counts == 0)
             shares = {}
             for name, clock in clocks.items():
                 shares[name] = own = np.array([clock.share(index, int(count)) for count in counts])
-                keep = keep | (own < np.minimum.accumulate(np.append(1.0, own[:-1])) - _SAVES)
+                keep |= _saving(own)
             if keep.sum() > 1:
                 by_form = {name: shares.get(name, shares[timed[0]])[keep] for name in self.forms}
                 useful[group] = counts[keep], by_form, {self.units.of(name) for name in first.touched[index]}
@@ -285,21 +287,33 @@ class Appraisal:
         return [saving[number] for number in undominated(errors, costs)]
 
     def _row(self, technique: Pass, options: Sequence[Option]) -> Row:
-        """Of what the outputs lose: measured for the option in the middle, and in proportion for the others."""
-        probe = options[len(options) // 2]
+        """Of what the outputs lose: measured for one option in the middle, and in proportion for the others."""
+        largest = max(option.error for option in options)
+        telling = [option for option in options if option.error >= _NOTHING * largest]
+        probe = telling[len(telling) // 2]
         # On all data: what is fitted to few vectors gives those right, at any rank.
         made = technique.drafted().taking([probe])(self._model, replace(self._context, data=self._data)).model
-        gain = self.answers.error(made) / max(probe.error, 1e-12)
+        lost = self.answers.error(made)
+        errors = [lost * (option.error / probe.error if probe.error else 1.0) for option in options]
         whole = max(self.forms[FLOAT].bytes.get(self.units.of(probe.part), 0), 1)
         return Row(
             probe.part,
             (0, *(option.setting for option in options)),
-            np.array([0.0, *(gain * option.error for option in options)]),
+            np.array([0.0, *errors]),
             dict.fromkeys(self.forms, np.array([1.0, *(option.latency for option in options)])),
             np.array([1.0, *(option.bytes / whole for option in options)]),
             {self.units.of(probe.part)},
             technique,
         )
+
+
+def _saving(shares: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Of options that take less and less of a time, those that save enough beside the one before them that does."""
+    found, last = np.zeros(len(shares), bool), 1.0
+    for number, share in enumerate(shares.tolist()):
+        if share < last - _SAVES:
+            found[number], last = True, share
+    return found
 
 
 @one_thread()

@@ -322,7 +322,7 @@ class Workbench:
         variance.
         """
         counted = Loss(self.drop(candidate), candidate.noise)
-        if candidate.expected is None or not counted.noise or not np.isfinite(counted.value):
+        if candidate.expected is None or not np.isfinite(counted.value):
             return counted
         return _combined(counted, candidate.expected)
 
@@ -367,10 +367,10 @@ class Workbench:
 
 def _combined(counted: Loss, expected: Loss) -> Loss:
     """By inverse variances; a loss by likelihoods is doubted by a share of the larger one."""
-    if not counted.noise or expected.noise is None:
+    doubt = np.hypot(expected.noise or 0.0, _DOUBT * max(abs(counted.value), expected.value))
+    if not counted.noise or expected.noise is None or not doubt:
         return counted
-    doubt = _DOUBT * max(abs(counted.value), expected.value)
-    weights = np.array([counted.noise, np.hypot(expected.noise, doubt)]) ** -2.0
+    weights = np.array([counted.noise, doubt]) ** -2.0
     value = weights @ [counted.value, expected.value] / weights.sum()
     return Loss(float(value), float(weights.sum() ** -0.5))
 

@@ -60,9 +60,11 @@ class Answers:
         for feeds, expected in self._pairs:
             actual = session.run(feeds)
             for name, array in expected.items():
-                want = array.astype(np.float64)
-                signal += float(np.square(want).sum())
-                noise += float(np.square(want - actual[name].astype(np.float64)).sum())
+                want, found = array.astype(np.float64), np.asarray(actual[name], np.float64)
+                power = float(np.square(want).sum())
+                signal += power
+                # Of outputs as long as what a model finds, one of another length says nothing of the same things.
+                noise += float(np.square(want - found).sum()) if found.shape == want.shape else power
         return noise / signal if signal and np.isfinite(noise) else 1.0
 
     def errors(self, made: Iterable[ir.Model], executor: Executor | None, room: int) -> Iterator[float]:

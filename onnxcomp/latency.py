@@ -138,6 +138,7 @@ class LatencyModel:
 
     def _variants(self, groups: ChannelGroups, members: Sequence[int]) -> Iterator[tuple[dict[int, int], ir.Model]]:
         """Models with more and more channels gone from some groups, and how many of which."""
+        before: dict[int, int] = {}
         for level in range(1, self._levels):
             removed = {}
             for index in members:
@@ -145,12 +146,14 @@ class LatencyModel:
                 goal = level * self.groups[index].size / self._levels
                 removed[index] = int(counts[np.argmin(np.abs(counts - goal))])
             removed = {index: count for index, count in removed.items() if count}
+            if removed == before:  # narrow groups have fewer widths than levels
+                continue
+            before = removed
             try:
                 cut = without(groups, {self.groups[index]: range(count) for index, count in removed.items()})
             except SurgeryError:
                 continue
-            if removed:
-                yield removed, cut
+            yield removed, cut
 
     def _apart(self) -> list[list[int]]:
         """The groups in sets of which no two share a node."""

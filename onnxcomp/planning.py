@@ -8,7 +8,7 @@ tensor between two precisions is converted once, however many read it. What a pl
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
@@ -23,12 +23,12 @@ from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing
-from onnxcomp.program import Program, either
+from onnxcomp.program import Program
 from onnxcomp.table import FLOAT, best_form
 
 _LAYOUT = 2.0
-"""What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself: at
-least that, until it was measured."""
+"""What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself, or
+more where that was measured."""
 _SOURCES = ("branches", "widths", "other passes", "precision")
 """Of errors."""
 _USUAL = np.array([0.5, 0.4, 0.4, 1.0])
@@ -41,7 +41,7 @@ _FARTHEST = np.log(1000.0)
 """Of a weight's logarithm from the usual one's, at most: an error of nothing at all says that little for others."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What to do.
 
@@ -49,19 +49,20 @@ class Plan:
         branches: sums that lose an operand, and which.
         widths: channels left by group.
         others: what other passes do, and where.
-        forms: the precision of each unit.
+        forms: the precision of each unit that is left.
         error: predicted relative squared error of the outputs.
         sources: what of it, as it was measured part by part, comes from each of `_SOURCES`.
         time: predicted, as a share of the float model's.
         bytes: of the file, predicted where they count.
-        found: what was chosen for each branch, each row and each unit, by number.
+        found: what was chosen for each branch, each row and each unit, by number; also where that changes nothing, as a
+            branch takes all with it.
         floats: names of nodes that stay in float although they need not.
     """
 
     branches: Parts
     widths: Parts
     others: tuple[Pass, ...]
-    forms: Mapping[str, str] = field(hash=False)
+    forms: Mapping[str, str]
     error: float
     sources: tuple[float, ...]
     time: float
@@ -76,7 +77,11 @@ class Plan:
 
     def same(self, other: "Plan") -> bool:
         """Whether it does the same, whatever was predicted."""
-        return self.found == other.found
+        return self._done == other._done
+
+    @property
+    def _done(self) -> tuple[object, ...]:
+        return self.branches, self.widths, self.others, self.forms
 
     def passes(self, *, jointly: bool) -> tuple[Pass, ...]:
         """That make the model shallower and narrower, and do what else is to be done before it is quantized.
@@ -108,7 +113,8 @@ class Planner:
         self.forms, self._elements, self._total = known.forms, known.elements, known.total
         self.branches, self._branch_errors = known.branches, known.branch_errors
         self._rows, self._form_errors = known.rows, known.form_errors
-        self._layout = _LAYOUT
+        self._static = next((n for n, form in self.forms.items() if isinstance(form.technique, QuantizeStatic)), None)
+        self._layouts: list[float] = []
         self._timed: list[tuple[float, float]] = []
         self._seen: list[tuple[tuple[float, ...], float]] = []
         self._weights = _USUAL
@@ -139,25 +145,25 @@ class Planner:
         for part in range(len(self.branches) + len(self._rows)):
             for option in range(len(program.errors[part])):
                 other = [*plan.found[:part], option, *plan.found[part + 1 :]]
-                if option != plan.found[part] and program.allows(other):
+                if program.allows(other):
                     found.append(self._plan_of(program, other))
-        return sorted(found, key=lambda other: other.time)
+        return sorted((other for other in found if not other.same(plan)), key=lambda other: other.time)
 
     def _plan_of(self, program: Program, found: Sequence[int]) -> Plan:
-        forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items()}
         gone = [branch for place, branch in enumerate(self.branches) if found[place]]
         lost = {self._units.of(name) for branch in gone for name in branch.nodes}
-        chosen = [
-            (row, number)
-            for row, number in zip(self._rows, found[len(self.branches) :], strict=False)
-            if number and not row.touched <= lost
-        ]
+        rows = dict(enumerate(self._rows, len(self.branches)))
+        idle = {place for place, row in rows.items() if row.touched <= lost}
+        idle |= {place for unit, place in program.units.items() if unit in lost}
+        chosen = [(row, found[place]) for place, row in rows.items() if found[place] and place not in idle]
+        forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items() if unit not in lost}
         narrow = tuple((row.part, row.settings[number]) for row, number in chosen if row.technique is None)
         others: dict[Pass, list[Option]] = defaultdict(list)
         for row, number in chosen:
             if row.technique is not None:
                 others[row.technique].append(row.option(number))
-        losses = [float(own[number]) for own, number in zip(program.errors, found, strict=True)]
+        errors = enumerate(zip(program.errors, found, strict=True))
+        losses = [0.0 if place in idle else float(own[number]) for place, (own, number) in errors]
         parts = np.bincount(program.sources, losses, len(_SOURCES))
         sources = parts / self._weights
         in_float = tuple(
@@ -188,26 +194,24 @@ class Planner:
             sources.append(3)
         errors = [self._weights[source] * own for source, own in zip(sources, raw, strict=True)]
         goes = self._gone_with()
-        nothing = [np.zeros(len(own)) for own in errors]
-        terms = [Term((part,), np.column_stack([nothing[part], own, nothing[part]])) for part, own in enumerate(errors)]
-        terms += [
-            Term((first, second), either(2, 2))  # a sum keeps one operand
+        apart = [
+            (first, second)
             for first, second in combinations(range(len(self.branches)), 2)
-            if self.branches[first].join == self.branches[second].join
+            if self.branches[first].join == self.branches[second].join  # a sum keeps one operand
         ]
-        terms += [
-            Term((first, second), either(len(raw[first]), len(raw[second])))
-            for first, second in combinations(rows, 2)
-            if rows[first].excludes(rows[second])
+        apart += [pair for pair in combinations(rows, 2) if rows[pair[0]].excludes(rows[pair[1]])]
+        terms = [
+            Term((part,), np.column_stack([np.zeros(len(own)), own, np.zeros(len(own))]))
+            for part, own in enumerate(errors[: len(self.branches) + len(rows)])
         ]
         terms += [
             Term(
-                (units[unit], *goes[unit], *(place for place, row in rows.items() if unit in row.touched)),
-                self._costs(unit, options[unit], len(goes[unit])),
+                (place, *goes[unit], *(other for other, row in rows.items() if unit in row.touched)),
+                self._costs(unit, options[unit], errors[place], len(goes[unit])),
             )
-            for unit in units
+            for unit, place in units.items()
         ]
-        return Program(errors, sources, units, options, terms, self._clashes(units, options))
+        return Program(errors, sources, units, options, terms, self._clashes(units, options), apart)
 
     def _gone_with(self) -> dict[str, list[int]]:
         """Numbers of the branches that take a unit with them."""
@@ -217,18 +221,19 @@ class Planner:
             found[unit] = [place for place, branch in enumerate(self.branches) if heads & branch.nodes]
         return found
 
-    def _costs(self, unit: str, options: Sequence[str], going: int) -> NDArray[np.float64]:
-        """(precisions, *[stays, goes] for each branch, *options of each row, 3) microseconds, no error, and bytes."""
+    def _costs(self, unit: str, options: Sequence[str], errors: NDArray[np.float64], going: int) -> NDArray[np.float64]:
+        """(precisions, *[stays, goes] for each branch, *options of each row, 3) microseconds, error, and bytes."""
         times = np.array([self.forms[name].times.get(unit, 0.0) for name in options])
         sizes = np.array([float(self.forms[name].bytes.get(unit, 0)) for name in options])
         for _ in range(going):
-            times, sizes = (costs[..., None] * np.array([1.0, 0.0]) for costs in (times, sizes))
+            times, errors, sizes = (costs[..., None] * np.array([1.0, 0.0]) for costs in (times, errors, sizes))
         for row in self._rows:
             if unit in row.touched:
                 shares = np.stack([row.shares[name] for name in options])
                 shares = shares.reshape(len(options), *(1,) * (times.ndim - 1), -1)
                 times, sizes = times[..., None] * shares, sizes[..., None] * row.left
-        return np.stack([times, np.zeros_like(times), sizes], axis=-1)
+                errors = errors[..., None] * np.ones(len(row.left))
+        return np.stack([times, errors, sizes], axis=-1)
 
     def _rest(self) -> int:
         """Bytes of the file that no unit's constants take."""
@@ -237,28 +242,29 @@ class Planner:
 
     def _clashes(self, units: Mapping[str, int], options: Mapping[str, list[str]]) -> list[Clash]:
         """Conversions between static INT8 and the rest; other precisions convert within their nodes."""
-        static = next((name for name, form in self.forms.items() if isinstance(form.technique, QuantizeStatic)), None)
-        if static is None or self._crossing is None:
+        if self._static is None or self._crossing is None:
             return []
         found = []
-        is_static = {unit: np.array([name == static for name in names]) for unit, names in options.items()}
+        integers = {unit: np.array([name == self._static for name in names]) for unit, names in options.items()}
+        floats = {unit: ~own for unit, own in integers.items()}
         for value in (value for members in self._units.members.values() for value in members[-1].outputs):
             maker = value.producer()
             assert maker is not None
             origin = self._units.of(maker.name or "")
             readers = dict.fromkeys(self._units.of(use.node.name or "") for use in value.uses())
-            readers = {unit: None for unit in readers if unit in units and unit != origin}
             size = self._elements.get(maker.name or "", 0) or self._elements.get(origin, 0)
-            for inside, integers in ((is_static, False), (None, True)):
-                cost = np.array([self._layout * self._crossing.cost(size, to_integers=integers), 0.0, 0.0])
-                first = is_static[origin] if inside is not None else ~is_static[origin]
-                others = tuple(
-                    (units[unit], ~is_static[unit] if inside is not None else is_static[unit]) for unit in readers
-                )
+            for made, read, to_integers in ((integers, floats, False), (floats, integers, True)):
+                cost = np.array([self._layout * self._crossing.cost(size, to_integers=to_integers), 0.0, 0.0])
+                others = tuple((units[unit], read[unit]) for unit in readers if unit in units and unit != origin)
                 others = tuple(other for other in others if other[1].any())
-                if first.any() and others:
-                    found.append(Clash((units[origin], first), others, cost))
+                if made[origin].any() and others:
+                    found.append(Clash((units[origin], made[origin]), others, cost))
         return found
+
+    @property
+    def _layout(self) -> float:
+        """What a conversion costs over what it takes by itself: the usual, or more where most drafts say so."""
+        return max(_LAYOUT, float(np.median(self._layouts or _LAYOUT)))
 
     # -- what was learnt --------------------------------------------------------------------------------------------
 
@@ -318,15 +324,18 @@ class Planner:
             kept: names of these nodes.
             taken: share of the float model's time.
         """
+        if self._static is None:
+            return
         program = self._program()
         found = [0] * len(program.errors)
         for unit, place in program.units.items():
-            if kept.isdisjoint(node.name or "" for node in self._units.members[unit]):
-                found[place] = len(program.options[unit]) - 1
+            options = program.options[unit]
+            if self._static in options and kept.isdisjoint(node.name or "" for node in self._units.members[unit]):
+                found[place] = options.index(self._static)
         units, crossings, _ = program.taken(found)
         if crossings > 0:
             scale = self._scale(self._parts(units, crossings))
-            self._layout *= max((taken / scale * self._total - units) / crossings, 1.0)
+            self._layouts.append(self._layout * (taken / scale * self._total - units) / crossings)
 
     def compare(self, plan: Plan, made: ir.Model, *, quantized: bool = True) -> float:
         """The error of a plan's outputs, as it is; errors of later plans are rescaled by it.

@@ -33,8 +33,9 @@ _LEAST_NOISE = 0.1
 """The same at least: that two models gave the same answers on some samples does not make their loss certain."""
 _AIM = 0.6
 """Share of the loss that is allowed that a plan is to lose: what is measured on samples varies."""
-_RETREAT = 0.7
-"""By what that falls where a plan lost too much: the same samples judge the next one."""
+_RETREAT = 0.9
+"""Share of the error at which a plan that lost too much would have lost just enough, for the next one to have at most:
+the same samples judge it."""
 _WORTH = 1.1
 """How much faster a plan must be than the best before it, to be followed by one more than planned."""
 _FAR = 2.0
@@ -160,9 +161,9 @@ class Plans:
         """
         if self._planner is None:
             return
-        lessons = _LESSONS
+        lessons, ceiling = _LESSONS, np.inf
         while most > 0:
-            found = self._at(self._aim(share), before := self.best)
+            found = self._at(min(self._aim(share), ceiling), before := self.best)
             if found is None:
                 return
             most -= 1
@@ -170,12 +171,18 @@ class Plans:
                 yield trial
                 failed = trial.speedup and not within(self._bench.drop(trial), self._loss)
             if failed:
-                share *= _RETREAT
+                ceiling = min(ceiling, _RETREAT * self._enough(trial))
             if failed and lessons and self._errors[trial] > _FAR * self._plans[trial].error:
                 lessons -= 1
                 most += 1
             if self.best.speedup > before.speedup * _WORTH:
                 most += 1
+
+    def _enough(self, failed: Candidate) -> float:
+        """The error, foretold as that of a plan that lost too much is now, at which it would have lost just enough."""
+        assert self._planner is not None
+        share = self._linear(self._loss) / self._linear(self._bench.drop(failed))
+        return float(share * self._planner.again(self._plans[failed]).error)
 
     def polished(self, most: int) -> Iterator[Candidate]:
         """Neighbours of the best plan that promise to be faster within the loss: local search, as far as it helps.
@@ -183,17 +190,14 @@ class Plans:
         Args:
             most: candidates.
         """
-        tried: set[Plan] = set(self._plans.values())
         for _ in range(most):
-            plan = self._plans.get(self.best)
-            if plan is None or self._planner is None:
+            if self._planner is None or self.best not in self._plans:
                 return
-            error = self._aim() * _BEYOND
-            near = (other for other in self._planner.near(plan) if other.error <= error and other not in tried)
+            plan, error = self._planner.again(self._plans[self.best]), self._aim() * _BEYOND
+            near = (other for other in self._planner.near(plan) if other.error <= error and not self._is_known(other))
             other = next(near, None)
             if other is None or other.time >= plan.time:
                 return
-            tried.add(other)
             yield from self._made(other)
 
     def beyond(self, errors: Sequence[float]) -> Iterator[Candidate]:
@@ -213,10 +217,14 @@ class Plans:
         plan = self._small(error, best)
         needed = plan is not None and best is not None and best.size > (self._most or 0)
         plan = plan or self._planner.plan(error)
-        if plan is None or not plan.decides or any(plan.same(other) for other in self._plans.values()):
+        if plan is None or not plan.decides or self._is_known(plan):
             return None
         promises = best is None or plan.time * (1 + NOISE) <= self._foretold(best)
         return self._made(plan) if promises or needed or not self._plans else None
+
+    def _is_known(self, plan: Plan) -> bool:
+        """Whether a candidate does the same."""
+        return any(plan.same(other) for other in self._plans.values())
 
     def _foretold(self, best: Candidate) -> float:
         """What the best takes, as a share of the float model's time: of a plan, what is foretold by what is known now.

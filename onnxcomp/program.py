@@ -14,8 +14,6 @@ from onnxcomp.numerics.choice import Clash, Term, choose_together
 
 _GAP = 5e-3
 """Of a plan's time, that is given away for a quick answer: times are not known better."""
-NEVER = 1e3
-"""An error that no plan may have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +26,7 @@ class Program:
         units: number of the choice by unit.
         options: precisions by unit.
         terms, clashes: what choices cost, in microseconds and error.
+        apart: numbers of two choices each, one of which leaves things as they are.
     """
 
     errors: Sequence[NDArray[np.float64]]
@@ -36,6 +35,7 @@ class Program:
     options: Mapping[str, Sequence[str]]
     terms: Sequence[Term]
     clashes: Sequence[Clash]
+    apart: Sequence[tuple[int, int]]
 
     def taken(self, found: Sequence[int]) -> tuple[float, float, float]:
         """Microseconds of units, and of conversions between them; bytes of units."""
@@ -54,12 +54,12 @@ class Program:
             error: that may be.
             size: bytes that units may take.
         """
-        limits = np.array([min(error, NEVER - 1), size])
-        return choose_together([len(own) for own in self.errors], self.terms, self.clashes, limits, gap=_GAP)
+        options, limits = [len(own) for own in self.errors], np.array([error, size])
+        return choose_together(options, self.terms, self.clashes, limits, apart=self.apart, gap=_GAP)
 
     def allows(self, found: Sequence[int]) -> bool:
         """Whether no two choices exclude each other."""
-        return all(term.costs[tuple(found[part] for part in term.parts)][1] < NEVER for term in self.terms)
+        return not any(found[first] and found[second] for first, second in self.apart)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +92,3 @@ class Row:
         """As the pass takes it, which goes by part and setting; its latency is the same in all precisions."""
         share = next(iter(self.shares.values()))[number]
         return Option(self.part, self.settings[number], float(self.errors[number]), 0, float(share))
-
-
-def either(first: int, second: int) -> NDArray[np.float64]:
-    """(options, options, 3): an error that no plan may have, where neither is left as it is."""
-    costs = np.zeros((first, second, 3))
-    costs[1:, 1:, 1] = NEVER
-    return costs

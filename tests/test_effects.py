@@ -56,6 +56,26 @@ def test_the_samples_are_drawn_from_all(count: int) -> None:
     assert seen.min() < 0.2 * count
 
 
+def test_outputs_whose_length_depends_on_the_numbers_are_lost_where_it_differs() -> None:
+    """A selection of what is likely enough, say."""
+
+    def selecting(least: float) -> ir.Model:
+        x = ir.val("x", dtype=ir.DataType.FLOAT, shape=ir.Shape(["n", 8]))
+        bound = ir.val("least", const_value=ir.tensor(np.float32(least), name="least"))
+        scores = ir.node("ReduceMax", [x], attributes={"axes": [1], "keepdims": 0}, name="scores")
+        more = ir.node("Greater", [scores.outputs[0], bound], name="more")
+        chosen = ir.node("Compress", [x, more.outputs[0]], attributes={"axis": 0}, name="chosen")
+        chosen.outputs[0].name, chosen.outputs[0].dtype = "y", ir.DataType.FLOAT
+        return ir.Model(
+            ir.Graph([x], chosen.outputs, nodes=[scores, more, chosen], initializers=[bound], opset_imports={"": 17}),
+            ir_version=8,
+        )
+
+    found = answers(selecting(1.0))
+    assert found.error(selecting(1.0)) == 0
+    assert found.error(selecting(1.5)) == 1
+
+
 def test_sequences_and_integers_have_no_errors_and_count_for_nothing() -> None:
     model = linear(10)
     product = model.graph.outputs[0]

@@ -95,6 +95,21 @@ def test_after_a_plan_that_lost_too_much_the_next_one_takes_less(lab: Lab, model
     assert sizes == sorted(set(sizes))
 
 
+def test_a_plan_that_lost_too_much_at_next_to_no_error_is_followed_by_one_that_takes_less(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    lab.loss = lambda made: max(0.0, 2 * (1 - models.tensor_bytes(made) / whole))
+    monkeypatch.setattr(Planner, "compare", lambda self, plan, made, *, quantized=True: 1e-4)
+    report = searched(lab, model, budget=Budget(max_drop=0.3)).report
+    plans = [trial for trial in report.trials if trial.name.startswith("plan ")]
+    assert len(plans) > 1
+    assert plans[0].verdict == "over the budget"
+    drops = [trial.figures.drop for trial in plans]
+    assert drops[1] < drops[0]  # type: ignore[operator]
+
+
 def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_fitting_makes_up_for(
     lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +211,7 @@ def test_a_plan_that_failed_by_an_error_foretold_far_too_low_is_followed_by_more
 ) -> None:
     whole = models.tensor_bytes(Simplify()(model, context(64)).model)
     lab.latency = lambda made: float(models.tensor_bytes(made))
-    lab.loss = lambda made: 1.0 if models.tensor_bytes(made) < whole else 0.0
+    lab.loss = lambda made: 0.11 if models.tensor_bytes(made) < whole else 0.0
     monkeypatch.setattr(Planner, "compare", lambda self, plan, made, *, quantized=True: factor * plan.error)
     report = searched(lab, model, effort="quick", budget=Budget(max_drop=0.1)).report
     assert sum(trial.name.startswith("plan ") for trial in report.trials) == plans

@@ -496,6 +496,8 @@ def test_a_loss_is_believed_by_its_noise(monkeypatch: pytest.MonkeyPatch) -> Non
     assert lost(0.09, 0.01).value > 0.075  # however certain likelihoods are of something else
     for certain in (Loss(0.0, 0.0), Loss(0.006, None), Loss(float("inf"), 0.003)):
         assert lost(*certain) == certain
+    same = Candidate("c", (), network(), (), drop=0.0, noise=0.01, expected=Loss(0.0, 0.0))
+    assert bench.loss(same) == (0.0, 0.01)  # hits and misses that cancel, likelihoods that are equal
 
 
 def answered() -> dict[str, Any]:

@@ -11,7 +11,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +25,8 @@ from onnxcomp.numerics.arrays import Floats
 
 _GAP = 1e-4
 _SECONDS = 10.0
+_LEAST_LIMIT = 1e-9
+"""Share of a sum's largest cost at which a limit counts as none at all: rows are scaled by their limits."""
 
 _one_at_a_time = threading.Lock()
 
@@ -76,7 +78,13 @@ def choose(errors: Sequence[Floats], costs: Sequence[Floats], limits: Floats) ->
 
 
 def choose_together(
-    options: Sequence[int], terms: Sequence[Term], clashes: Sequence[Clash], limits: Floats, gap: float = _GAP
+    options: Sequence[int],
+    terms: Sequence[Term],
+    clashes: Sequence[Clash],
+    limits: Floats,
+    *,
+    apart: Iterable[tuple[int, int]] = (),
+    gap: float = _GAP,
 ) -> list[int] | None:
     """The options to take, by branch and bound (HiGHS; Huangfu and Hall 2018).
 
@@ -85,6 +93,7 @@ def choose_together(
         terms: what is added up. The first sum is to be least, the others have limits.
         clashes: what is added to them.
         limits: (sums - 1,) infinite for none.
+        apart: two parts each, one of which takes its first option.
         gap: share of the least sum that the answer's may be above it.
 
     Returns:
@@ -98,10 +107,13 @@ def choose_together(
         problem.add(term)
     for clash in clashes:
         problem.clash(clash)
+    for pair in apart:
+        problem.separate(*pair)
     objective, *rows = problem.costs()
     whole = np.zeros(problem.size, np.int64)
     whole[: problem.starts[-1]] = 1
-    scale = np.maximum(np.abs(bounds), np.finfo(float).tiny)
+    largest = np.array([np.abs(row).max(initial=1.0) for row in rows])
+    scale = np.maximum(np.abs(bounds), _LEAST_LIMIT * largest)
     limited = np.flatnonzero(np.isfinite(bounds))
     constraints = [*problem.constraints()]
     if len(limited):
@@ -191,6 +203,11 @@ class _Problem:
         for part, counts in clash.others:
             both = [*first, *self._columns(part, counts)]
             self._below.append(([*both, int(column[0])], [1.0] * len(both) + [-1.0], 1.0))
+
+    def separate(self, first: int, second: int) -> None:
+        """Of two parts only one takes another option than its first."""
+        others = [column for part in (first, second) for column in range(self.starts[part] + 1, self.starts[part + 1])]
+        self._below.append((others, [1.0] * len(others), 1.0))
 
     def _columns(self, part: int, counts: NDArray[np.bool_]) -> list[int]:
         numbers: list[int] = (self.starts[part] + np.flatnonzero(counts)).tolist()

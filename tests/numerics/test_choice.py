@@ -3,12 +3,14 @@
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.optimize import milp
 
 from onnxcomp.numerics import choice
@@ -77,6 +79,50 @@ def test_costs_of_several_parts_together_and_clashes_count(seed: int) -> None:
     assert found is not None
     assert np.all(cost(tuple(found))[1:] <= limits * (1 + 1e-6))
     assert totals[tuple(found)] == pytest.approx(min(totals.values()), rel=2e-4)  # the gap that is allowed
+
+
+@pytest.mark.parametrize("limit", [0.0, 1e-15, 1e-9])
+def test_a_limit_of_nothing_leaves_what_costs_nothing(limit: float, recwarn: pytest.WarningsRecorder) -> None:
+    terms = [Term((part,), np.array([[1.0, 0.0], [0.0, 0.5 + part]])) for part in range(2)]
+    assert choose_together([2, 2], terms, (), np.array([limit])) == [0, 0]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_parts_that_exclude_each_other_one_stays_as_it_is(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    sizes, limit, apart = [3, 2, 3], 1.5, [(0, 1), (1, 2)]
+    terms = [Term((part,), random.random((size, 2))) for part, size in enumerate(sizes)]
+
+    def cost(chosen: Sequence[int]) -> NDArray[np.float64]:
+        return np.asarray(sum(term.costs[chosen[part]] for part, term in enumerate(terms)))
+
+    totals = {
+        chosen: float(cost(chosen)[0])
+        for chosen in product(*map(range, sizes))
+        if cost(chosen)[1] <= limit and not any(chosen[one] and chosen[other] for one, other in apart)
+    }
+    found = choose_together(sizes, terms, (), np.array([limit]), apart=apart)
+    assert found is not None
+    assert totals[tuple(found)] == pytest.approx(min(totals.values()), rel=2e-4)
+
+
+def test_two_hundred_layers_of_fifty_options_under_three_limits_are_solved_within_the_gap() -> None:
+    random = np.random.default_rng(0)
+    errors = [np.sort(random.random(50)) for _ in range(200)]
+    costs = [np.sort(random.random((50, 3)), axis=0)[::-1] for _ in range(200)]
+    limits = 0.4 * np.sum([own.max(axis=0) for own in costs], axis=0)
+    found = choose(errors, costs, limits)
+    assert found is not None
+    assert np.all(sum(own[number] for own, number in zip(costs, found, strict=True)) <= limits * (1 + 1e-6))
+    total = sum(own[number] for own, number in zip(errors, found, strict=True))
+    # What the Lagrangian says cannot be beaten: for each layer by itself, with prices on the costs.
+    bound = max(
+        sum((own + price * cost.sum(axis=1)).min() for own, cost in zip(errors, costs, strict=True))
+        - price * limits.sum()
+        for price in np.linspace(0, 2, 81)
+    )
+    assert total <= bound * 1.01
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the C library goes by another name")
