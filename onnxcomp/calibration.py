@@ -4,10 +4,12 @@ Nothing is kept per sample, so memory does not depend on how many there are. Gra
 their width needs.
 
 The data are dealt out in shards of so many samples, whoever works on them: in this process or by the context's
-executor. Each has chance of its own, and they are merged in order, so that results are the same to the last bit.
+executor. Each has chance of its own for each layer, and they are merged in order; runs are as long whatever of a model
+is asked for. So results are the same to the last bit, also where others were gathered before.
 """
 
 import functools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -17,7 +19,7 @@ from onnxcomp.channels import Slot
 from onnxcomp.core import Context
 from onnxcomp.errors import DataError
 from onnxcomp.executors import ahead, mapped
-from onnxcomp.layers import Layer
+from onnxcomp.layers import Layer, layers
 from onnxcomp.model import content_hash, free_inputs
 from onnxcomp.numerics.blas import one_thread
 from onnxcomp.observations import Observed, Statistics, place_of
@@ -69,7 +71,7 @@ def calibrate(
         [layer for layer in layers if not known.answers(layer)],
         list({place_of(slot): slot for slot in channels if not known.answers(slot)}.values()),
     )
-    size = _batch_size(model, new, context.memory)
+    size = _batch_size(model, context.memory, ranges_alone=not new.layers and not new.channels)
     groups = list(_groups(new, size, context.memory))
     result = Statistics()
     for done, requests in enumerate(groups):
@@ -126,12 +128,12 @@ def _pass(
 
 def _gathered(reader: "Reader", share: Mapping[str, float], seed: int, shard: Shard) -> tuple[int, Statistics]:
     """How many samples a shard has, and their statistics."""
-    generator = np.random.default_rng([seed, shard.number])
+    chance = {name: np.random.default_rng([seed, shard.number, zlib.crc32(name.encode())]) for name in share}
     result = Statistics()
     runs = ahead((batch, reader.run(batch)) for batch in shard.batches())
     with one_thread():
         for batch, outputs in runs:
-            result = result.merge(reader.read(batch, outputs, share, generator), in_place=True)
+            result = result.merge(reader.read(batch, outputs, share, chance), in_place=True)
     return shard.samples, result
 
 
@@ -154,9 +156,13 @@ def _groups(requests: Requests, size: int, memory: int) -> Iterator[Requests]:
         yield portion
 
 
-def _batch_size(model: ir.Model, requests: Requests, memory: int) -> int:
-    """Samples per run, so many that what it holds at a time and what it hands out leave room for statistics."""
-    running, given = _activation_bytes(model), sum(_given_bytes(request) for request in requests.all)
+def _batch_size(model: ir.Model, memory: int, *, ranges_alone: bool) -> int:
+    """Samples per run, so many that what it holds at a time and what it may hand out leave room for statistics.
+
+    Ranges are the same to the last bit however long runs are. For anything else all layers count, whichever are asked
+    for, as sums depend on where they are split.
+    """
+    running, given = _activation_bytes(model), 0 if ranges_alone else sum(map(_given_bytes, layers(model)))
     return int(np.clip(min(memory // (4 * running), memory // (8 * max(given, 1))), 1, _BATCH))
 
 

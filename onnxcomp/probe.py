@@ -15,7 +15,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.channels import Slot
-from onnxcomp.layers import Layer, layers
+from onnxcomp.layers import FLOATS, Layer, layers
 from onnxcomp.model import load, opset
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.observations import Channels, Gram, Observed, Statistics, TensorStatistics, place_of
@@ -73,7 +73,7 @@ class Reader:
         batch: Batch,
         outputs: Mapping[str, NDArray[np.generic]],
         share: Mapping[str, float],
-        generator: np.random.Generator,
+        chance: Mapping[str, np.random.Generator],
     ) -> Statistics:
         """The statistics of one run; of each layer's input vectors that many per sample."""
         tensors, grams, trimmed = {}, {}, batch.trim(outputs)
@@ -83,7 +83,7 @@ class Reader:
         for layer in self.layers:
             count = int(np.ceil(share[layer.name] * batch.valid))
             data = trimmed[layer.data.name or ""]
-            grams[layer.name] = Gram.of(layer.rows(data, count, generator))
+            grams[layer.name] = Gram.of(layer.rows(data, count, chance[layer.name]))
         channels = {place_of(slot): self._moments(slot, outputs, trimmed) for slot in self.channels}
         return Statistics(tensors, grams, channels)
 
@@ -119,7 +119,10 @@ def _layers_of(content: bytes) -> dict[str, Layer]:
 
 
 class Probe:
-    """The model with the statistics it must output."""
+    """The model with the statistics it must output.
+
+    Nothing is fused across any tensor, so that each has the same numbers to the last bit whatever else is asked for.
+    """
 
     def __init__(self, model: ir.Model, requests: Requests) -> None:
         self.model = model.clone()
@@ -144,6 +147,16 @@ class Probe:
         for name in self._inputs:
             if name not in originals:
                 self._output(self._values[name])
+        for value in self._values.values():
+            if value.producer() is not None and value.dtype in FLOATS and value.shape:
+                self._keep_apart(value, value.dtype)
+
+    def _keep_apart(self, value: ir.Value, dtype: ir.DataType) -> None:
+        """What makes a tensor and what reads it are not fused, as something else reads a little of it too."""
+        bounds = [self._constant([place]) for place in (0, 1, -1)]
+        little = self._node("Slice", [value, *bounds])
+        little.dtype = dtype
+        self._output(little)
 
     def reader(self, session: Session) -> Reader:
         """How to read what the loaded probe gives."""

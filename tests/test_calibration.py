@@ -22,8 +22,9 @@ from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.observations import Gram, Observed, Statistics
 from onnxcomp.passes.quantize_static import Range
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, Target
 from onnxcomp.samples import Dataset
+from tests.passes.test_prune_depth import residual
 
 
 def network() -> ir.Model:
@@ -304,6 +305,30 @@ def test_long_data_give_sampled_positions_in_bounded_number() -> None:
 def test_the_same_seed_gives_the_same() -> None:
     model, x = network(), images(16)
     assert_same(gathered(model, x), gathered(model, x), rtol=0)
+
+
+def test_what_is_gathered_is_the_same_to_the_last_bit_whatever_else_is_asked_for() -> None:
+    """Sums that ONNX Runtime fuses with convolutions, batches and chance: none depend on it."""
+    model = residual(1, 0.5, 0.7)
+    x = np.random.default_rng(3).standard_normal((600, 3, 8, 8)).astype(np.float32)
+    tensors = [Observed(value) for node in model.graph if node.op_type == "Conv" for value in node.outputs]
+    wanted = list(layers(model))
+
+    def found(tensors: list[Observed], wanted: list[Layer]) -> Statistics:
+        given = Context(open_dataset({"image": x}, input_specs(model)), Target(threads=1), seed=0)
+        assert given.data is not None
+        return calibrate(model, given.data, given, tensors, wanted)
+
+    both, grams, ranges = found(tensors, wanted), found([], wanted[1::2]), found(tensors[:2], [])
+    assert grams.grams
+    assert len(ranges.tensors) == 2
+    for name, gram in grams.grams.items():
+        assert gram.rows < 600 * 64, "some are drawn"
+        np.testing.assert_array_equal(gram.total, both.grams[name].total)
+    for name, statistics in ranges.tensors.items():
+        np.testing.assert_array_equal(statistics.low, both.tensors[name].low)
+        np.testing.assert_array_equal(statistics.high, both.tensors[name].high)
+        np.testing.assert_array_equal(statistics.histogram.counts, both.tensors[name].histogram.counts)
 
 
 def test_known_statistics_are_not_gathered_again() -> None:
