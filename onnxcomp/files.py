@@ -30,7 +30,7 @@ def check_target(
     folder = target.parent
     if not folder.is_dir():
         raise ModelError(f"the output folder '{folder}' does not exist", remedy=f"mkdir -p '{folder}'")
-    if target.resolve() in _files_of(inputs) or any(_holds(source, target) for source in inputs):
+    if target.resolve() in files_of(inputs) or any(_holds(source, target) for source in inputs):
         raise ModelError(f"'{target}' is an input itself", "inputs are never modified", f"give another {option}")
     if target.is_dir():
         raise ModelError(f"'{target}' is a folder", remedy=f"give a file name to {option}")
@@ -42,11 +42,11 @@ def check_target(
         raise ModelError(f"cannot write to '{folder}'", "the folder is read-only", f"give another {option}")
 
 
-def _files_of(inputs: Sequence[object]) -> set[Path]:
-    """The files that inputs are, and those in which models keep external data."""
+def files_of(inputs: Sequence[object]) -> set[Path]:
+    """The files that inputs are, links and what they lead to, and those in which models keep external data."""
     files: set[Path] = set()
     for path in (Path(source) for source in inputs if isinstance(source, str | os.PathLike)):
-        files.add(path.resolve())
+        files |= {path.resolve(), path.parent.resolve() / path.name}
         if path.is_file() and path.suffix == ".onnx":
             with contextlib.suppress(ModelError):  # loading will say what is wrong with it
                 parts = protos.external_parts(protos.parse(protos.read(path), str(path)), str(path))
