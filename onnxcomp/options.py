@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcomp import budget
-from onnxcomp.errors import OptionError
+from onnxcomp.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
     from onnxcomp.console import Terminal
@@ -156,10 +156,11 @@ def check_report(path: Path, beginning: bytes, inputs: Sequence[object] = (), *,
 
     if path.exists() and not path.is_file() and not path.is_dir():
         return  # a pipe or a device
+    check_target(path, overwrite=True, inputs=inputs, option=option)
     with path.open("rb") if path.is_file() else io.BytesIO() as stream:
         start = stream.read(64)
-    overwrite = not start or start.lstrip().startswith(beginning)
-    check_target(path, overwrite=overwrite, inputs=inputs, option=option)
+    if start and not start.lstrip().startswith(beginning):
+        raise ModelError(f"'{path}' exists, and is no such report", remedy=f"give another name to {option}")
 
 
 def _images(

@@ -198,7 +198,10 @@ def test_bad_input_is_told_before_anything_is_measured(
     assert "is an input itself" in run(*gate, "--junit", data, code=2).stderr
     other = tmp_path / "notes.txt"
     other.write_text("mine")
-    assert "exists" in run(*gate, "--junit", other, code=2).stderr
+    for option in ("--junit", "--json"):
+        message = run(*gate, option, other, code=2).stderr
+        assert f"exists, and is no such report\n  remedy: give another name to {option}\n" in message
+    assert other.read_text() == "mine"
     same = tmp_path / "r.xml"
     assert "both reports" in run(*gate, "--junit", same, "--json", same, code=2).stderr
     assert "no such file" in run("verify", tmp_path / "none.onnx", *gate[2:], code=2).stderr
