@@ -38,7 +38,7 @@ def check_target(
         raise ModelError(f"'{target}' is no regular file", "a device or a pipe", f"give a file name to {option}")
     if target.exists() and not overwrite:
         raise ModelError(f"'{target}' exists", remedy=f"add --overwrite, or give another name to {option}")
-    _temporary(target, f"give another {option}").unlink()  # what may be written is known for sure when it was
+    _temporary(target, f"give another {option}").unlink()  # access rights alone do not tell
 
 
 def files_of(inputs: Sequence[object]) -> set[Path]:

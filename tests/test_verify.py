@@ -229,6 +229,36 @@ def test_a_former_junit_file_is_replaced(model: Path, data: Path, tmp_path: Path
     assert path.read_text() == first
 
 
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"model": "none.onnx"}, 2),
+        ({"--eval": "none.npz"}, 2),
+        ({"--provider": "quantum"}, 2),
+        ({"--max-drop": "much"}, 2),
+        ({"--threads": "-1"}, 2),
+        ({}, 1),
+    ],
+)
+def test_a_run_that_fails_leaves_no_former_report(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], code: int
+) -> None:
+    reports = [tmp_path / "j.xml", tmp_path / "r.json"]
+    given = {"model": model, "--against": model, "--eval": data, "--max-drop": "1%"}
+
+    def gate(given: dict[str, Any], code: int) -> None:
+        options = [part for item in given.items() if item[0] != "model" for part in item]
+        run("verify", given["model"], *options, "--junit", reports[0], "--json", reports[1], code=code)
+
+    gate(given, 0)
+    assert all(path.exists() for path in reports)
+    if code == 1:
+        monkeypatch.setattr(runtime, "compare", None)
+    gate(given | change, code)
+    assert not any(path.exists() for path in reports)
+
+
 # --- JUnit ----------------------------------------------------------------------------------------------------------
 
 
