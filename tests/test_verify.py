@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import click
 import jsonschema
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ import yaml
 import onnxcomp
 from onnxcomp import runtime, verification
 from onnxcomp.budget import Budget, Check
+from onnxcomp.cli import main
 from onnxcomp.errors import ModelError, OptionError
 from onnxcomp.report import Figures
 from onnxcomp.runtime import Protocol, Timing
@@ -331,6 +334,14 @@ def test_inputs_of_the_action_are_never_run(model: Path, data: Path, tmp_path: P
     assert not (tmp_path / "owned").exists()
     for item in ACTION["runs"]["steps"]:
         assert "${{" not in item.get("run", "")
+
+
+def test_the_action_gives_every_option_of_the_command() -> None:
+    options = {option.opts[0] for option in main.commands["verify"].params if isinstance(option, click.Option)}
+    given = dict(re.findall(r'^add (--[a-z-]+) "\$([A-Z_]+)"$', STEP["run"], re.MULTILINE))
+    assert given.keys() == options - {"-q", "-v"}
+    for option, variable in given.items():
+        assert STEP["env"][variable] == f"${{{{ inputs.{option.removeprefix('--')} }}}}"
 
 
 def test_every_input_of_the_action_is_used_and_the_example_gives_only_these() -> None:
