@@ -71,7 +71,9 @@ def inspect_(model: Path, terminal: "Terminal", **settings: Any) -> None:
     """Show what each node of MODEL stores, computes, and takes of the time."""
     from onnxcomp.inspection import inspect as work
 
-    terminal.show(work(model, **settings))
+    with terminal.progress() as progress:
+        inspection = work(model, progress=progress, **settings)
+    terminal.show(inspection)
 
 
 @click.command(cls=Command)
