@@ -6,6 +6,7 @@ not there.
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from onnxcomp.errors import ModelError
 from onnxcomp.report import Document, Figures
 
 INDEX = "pareto.json"
+_MEMBER = re.compile(r"\d\d\.onnx")
+_OURS = re.compile(rf"{_MEMBER.pattern}(\.data)?|{re.escape(INDEX)}")
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,26 @@ class Family(Document):
     environment: Mapping[str, str | int]
 
 
+def check_apart(folder: str | os.PathLike[str], others: Sequence[object]) -> None:
+    """Refuse what is, or is to be, where a family in that folder may write.
+
+    Args:
+        folder: where the family is to be.
+        others: models, data and outputs; what is no path is nowhere.
+
+    Raises:
+        ModelError: so it is.
+    """
+    place = Path(folder).resolve()
+    for other in sorted(files.files_of(others)):
+        if other == place or (other.parent == place and _OURS.fullmatch(other.name)):
+            raise ModelError(
+                f"'{other}' is where --pareto may write",
+                "inputs are never modified, and no output replaces another",
+                "give another folder to --pareto",
+            )
+
+
 def check_folder(folder: str | os.PathLike[str], *, overwrite: bool) -> None:
     """Refuse a folder that could not be written, or holds something already.
 
@@ -99,9 +122,9 @@ def write(family: Family, made: Sequence[ir.Model], folder: str | os.PathLike[st
 
 
 def _files(folder: Path) -> set[str]:
-    """Names of the models of a family that is there; none that are elsewhere."""
+    """Names of the models of a family that is there; none that it cannot have written."""
     try:
         members = json.loads((folder / INDEX).read_text(encoding="utf-8"))["members"]
-        return {Path(member["file"]).name for member in members}
+        return {member["file"] for member in members if _MEMBER.fullmatch(member["file"])}
     except (OSError, ValueError, KeyError, TypeError):
         return set()

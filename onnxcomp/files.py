@@ -30,7 +30,7 @@ def check_target(
     folder = target.parent
     if not folder.is_dir():
         raise ModelError(f"the output folder '{folder}' does not exist", remedy=f"mkdir -p '{folder}'")
-    if target.resolve() in _files_of(inputs) or any(_holds(source, target) for source in inputs):
+    if target.resolve() in files_of(inputs) or any(_holds(source, target) for source in inputs):
         raise ModelError(f"'{target}' is an input itself", "inputs are never modified", f"give another {option}")
     if target.is_dir():
         raise ModelError(f"'{target}' is a folder", remedy=f"give a file name to {option}")
@@ -38,15 +38,14 @@ def check_target(
         raise ModelError(f"'{target}' is no regular file", "a device or a pipe", f"give a file name to {option}")
     if target.exists() and not overwrite:
         raise ModelError(f"'{target}' exists", remedy=f"add --overwrite, or give another name to {option}")
-    if not os.access(folder, os.W_OK):
-        raise ModelError(f"cannot write to '{folder}'", "the folder is read-only", f"give another {option}")
+    _temporary(target, f"give another {option}").unlink()  # access rights alone do not tell
 
 
-def _files_of(inputs: Sequence[object]) -> set[Path]:
-    """The files that inputs are, and those in which models keep external data."""
+def files_of(inputs: Sequence[object]) -> set[Path]:
+    """The files that inputs are, links and what they lead to, and those in which models keep external data."""
     files: set[Path] = set()
     for path in (Path(source) for source in inputs if isinstance(source, str | os.PathLike)):
-        files.add(path.resolve())
+        files |= {path.resolve(), path.parent.resolve() / path.name}
         if path.is_file() and path.suffix == ".onnx":
             with contextlib.suppress(ModelError):  # loading will say what is wrong with it
                 parts = protos.external_parts(protos.parse(protos.read(path), str(path)), str(path))
@@ -64,13 +63,7 @@ def _holds(source: object, target: Path) -> bool:
 @contextlib.contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside `target` that takes its place at the end, or is removed on any error."""
-    try:
-        _remove_leftovers(target)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent)
-    except OSError as error:
-        raise ModelError(f"cannot write to '{target.parent}': {error.strerror}", remedy="give another -o") from error
-    os.close(handle)
-    temporary = Path(name)
+    temporary = _temporary(target)
     try:
         yield temporary
         with temporary.open("rb+") as stream:
@@ -81,6 +74,21 @@ def replacing(target: Path) -> Iterator[Path]:
         raise ModelError(f"cannot write '{target}': {error.strerror}", "the disk is full or read-only") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _temporary(target: Path, remedy: str = "") -> Path:
+    """An empty file beside `target`, named after it and this process.
+
+    Raises:
+        ModelError: it cannot be made.
+    """
+    try:
+        _remove_leftovers(target)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.{os.getpid()}.", dir=target.parent)
+    except OSError as error:
+        raise ModelError(f"cannot write to '{target.parent}': {error.strerror}", remedy=remedy) from error
+    os.close(handle)
+    return Path(name)
 
 
 def _remove_leftovers(target: Path) -> None:

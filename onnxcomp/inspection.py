@@ -11,11 +11,11 @@ from onnx_ir.passes.common import ShapeInferencePass
 from onnxcomp import model as models
 from onnxcomp import registry
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
-from onnxcomp.core import Context, Pass, name_nodes
+from onnxcomp.core import Context, Pass, name_nodes, no_progress
 from onnxcomp.cost import NodeCost, Totals, node_costs
 from onnxcomp.data import ImageOptions, open_dataset
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.measure import circumstances, file_size, inputs_for
+from onnxcomp.measure import Progress, circumstances, file_size, inputs_for
 from onnxcomp.members import readers
 from onnxcomp.model import ModelSource
 from onnxcomp.passes.simplify import Simplify
@@ -49,6 +49,7 @@ def inspect(
     options: Sequence[str] = (),
     latency: bool = False,
     cache: str | os.PathLike[str] | None = None,
+    progress: Progress = no_progress,
 ) -> Inspection:
     """What each node stores, computes, and takes of the time.
 
@@ -67,6 +68,7 @@ def inspect(
         latency: also the latency table, of the model after clean-up: what each kind of chain of nodes takes in every
             precision, and with fewer channels.
         cache: folder that keeps what was measured, see `store`; None for none.
+        progress: called with (done, total, what).
 
     Raises:
         InputError: the model, the data or an option cannot be used.
@@ -90,7 +92,8 @@ def inspect(
         data = inputs_for(model, calib, batch, seed, images)
         feeds = next(iter(data.batches(batch))).feeds
         sizes = _axes(model, feeds)
-        context = Context(None, target, batch, seed, store=None if cache is None else Store(cache))
+        store = None if cache is None else Store(cache)
+        context = Context(None, target, batch, seed, progress=progress, store=store)
         if weights or techniques:
             learn = None if calib is None else open_dataset(calib, models.input_specs(model), images)
             context = replace(context, data=learn)
@@ -103,6 +106,7 @@ def inspect(
             coupled = _traced(model, feeds, notes)
         try:
             _observe_shapes(model, target, feeds)
+            progress(0, 0, "timing nodes")
             times = profiles([model], context, feeds)[0].times
             protocol = f"profiled on {data.origin}"
             table = _table(whole, replace(context, data=data), feeds, notes) if latency else None
@@ -143,6 +147,7 @@ def _table(model: ir.Model, context: Context, feeds: Feeds, notes: list[str]) ->
 
 def _offered(model: ir.Model, context: Context, techniques: Sequence[Pass], notes: list[str]) -> Iterator[OptionRow]:
     for technique in techniques:
+        context.progress(0, 0, f"looking for what {technique.name} can do")
         options = technique.offered(model, context)
         if not options:
             notes.append(f"{technique.name} has no choice to offer here for single layers.")

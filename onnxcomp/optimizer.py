@@ -105,7 +105,7 @@ def optimize(
         seed: of the split of the data and everything random.
         memory: cap in bytes on what calibration keeps.
         images: how image files become inputs.
-        overwrite: replace an existing output and page.
+        overwrite: replace an existing output, page and family.
         best_effort: write the best found even where it breaks the budget.
         time_limit: seconds after which the search ends with the best so far.
         cache: folder of what was made and measured before, see `store`; None for none. The same call with the same
@@ -134,8 +134,10 @@ def optimize(
             raise OptionError(
                 f"the model and the page are both to be '{report}'", remedy="give another name to --report"
             )
-    if pareto is not None and not dry_run:
-        family.check_folder(pareto, overwrite=overwrite)
+    if pareto is not None:
+        family.check_apart(pareto, (source, calib, evaluation, output, report))
+        if not dry_run:
+            family.check_folder(pareto, overwrite=overwrite)
     about = circumstances(target, batch)
     names = ["simplify", *GROUPS] if passes is None else list(passes)
     if not names:

@@ -1,5 +1,6 @@
 """What commands share: options that become typed values, and the parsing of their text."""
 
+import contextlib
 import functools
 import inspect
 import io
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxcomp import budget
-from onnxcomp.errors import OptionError
+from onnxcomp.errors import ModelError, OptionError
 
 if TYPE_CHECKING:
     from onnxcomp.console import Terminal
@@ -132,11 +133,15 @@ def _limits(
     )  # fmt: skip
 
 
+_JSON = b'{\n  "schema"'
+"""How reports begin."""
+
+
 def _terminal(json: str | None, quiet: bool, verbose: bool) -> "Terminal":
     from onnxcomp.console import Terminal
 
     if json not in {None, "-"}:
-        check_report(Path(str(json)), b'{\n  "schema"', option="--json")
+        check_report(Path(str(json)), _JSON, option="--json")
     return Terminal(json, quiet, verbose)
 
 
@@ -156,10 +161,30 @@ def check_report(path: Path, beginning: bytes, inputs: Sequence[object] = (), *,
 
     if path.exists() and not path.is_file() and not path.is_dir():
         return  # a pipe or a device
+    check_target(path, overwrite=True, inputs=inputs, option=option)
     with path.open("rb") if path.is_file() else io.BytesIO() as stream:
         start = stream.read(64)
-    overwrite = not start or start.lstrip().startswith(beginning)
-    check_target(path, overwrite=overwrite, inputs=inputs, option=option)
+    if start and not start.lstrip().startswith(beginning):
+        raise ModelError(f"'{path}' exists, and is no such report", remedy=f"give another name to {option}")
+
+
+def removing(beginning: Callable[[], bytes]) -> dict[str, Any]:
+    """Settings of an option for a report, so that a former one goes before anything else can be refused or fail.
+
+    What is there afterwards is then of this run, whatever came of it.
+
+    Args:
+        beginning: gives how all such reports begin; what begins otherwise stays.
+    """
+
+    def remove(_: click.Context, option: click.Parameter, path: Any) -> Any:
+        if path not in {None, "-"} and Path(path).is_file():
+            with contextlib.suppress(ModelError, OSError):  # told where it is about to be written
+                check_report(Path(path), beginning(), option=option.opts[0])
+                Path(path).unlink()
+        return path
+
+    return {"is_eager": True, "callback": remove}
 
 
 def _images(
@@ -250,13 +275,22 @@ running = _as_one(
         "--threads", type=click.IntRange(0), default=0, help="Within an operator.  [default: ONNX Runtime's choice]"
     ),
 )
-showing = _as_one(
-    "terminal",
-    _terminal,
-    click.option("--json", metavar="FILE", help="Also write the report as JSON; - is standard output."),
-    click.option("-q", "--quiet", is_flag=True, help="Show nothing but errors."),
-    click.option("-v", "--verbose", is_flag=True, help="Show every node, and the traceback of a defect."),
-)
+
+
+def _showing(**json: Any) -> _Decorator:
+    return _as_one(
+        "terminal",
+        _terminal,
+        click.option("--json", metavar="FILE", help="Also write the report as JSON; - is standard output.", **json),
+        click.option("-q", "--quiet", is_flag=True, help="Show nothing but errors."),
+        click.option("-v", "--verbose", is_flag=True, help="Show every node, and the traceback of a defect."),
+    )
+
+
+showing = _showing()
+showing_anew = _showing(**removing(lambda: _JSON))
+"""The same, where a report of a former run must not pass for one of this."""
+
 picturing = _as_one(
     "images",
     _images,

@@ -242,8 +242,9 @@ class Origin:
         if f"{_PREFIX}recipe" not in said:
             raise ModelError(
                 f"{name} has no recipe in its metadata",
-                "it was not made by onnxcomp, or another tool wrote it again since",
-                "give a model that onnxcomp wrote",
+                "onnxcomp did not make it, or found nothing that makes it better and wrote it as it was, "
+                "or another tool wrote it again since",
+                "give a model that onnxcomp changed",
             )
         recipe = Recipe.from_yaml(said[f"{_PREFIX}recipe"], f"the recipe in {name}")
         text = said.get(f"{_PREFIX}record")

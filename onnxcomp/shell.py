@@ -18,7 +18,7 @@ from onnxcomp.errors import BudgetError, OnnxcompError, OptionError
 
 if TYPE_CHECKING:
     from onnxcomp.console import Terminal
-    from onnxcomp.report import Report, Result
+    from onnxcomp.report import Result
 
 _INTERRUPTED = 130
 
@@ -79,36 +79,35 @@ def convert(
 ) -> None:
     """Run a conversion, show its report, and say where the file went."""
     from onnxcomp.console import render, wrote
+    from onnxcomp.family import check_apart
     from onnxcomp.report import Result
 
     if not model.name:
         raise OptionError("no model was named", remedy="give the path of an .onnx file")
     output = output or model.with_name(model.name.removesuffix(".onnx") + ".opt.onnx")
-    page = settings.get("report")
-    for path in (output, page):
-        if (
-            path is not None
-            and terminal.json not in {None, "-"}
-            and Path(str(terminal.json)).resolve() == path.resolve()
-        ):
-            raise OptionError(f"two files are both to be '{path}'", remedy="give another name to --json")
+    page, folder = settings.get("report"), settings.get("pareto")
+    if terminal.json not in {None, "-"}:
+        json = Path(str(terminal.json))
+        for path in (output, page):
+            if path is not None and json.resolve() == path.resolve():
+                raise OptionError(f"two files are both to be '{path}'", remedy="give another name to --json")
+        if folder is not None:
+            check_apart(folder, [json])
+    refusal = None
     try:
         with terminal.progress() as progress:
             result = work(model, output=output, dry_run=dry_run, progress=progress, **settings)
     except BudgetError as error:
-        if isinstance(error.result, Result):
-            terminal.show(error.result.report)
-            terminal.print(*([] if page is None else [wrote(page)]))
-        raise
+        if not isinstance(error.result, Result):
+            raise
+        result, refusal = error.result, error
     terminal.show(result.report)
     if result.family is not None:
         terminal.print(*render(result.family))
-    terminal.print("\nDry run: no model was written." if dry_run else wrote(output))
+    if refusal is None:
+        terminal.print("\nDry run: no model was written." if dry_run else wrote(output))
     terminal.print(*([] if page is None else [wrote(page)]))
-    _refuse_unmet(result.report)
-
-
-def _refuse_unmet(report: "Report") -> None:
-    """A best effort was written as asked, and is still over the budget."""
-    if not report.met:
-        raise BudgetError("the budget was not reached: " + "; ".join(report.unmet))
+    if refusal is not None:
+        raise refusal
+    if not result.report.met:  # a best effort was written as asked
+        raise BudgetError("the budget was not reached: " + "; ".join(result.report.unmet))

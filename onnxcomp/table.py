@@ -68,6 +68,7 @@ def form_times(
     few = for_timing(context)
     outcomes = {name: technique.drafted()(model, few) for name, technique in techniques.items()}
     outcomes = {name: outcome for name, outcome in outcomes.items() if outcome.modified}
+    context.progress(0, 0, "timing nodes in each precision")
     whole, *found = profiles([model, *(outcome.model for outcome in outcomes.values())], context, feeds)
     costs, size = node_costs(model), file_bytes(model)
     parameters = {cost.name: cost.parameters for cost in costs}
@@ -146,7 +147,10 @@ def _widths(
 ) -> Iterator[WidthRow]:
     """What is left of the time of a group's chains at each of its widths, an entry for each kind of group."""
     cuttable = [may_go(group.size, _LEAST, _MULTIPLE) for group in groups]
-    clocks = {name: LatencyModel(groups, cuttable, context, feeds, form.technique) for name, form in forms.items()}
+    clocks = {}
+    for place, (name, form) in enumerate(forms.items()):
+        context.progress(place, len(forms), f"timing widths in {name}")
+        clocks[name] = LatencyModel(groups, cuttable, context, feeds, form.technique)
     known: dict[Hashable, list[int]] = defaultdict(list)
     for index in range(len(clocks[FLOAT].groups)):
         known[form_of(groups.model, clocks[FLOAT].touched[index])].append(index)

@@ -71,7 +71,9 @@ def inspect_(model: Path, terminal: "Terminal", **settings: Any) -> None:
     """Show what each node of MODEL stores, computes, and takes of the time."""
     from onnxcomp.inspection import inspect as work
 
-    terminal.show(work(model, **settings))
+    with terminal.progress() as progress:
+        inspection = work(model, progress=progress, **settings)
+    terminal.show(inspection)
 
 
 @click.command(cls=Command)
@@ -82,6 +84,13 @@ def explain(model: Path, terminal: "Terminal") -> None:
     from onnxcomp.explanation import explain as work
 
     terminal.show(work(model))
+
+
+def _junit() -> bytes:
+    """How JUnit XML begins."""
+    from onnxcomp.verification import JUNIT
+
+    return JUNIT.encode()
 
 
 @click.command(cls=Command)
@@ -100,9 +109,10 @@ def explain(model: Path, terminal: "Terminal") -> None:
 @options.batch
 @options.picturing
 @click.option(
-    "--junit", metavar="FILE", type=click.Path(path_type=Path), help="Also write JUnit XML, a test case for each limit."
-)
-@options.showing
+    "--junit", metavar="FILE", type=click.Path(path_type=Path), **options.removing(_junit),
+    help="Also write JUnit XML, a test case for each limit.",
+)  # fmt: skip
+@options.showing_anew
 def verify(
     model: Path,
     against: Path,
@@ -117,13 +127,12 @@ def verify(
     Exit codes: 0 all hold, 3 one does not, 2 usage or bad input, 1 failed.
     """
     from onnxcomp.files import write_text
-    from onnxcomp.verification import JUNIT
     from onnxcomp.verification import junit as as_junit
     from onnxcomp.verification import verify as work
     from onnxcomp.wording import check_in_words
 
     if junit is not None:
-        options.check_report(junit, JUNIT.encode(), inputs=(model, against, evaluation), option="--junit")
+        options.check_report(junit, _junit(), inputs=(model, against, evaluation), option="--junit")
         if terminal.json is not None and Path(terminal.json).resolve() == junit.resolve():
             raise OptionError(f"both reports are to be '{junit}'", remedy="give another name to --json")
     with terminal.progress() as progress:

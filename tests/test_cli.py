@@ -24,6 +24,7 @@ from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.cli import _CRITERIA, main
 from onnxcomp.errors import BudgetError
+from onnxcomp.family import Family, Member
 from onnxcomp.footprint import Footprint
 from onnxcomp.passes.quantize_static import Range
 from onnxcomp.recipe import Recipe
@@ -205,11 +206,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def work(source: Path, **settings: Any) -> Result:
         made.append({"source": source} | settings)
+        member = Member("01.onnx", "plan 7", FULL.result, True)
+        family = Family("a.onnx", FULL.original, (member,), "accuracy", "", "", {}) if settings["pareto"] else None
+        result = Result(onnxcomp.load(source), FULL, family)
         if settings["budget"].min_speedup == 9:
             error = BudgetError("no result within the budget")
-            error.result = Result(onnxcomp.load(source), FULL)
+            error.result = result
             raise error
-        return Result(onnxcomp.load(source), FULL)
+        return result
 
     module.optimize = work
     module.Effort = str
@@ -263,6 +267,23 @@ def test_an_unreachable_budget_shows_the_best_effort(model: Path, calls: list[di
     assert "Wrote" not in result.stdout
     assert "no result within the budget" in result.stderr
     assert calls[0]["output"] == model.with_name("tiny.opt.onnx")
+
+
+@pytest.mark.parametrize(("speedup", "code"), [(1, 0), (9, 3)])
+def test_what_is_worth_a_choice_is_listed_whatever_the_budget(
+    model: Path, calls: list[dict[str, Any]], speedup: int, code: int
+) -> None:
+    result = run("optimize", model, "--min-speedup", speedup, "--pareto", model.parent / "all", code=code)
+    assert re.search(r"^01\.onnx +plan 7 .* the result$", result.stdout, re.MULTILINE)
+    assert ("Wrote" in result.stdout) == (code == 0)
+
+
+def test_no_report_goes_where_the_family_may(model: Path, calls: list[dict[str, Any]]) -> None:
+    index = model.parent / "pareto.json"
+    index.write_text(json.dumps(FULL.to_json(), indent=2))
+    result = run("optimize", model, "--json", index, "--pareto", model.parent, "--dry-run", code=2)
+    assert "is where --pareto may write" in result.stderr
+    assert calls == []
 
 
 def test_json_goes_to_a_file_and_quiet_is_quiet(model: Path, calls: list[dict[str, Any]]) -> None:

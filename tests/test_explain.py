@@ -164,6 +164,16 @@ def test_models_of_others_are_refused(tmp_path: Path) -> None:
     assert "no such file" in run("explain", tmp_path / "none.onnx", code=2).stderr
 
 
+def test_a_model_that_could_not_be_made_better_says_nothing_of_itself(lab: Lab, tmp_path: Path) -> None:
+    lab.latency = lambda model: 1.0
+    lab.loss = lambda model: float(bool(integers(model)))
+    source, output = mlp(tmp_path / "m.onnx"), tmp_path / "o.onnx"
+    result = lab.optimize(source, calib=samples(tmp_path / "d.npz", 121), output=output)
+    assert "the result is the model as it was" in "".join(result.report.notes)
+    assert output.read_bytes() == source.read_bytes()
+    assert "or found nothing that makes it better and wrote it as it was" in run("explain", output, code=2).stderr
+
+
 def packed(content: Any) -> str:
     return base64.b64encode(zlib.compress(json.dumps(content).encode())).decode()
 

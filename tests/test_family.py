@@ -4,14 +4,17 @@ import json
 from pathlib import Path
 
 import jsonschema
+import numpy as np
+import onnx
 import pytest
 
 import onnxcomp
 from onnxcomp import family
+from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.errors import ModelError
 from onnxcomp.report import Figures
-from tests.lab import Lab, integers, lab
+from tests.lab import Lab, integers, lab, network, samples
 from tests.test_report import SCHEMA
 
 __all__ = ["lab"]
@@ -57,7 +60,7 @@ def test_an_earlier_family_is_replaced_and_nothing_else(varied: Lab, tmp_path: P
         varied.optimize(pareto=folder)
     (folder / "mine.txt").write_text("x")
     index = json.loads((folder / "pareto.json").read_text())
-    index["members"] += [{"file": "77.onnx"}, {"file": "../out.onnx"}]
+    index["members"] += [{"file": "77.onnx"}, {"file": "../out.onnx"}, {"file": "mine.txt"}]
     (folder / "pareto.json").write_text(json.dumps(index))
     (folder / "77.onnx").write_text("")
     (tmp_path / "out.onnx").write_text("")
@@ -70,6 +73,44 @@ def test_an_earlier_family_is_replaced_and_nothing_else(varied: Lab, tmp_path: P
 def test_a_dry_run_writes_none(varied: Lab, tmp_path: Path) -> None:
     assert varied.optimize(pareto=tmp_path / "all", dry_run=True).family is not None
     assert not (tmp_path / "all").exists()
+
+
+def test_nothing_else_is_where_the_family_may_write(varied: Lab, tmp_path: Path) -> None:
+    folder, model, data = tmp_path / "all", tmp_path / "m.onnx", tmp_path / "d.npz"
+    folder.mkdir()
+    onnxcomp.save(network(), model)
+    np.savez(data, **samples())  # type: ignore[arg-type]
+    apart = onnx.load(model)
+    onnx.save(apart, tmp_path / "apart.onnx", save_as_external_data=True, location="all/77.onnx.data", size_threshold=0)
+    inside, link = folder / "01.onnx", folder / "02.onnx"
+    inside.write_bytes(model.read_bytes())
+    link.symlink_to(model)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for given in (
+        {"source": inside},
+        {"source": link},
+        {"source": tmp_path / "apart.onnx"},
+        {"source": model, "calib": folder},
+        {"source": model, "output": folder / "03.onnx"},
+        {"source": model, "output": folder / ".." / "all" / "pareto.json"},
+        {"source": model, "output": folder, "dry_run": True},
+        {"source": model, "report": folder / "04.onnx.data"},
+    ):
+        with pytest.raises(ModelError, match="give another folder to --pareto"):
+            varied.optimize(**{"calib": str(data)} | given, pareto=folder, overwrite=True)
+    assert not varied.protocols
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_other_names_in_its_folder_are_free(varied: Lab, tmp_path: Path) -> None:
+    folder = tmp_path / "all"
+    folder.mkdir()
+    onnxcomp.save(network(), folder / "m.onnx")
+    result = varied.optimize(
+        folder / "m.onnx", output=folder / "m.opt.onnx", pareto=folder, overwrite=True, budget=Budget(max_drop=0.5)
+    )
+    assert models.to_bytes(onnxcomp.load(folder / "m.opt.onnx")) == models.to_bytes(result.model)
+    assert models.to_bytes(onnxcomp.load(folder / "m.onnx")) == models.to_bytes(network())
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Models in, models out: every kind of source, every bad one, and files that are whole or not there."""
 
+import errno
 import hashlib
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -427,9 +429,15 @@ def test_bad_targets_are_refused_before_anything_is_written(tmp_path: Path, monk
         models.save(model, tmp_path, overwrite=True)
     with pytest.raises(ModelError, match="is an input itself"):
         files.check_target(tmp_path / "." / "model.onnx", overwrite=True, inputs=(b"", str(source)))
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(ModelError, match="read-only"):
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)  # root may write anywhere
+    with pytest.raises(ModelError, match=r"cannot write to '.*': Permission denied\n  remedy: give another -o"):
         models.save(model, tmp_path / "out.onnx")
+    with pytest.raises(ModelError, match="remedy: give another --report"):
+        files.check_target(tmp_path / "page.html", overwrite=False, option="--report")
     assert entries(tmp_path) == ["model.onnx"]
     assert source.read_bytes() == linear().SerializeToString()
 

@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import onnx_ir as ir
 import pytest
+from rich.console import Console
 
 from onnxcomp import inspection, latency, placement, table
 from onnxcomp.inspection import inspect
 from onnxcomp.placement import Crossing
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Target
+from tests.commands import mlp, run
 from tests.passes.test_prune_depth import residual
 from tests.planned import STRENGTHS, made_up
 from tests.test_report import SCHEMA
@@ -62,6 +65,22 @@ def test_fewer_channels_take_less_in_every_precision() -> None:
 def test_without_being_asked_there_is_none(profiled: list[int]) -> None:
     assert inspect(residual(*STRENGTHS), target=Target(threads=1)).latency is None
     assert profiled == [1]
+
+
+def test_it_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int, str]] = []
+    model = mlp(tmp_path / "m.onnx")
+    found = inspect(model, latency=True, target=Target(threads=1), progress=lambda *step: told.append(step))
+    assert found.latency is not None
+    forms = found.latency.layouts
+    widths = [(place, len(forms), f"timing widths in {form}") for place, form in enumerate(forms)]
+    assert [step for step in told if step[2].startswith("timing")] == [
+        (0, 0, "timing nodes"),
+        (0, 0, "timing nodes in each precision"),
+        *widths,
+    ]
+    monkeypatch.setattr(Console, "is_terminal", True)
+    assert "timing nodes" in run("inspect", model, "--latency", "--threads", 1).stderr
 
 
 def test_what_is_known_is_not_timed_again(profiled: list[int], tmp_path: Any) -> None:

@@ -4,12 +4,14 @@ import dataclasses
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import click
 import jsonschema
 import numpy as np
 import onnx
@@ -19,6 +21,7 @@ import yaml
 import onnxcomp
 from onnxcomp import runtime, verification
 from onnxcomp.budget import Budget, Check
+from onnxcomp.cli import main
 from onnxcomp.errors import ModelError, OptionError
 from onnxcomp.report import Figures
 from onnxcomp.runtime import Protocol, Timing
@@ -198,7 +201,10 @@ def test_bad_input_is_told_before_anything_is_measured(
     assert "is an input itself" in run(*gate, "--junit", data, code=2).stderr
     other = tmp_path / "notes.txt"
     other.write_text("mine")
-    assert "exists" in run(*gate, "--junit", other, code=2).stderr
+    for option in ("--junit", "--json"):
+        message = run(*gate, option, other, code=2).stderr
+        assert f"exists, and is no such report\n  remedy: give another name to {option}\n" in message
+    assert other.read_text() == "mine"
     same = tmp_path / "r.xml"
     assert "both reports" in run(*gate, "--junit", same, "--json", same, code=2).stderr
     assert "no such file" in run("verify", tmp_path / "none.onnx", *gate[2:], code=2).stderr
@@ -224,6 +230,36 @@ def test_a_former_junit_file_is_replaced(model: Path, data: Path, tmp_path: Path
     first = path.read_text()
     run(*gate, "-q")
     assert path.read_text() == first
+
+
+@pytest.mark.usefixtures("fast")
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"model": "none.onnx"}, 2),
+        ({"--eval": "none.npz"}, 2),
+        ({"--provider": "quantum"}, 2),
+        ({"--max-drop": "much"}, 2),
+        ({"--threads": "-1"}, 2),
+        ({}, 1),
+    ],
+)
+def test_a_run_that_fails_leaves_no_former_report(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], code: int
+) -> None:
+    reports = [tmp_path / "j.xml", tmp_path / "r.json"]
+    given = {"model": model, "--against": model, "--eval": data, "--max-drop": "1%"}
+
+    def gate(given: dict[str, Any], code: int) -> None:
+        options = [part for item in given.items() if item[0] != "model" for part in item]
+        run("verify", given["model"], *options, "--junit", reports[0], "--json", reports[1], code=code)
+
+    gate(given, 0)
+    assert all(path.exists() for path in reports)
+    if code == 1:
+        monkeypatch.setattr(runtime, "compare", None)
+    gate(given | change, code)
+    assert not any(path.exists() for path in reports)
 
 
 # --- JUnit ----------------------------------------------------------------------------------------------------------
@@ -298,6 +334,14 @@ def test_inputs_of_the_action_are_never_run(model: Path, data: Path, tmp_path: P
     assert not (tmp_path / "owned").exists()
     for item in ACTION["runs"]["steps"]:
         assert "${{" not in item.get("run", "")
+
+
+def test_the_action_gives_every_option_of_the_command() -> None:
+    options = {option.opts[0] for option in main.commands["verify"].params if isinstance(option, click.Option)}
+    given = dict(re.findall(r'^add (--[a-z-]+) "\$([A-Z_]+)"$', STEP["run"], re.MULTILINE))
+    assert given.keys() == options - {"-q", "-v"}
+    for option, variable in given.items():
+        assert STEP["env"][variable] == f"${{{{ inputs.{option.removeprefix('--')} }}}}"
 
 
 def test_every_input_of_the_action_is_used_and_the_example_gives_only_these() -> None:
