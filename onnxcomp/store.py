@@ -2,7 +2,8 @@
 
 A key is the hash of all that a result depends on: model contents, settings, data, the target, this package's code, ONNX
 Runtime's version, the processor. So nothing is ever out of date, and nothing has to be told to go. Each entry is a file
-of its own that appears whole or not at all; what cannot be read counts as missing.
+of its own that appears whole or not at all, and begins with a checksum; what is damaged, or cannot be read, counts as
+missing.
 """
 
 import contextlib
@@ -29,7 +30,7 @@ import onnx_ir as ir
 
 from onnxcomp import __version__, runtime
 from onnxcomp import model as models
-from onnxcomp.errors import ModelError, OnnxcompError, OptionError
+from onnxcomp.errors import ModelError, OptionError
 from onnxcomp.samples import Dataset
 
 LIMIT = 2 * 10**9
@@ -39,6 +40,8 @@ _LARGEST = 0.25
 """Share of the limit that one entry may take."""
 _ABANDONED = 3600.0
 """Seconds after which a file that was never finished is a leftover of a process that is gone."""
+_CHECKSUM = hashlib.sha256().digest_size
+"""Bytes with which an entry begins."""
 
 Found = TypeVar("Found")
 
@@ -88,8 +91,8 @@ class Store:
             path = self._path(what, parts)
         except _UnknownError:
             return compute()
-        with contextlib.suppress(OSError, *_UNREADABLE):
-            found: Found = pickle.loads(path.read_bytes())
+        with contextlib.suppress(Exception):  # whatever an unreadable file raises
+            found: Found = pickle.loads(_opened(path))
             os.utime(path)
             return found
         found = compute()
@@ -114,6 +117,7 @@ class Store:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
         with os.fdopen(handle, "wb") as stream:
+            stream.write(_checksum(path, data))
             stream.write(data)
         Path(temporary).replace(path)
 
@@ -173,8 +177,25 @@ class Store:
         return self._datasets[id(data)][1]
 
 
-_UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, OnnxcompError)
-"""What a damaged file raises."""
+def _checksum(path: Path, data: bytes | memoryview) -> bytes:
+    """Of an entry in its place: in that of another it does not fit."""
+    digest = hashlib.sha256(path.name.encode())
+    digest.update(data)
+    return digest.digest()
+
+
+def _opened(path: Path) -> memoryview:
+    """What an entry holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    whole = memoryview(path.read_bytes())
+    checksum, data = whole[:_CHECKSUM], whole[_CHECKSUM:]
+    if checksum != _checksum(path, data):
+        raise ValueError(f"'{path}' is damaged")
+    return data
 
 
 class _Pickler(pickle.Pickler):
