@@ -3,10 +3,11 @@
 import os
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,36 @@ def test_other_code_or_another_machine_knows_nothing_of_it(store: Store, monkeyp
     store.recall("x", 1, lambda: 1)
     monkeypatch.setattr(module, "_circumstances", lambda: ("elsewhere",))
     assert store.recall("x", 1, lambda: 2) == 2
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[Callable[[], tuple[str, ...]]]:
+    """What results depend on, as it is now."""
+
+    def circumstances() -> tuple[str, ...]:
+        module._circumstances.cache_clear()
+        return module._circumstances()
+
+    yield circumstances
+    module._circumstances.cache_clear()
+
+
+@pytest.mark.parametrize("library", ["numpy", "onnx", "onnx-ir", "onnxscript", "scipy"])
+def test_another_version_of_a_library_is_another_key(
+    asked_anew: Callable[[], object], monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    before, usual = asked_anew(), metadata.version
+    assert asked_anew() == before
+    monkeypatch.setattr("onnxcomp.store.version", lambda name: "99" if name == library else usual(name))
+    assert asked_anew() != before
+
+
+def test_fewer_cores_are_another_key(asked_anew: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for cores in (1, 1.5, 2, 2.0):
+        monkeypatch.setattr(module, "cores", lambda cores=cores: cores)
+        found.add(asked_anew())
+    assert len(found) == 3
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
