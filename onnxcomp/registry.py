@@ -100,10 +100,14 @@ def _problem(kind: type[Pass], found: Mapping[str, type[Pass]]) -> str:
         return f"'{kind.__name__}' has no name or no summary"
     if name in found or name in GROUPS:
         return f"the name '{name}' is already taken"
-    if not dataclasses.is_dataclass(kind):
-        return f"'{name}' is no dataclass"
+    if not (dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen):
+        return f"'{name}' is no frozen dataclass"
+    if derived := [field.name for field in dataclasses.fields(kind) if not field.init]:
+        return f"'{name}' has fields that are no settings: {', '.join(derived)}"
     try:
-        Settings(kind).plain(kind())
+        default = kind()
+        Settings(kind).plain(default)
+        hash(default)
     except OptionError as error:
         return error.fact
     except Exception as error:  # noqa: BLE001  (code of others)
