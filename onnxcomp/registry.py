@@ -4,11 +4,13 @@ Those name a pass, or a module of passes, as an entry point of the group `onnxco
 left out with its reason, and takes nothing from the others.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -75,7 +77,8 @@ def _distribution(point: EntryPoint) -> str:
 
 
 def _offered(point: EntryPoint) -> Iterator[type[Pass]]:
-    item = point.load()
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints when it is imported is no part of the answer
+        item = point.load()
     if isinstance(item, ModuleType):
         yield from _in_module(item)
     elif _is_pass(item):

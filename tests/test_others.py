@@ -1,5 +1,6 @@
 """Passes of others may do anything: what breaks the contract is told with their name, and the rest goes on without."""
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from onnxcomp import registry
 from onnxcomp.core import Change, Context, Option, Outcome, Parts, Pass
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.recipe import Recipe
+from tests.commands import run
 from tests.lab import Lab, lab, network, trial
 
 __all__ = ["lab"]
@@ -153,6 +155,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 from onnxcomp.core import Outcome, Pass
 
+print("a module that talks")
+
 class Base(Pass):
     summary: ClassVar[str] = "for tests"
     def apply(self, model, context):
@@ -197,3 +201,10 @@ def test_passes_that_their_settings_do_not_tell_are_left_out() -> None:
     assert "'open' is no frozen dataclass" in problems
     assert "'derived' has fields that are no settings: twice" in problems
     assert "'listed' cannot be made with its defaults: TypeError: unhashable type: 'list'" in problems
+
+
+@pytest.mark.usefixtures("theirs_talks")
+def test_what_they_print_when_imported_is_no_part_of_the_answer() -> None:
+    done = run("passes", "--schema")
+    assert "good" in json.loads(done.stdout)["properties"]["passes"]["items"]["anyOf"][0]["enum"]
+    assert "a module that talks" in done.stderr
