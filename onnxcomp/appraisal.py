@@ -268,6 +268,11 @@ class Appraisal:
                     failed[failure.fact].append(useful[0].part)
         for fact, (first, *others) in failed.items():
             refused.append((f"{technique.name} on {first}{f' and {len(others)} more' if others else ''}", fact))
+        try:
+            for number in range(1, max((len(row.settings) for row in rows), default=1)):
+                technique.taken([row.option(min(number, len(row.settings) - 1)) for row in rows])
+        except OnnxcompError as failure:  # plans would take these
+            return [], [*refused, (technique.name, failure.fact)]
         return rows, refused
 
     def _useful(self, options: Sequence[Option]) -> list[Option]:

@@ -173,7 +173,9 @@ def _node_names(model: ir.Model) -> set[str]:
 
 def _refuse_unknown(technique: Pass, model: ir.Model, places: Mapping[str, str]) -> None:
     """Refuse a pass that names nodes which the model does not have; a group of channels is a node's name and number."""
-    if not (named := technique.named_nodes()):
+    with technique.answering():
+        named = frozenset(map(str, technique.named_nodes()))
+    if not named:
         return
     names = _node_names(model)
     if missing := sorted(name for name in named if name not in names and name.rpartition("#")[0] not in names):
@@ -183,6 +185,14 @@ def _refuse_unknown(technique: Pass, model: ir.Model, places: Mapping[str, str])
             did_you_mean(missing[0], names) or "the recipe was made for another model",
             "give the names that `onnxcomp inspect` shows, or leave these out",
         )
+
+
+def _settled(technique: Pass, context: Context) -> Pass:
+    """A pass as it is for a target."""
+    with technique.answering():
+        settled = technique.settled(context)
+        technique.must_be(Pass, settled)
+        return settled
 
 
 def _refuse_idle(recipe: Recipe, model: ir.Model) -> None:
@@ -238,7 +248,7 @@ class _Conversion:
         best_effort: bool,
     ) -> Result:
         """Apply the passes, measure, judge and write."""
-        recipe = replace(recipe, passes=tuple(technique.settled(context) for technique in recipe.passes))
+        recipe = replace(recipe, passes=tuple(_settled(technique, context) for technique in recipe.passes))
         current, steps, remarks = self.model, [], []
         for technique in recipe.passes:
             _refuse_unknown(technique, current, recipe.places)

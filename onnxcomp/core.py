@@ -4,6 +4,7 @@ A pass is a frozen dataclass: its settings are its fields, so its `repr` is the 
 the graph they are handed; calling the pass clones, applies, and checks what every result must satisfy.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from itertools import islice
+from types import UnionType
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar
 
 import onnx_ir as ir
@@ -264,10 +266,17 @@ class Pass(ABC):
         """All of its options.
 
         Raises:
-            OnnxcompError: it cannot tell.
+            OnnxcompError: it cannot tell, or says what cannot be.
         """
         with self.answering():
-            return list(self.options(model, context))
+            options = list(self.options(model, context))
+            self.must_be(Option, *options)
+            for option in options:
+                self.must_be(str, option.part)
+                self.must_be(Setting, option.setting)
+                if not all(0 <= number < math.inf for number in (option.error, option.bytes, option.latency)):
+                    raise self._fault(f"offers what cannot be: {option}")
+        return options
 
     @classmethod
     def offers_options(cls) -> bool:
@@ -283,6 +292,18 @@ class Pass(ABC):
         if "parts" not in getattr(self, "__dataclass_fields__", {}):
             raise OptionError(f"pass '{self.name}' takes models as a whole", remedy="leave the choice of parts out")
         return replace(self, parts=tuple((option.part, option.setting) for option in options))  # type: ignore[type-var]
+
+    def taken(self, options: Iterable[Option]) -> Self:
+        """The same, found to be a pass.
+
+        Raises:
+            OnnxcompError: it cannot take them.
+        """
+        with self.answering():
+            made = self.taking(options)
+            self.must_be(type(self), made)
+            hash(made)
+        return made
 
     def drafted(self) -> Self:
         """The same graph for less work: what only decides which numbers it holds is done the cheapest way."""
@@ -306,11 +327,15 @@ class Pass(ABC):
         name_nodes(clone)
         with self.answering():
             outcome = self.apply(clone, context)
-        if _signature(outcome.model) != signature:
-            raise OnnxcompError(f"pass '{self.name}' changed the model's inputs or outputs", "a defect of the pass")
-        if not outcome.modified:
-            return replace(outcome, model=model)
-        name_nodes(outcome.model)
+            self.must_be(Outcome, outcome)
+            self.must_be(ir.Model, outcome.model)
+            self.must_be(Change, *outcome.changes)
+            self.must_be(Skip, *outcome.skips)
+            if _signature(outcome.model) != signature:
+                raise self._fault("changed the model's inputs or outputs")
+            if not outcome.modified:
+                return replace(outcome, model=model)
+            name_nodes(outcome.model)
         return outcome
 
     @contextmanager
@@ -321,14 +346,28 @@ class Pass(ABC):
         except (OnnxcompError, TimeIsUp):
             raise
         except Exception as error:
-            module = type(self).__module__
-            if module.startswith(f"{__package__}."):
+            if type(self).__module__.startswith(f"{__package__}."):
                 raise
-            raise OnnxcompError(
-                f"pass '{self.name}' raised {type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
-                f"a defect of the pass, which comes from {module}",
-                "leave it out, or report it to who made it",
-            ) from error
+            message = next(iter(str(error).splitlines()), "")
+            raise self._fault(f"raised {type(error).__name__}: {message}") from error
+
+    def must_be(self, kind: type | UnionType, *given: object) -> None:
+        """Refuse what the pass gave and what is of another type than it promised.
+
+        Raises:
+            OnnxcompError: it is.
+        """
+        for each in given:
+            if not isinstance(each, kind):
+                wanted = getattr(kind, "__name__", kind)
+                raise self._fault(f"gave something of type {type(each).__name__}, not {wanted}")
+
+    def _fault(self, fact: str) -> OnnxcompError:
+        return OnnxcompError(
+            f"pass '{self.name}' {fact}",
+            f"a defect of the pass, which comes from {type(self).__module__}",
+            "leave it out, or report it to who made it",
+        )
 
 
 def _signature(model: ir.Model) -> tuple[object, ...]:

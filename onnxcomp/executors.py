@@ -11,6 +11,7 @@ is lost with a killed worker is done again, and here if the whole cluster goes a
 
 import contextlib
 import functools
+import math
 import multiprocessing
 import os
 import pickle
@@ -79,11 +80,11 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 def beside(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
     """What a function makes of each item, in order; as many threads work at a time as there are cores."""
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
+    threads = math.ceil(cores())
+    with ThreadPoolExecutor(threads) as pool:
         under_way: deque[Future[Found]] = deque()
         for item in items:
-            if len(under_way) > cores:
+            if len(under_way) > threads:
                 yield under_way.popleft().result()
             under_way.append(pool.submit(function, item))
         while under_way:
@@ -135,17 +136,41 @@ def text_of(executor: Executor | None) -> str | None:
     return None if executor is None else getattr(executor, "text", f"<{type(executor).__name__}>")
 
 
+def cores() -> float:
+    """Cores that this process may use: those of its affinity, or less where a control group has a quota of time."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, *_quotas(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")), math.inf)
+
+
+def _quotas(own: Path, mounted: Path) -> Iterator[float]:
+    """Cores' worth of time that each control group leaves which has this process in it, as far as Linux says.
+
+    Args:
+        own: lists the groups, of version 2 or 1.
+        mounted: folder of all groups.
+    """
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, kinds, name = line.split(":", 2)
+        first = "cpu" in kinds.split(",")
+        for group in (Path(name), *Path(name).parents) if first or not kinds else ():
+            folder = mounted / ("cpu" if first else "") / group.relative_to("/")
+            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first else ("cpu.max",)
+            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
+                quota, period = map(int, " ".join((folder / file).read_text() for file in files).split())
+                if quota > 0:
+                    yield quota / period
+
+
 def spare(target: Target) -> int:
     """Processes that run at a time without taking cores from each other; 1 where one takes all, or an accelerator."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     alone = target.threads == 0 or target.short != "cpu"
-    return 1 if alone else max(cores // target.threads, 1)
+    return 1 if alone else max(int(cores() // target.threads), 1)
 
 
 def width(executor: Executor) -> int:
     """Pieces of work that it does at a time."""
     known = getattr(executor, "workers", None) or getattr(executor, "_max_workers", None)
-    return int(known or os.cpu_count() or 1)
+    return int(known or math.ceil(cores()))
 
 
 class Processes(Executor):

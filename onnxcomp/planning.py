@@ -175,7 +175,7 @@ class Planner:
         *times, taken = program.taken(found)
         time, size = self._rescaled(self._parts(*times)), round(taken) + self._rest()
         joins = tuple((branch.join, branch.operand) for branch in gone)
-        passes = tuple(technique.taking(options) for technique, options in others.items())
+        passes = tuple(technique.taken(options) for technique, options in others.items())
         return Plan(
             joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, size, tuple(found), in_float
         )

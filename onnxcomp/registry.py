@@ -4,11 +4,13 @@ Those name a pass, or a module of passes, as an entry point of the group `onnxco
 left out with its reason, and takes nothing from the others.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib
 import inspect
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
@@ -75,7 +77,8 @@ def _distribution(point: EntryPoint) -> str:
 
 
 def _offered(point: EntryPoint) -> Iterator[type[Pass]]:
-    item = point.load()
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints when it is imported is no part of the answer
+        item = point.load()
     if isinstance(item, ModuleType):
         yield from _in_module(item)
     elif _is_pass(item):
@@ -100,10 +103,14 @@ def _problem(kind: type[Pass], found: Mapping[str, type[Pass]]) -> str:
         return f"'{kind.__name__}' has no name or no summary"
     if name in found or name in GROUPS:
         return f"the name '{name}' is already taken"
-    if not dataclasses.is_dataclass(kind):
-        return f"'{name}' is no dataclass"
+    if not (dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen):
+        return f"'{name}' is no frozen dataclass"
+    if derived := [field.name for field in dataclasses.fields(kind) if not field.init]:
+        return f"'{name}' has fields that are no settings: {', '.join(derived)}"
     try:
-        Settings(kind).plain(kind())
+        default = kind()
+        Settings(kind).plain(default)
+        hash(default)
     except OptionError as error:
         return error.fact
     except Exception as error:  # noqa: BLE001  (code of others)

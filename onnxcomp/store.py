@@ -1,8 +1,9 @@
 """What was computed and measured before, on disk by content: work that was cut short goes on where it was.
 
-A key is the hash of all that a result depends on: model contents, settings, data, the target, this package's code, ONNX
-Runtime's version, the processor. So nothing is ever out of date, and nothing has to be told to go. Each entry is a file
-of its own that appears whole or not at all; what cannot be read counts as missing.
+A key is the hash of all that a result depends on: model contents, settings, data, the target, this package's code, the
+versions of Python, ONNX Runtime and other libraries, the processor and how much of it may be used. So nothing is ever
+out of date, and nothing has to be told to go. Each entry is a file of its own that appears whole or not at all, and
+begins with a checksum; what is damaged, or cannot be read, counts as missing.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
 from typing import Any, TypeVar
@@ -29,7 +31,8 @@ import onnx_ir as ir
 
 from onnxcomp import __version__, runtime
 from onnxcomp import model as models
-from onnxcomp.errors import ModelError, OnnxcompError, OptionError
+from onnxcomp.errors import ModelError, OptionError
+from onnxcomp.executors import cores
 from onnxcomp.samples import Dataset
 
 LIMIT = 2 * 10**9
@@ -39,6 +42,10 @@ _LARGEST = 0.25
 """Share of the limit that one entry may take."""
 _ABANDONED = 3600.0
 """Seconds after which a file that was never finished is a leftover of a process that is gone."""
+_LIBRARIES = ("numpy", "onnx", "onnx-ir", "onnxscript", "scipy")
+"""Distributions by whose version numbers and graphs may differ, beside ONNX Runtime, which has several names."""
+_CHECKSUM = hashlib.sha256().digest_size
+"""Bytes with which an entry begins."""
 
 Found = TypeVar("Found")
 
@@ -88,8 +95,8 @@ class Store:
             path = self._path(what, parts)
         except _UnknownError:
             return compute()
-        with contextlib.suppress(OSError, *_UNREADABLE):
-            found: Found = pickle.loads(path.read_bytes())
+        with contextlib.suppress(Exception):  # whatever an unreadable file raises
+            found: Found = pickle.loads(_opened(path))
             os.utime(path)
             return found
         found = compute()
@@ -114,6 +121,7 @@ class Store:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
         with os.fdopen(handle, "wb") as stream:
+            stream.write(_checksum(path, data))
             stream.write(data)
         Path(temporary).replace(path)
 
@@ -173,8 +181,25 @@ class Store:
         return self._datasets[id(data)][1]
 
 
-_UNREADABLE = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, ValueError, OnnxcompError)
-"""What a damaged file raises."""
+def _checksum(path: Path, data: bytes | memoryview) -> bytes:
+    """Of an entry in its place: in that of another it does not fit."""
+    digest = hashlib.sha256(path.name.encode())
+    digest.update(data)
+    return digest.digest()
+
+
+def _opened(path: Path) -> memoryview:
+    """What an entry holds.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    whole = memoryview(path.read_bytes())
+    checksum, data = whole[:_CHECKSUM], whole[_CHECKSUM:]
+    if checksum != _checksum(path, data):
+        raise ValueError(f"'{path}' is damaged")
+    return data
 
 
 class _Pickler(pickle.Pickler):
@@ -197,16 +222,17 @@ def _circumstances() -> tuple[str, ...]:
     package, home = hashlib.sha256(), Path(__file__).parent
     for path in sorted(path for pattern in ("*.py", "numerics/*.py", "passes/*.py") for path in home.glob(pattern)):
         package.update(path.read_bytes())
-    return __version__, package.hexdigest(), runtime.VERSION, np.__version__, platform.platform(), *_processors()
+    versions = [__version__, runtime.VERSION, platform.python_version(), *map(version, _LIBRARIES)]
+    return package.hexdigest(), *versions, platform.platform(), *_processors()
 
 
 def _processors() -> list[str]:
-    """The processor, its cores, and NVIDIA's GPUs, as far as Linux says."""
+    """The processor, the cores that may be used, and NVIDIA's GPUs, as far as Linux says."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else platform.processor()
     lines = [line for line in text.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part"))]
     gpus = Path("/proc/driver/nvidia/gpus").glob("*/information")
     models_of = [line for path in gpus for line in path.read_text().splitlines() if line.startswith("Model")]
-    return [*sorted(set(lines)), f"{os.cpu_count()} cores", *sorted(models_of)]
+    return [*sorted(set(lines)), f"{cores():g} cores", *sorted(models_of)]
 
 
 @cache

@@ -248,8 +248,50 @@ def test_a_text_that_names_none_is_refused(text: str) -> None:
     run("optimize", "m.onnx", "--executor", text, code=2)
 
 
+def test_cores_are_those_of_the_affinity_and_of_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5}, raising=False)
+    for quotas, expected in (([], 3), ([8.0], 3), ([1.5, 2.0], 1.5)):
+        monkeypatch.setattr(executors, "_quotas", lambda *_, quotas=quotas: iter(quotas))
+        assert executors.cores() == expected
+    assert spare(ONE) == 1
+    assert list(executors.beside(abs, [-1, 2, -3, 4])) == [1, 2, 3, 4]
+
+
+GROUPS = {
+    "cpu.max": "150000 100000",
+    "outer/cpu.max": "max 100000",
+    "outer/inner/cpu.max": "50000 100000",
+    "cpu/cpu.cfs_quota_us": "-1",
+    "cpu/cpu.cfs_period_us": "100000",
+    "cpu/outer/cpu.cfs_quota_us": "400000",
+    "cpu/outer/cpu.cfs_period_us": "100000",
+}
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ("0::/outer/inner\n", [0.5, 1.5]),
+        ("0::/\n", [1.5]),
+        ("0::/elsewhere:odd\n", [1.5]),
+        ("4:memory:/outer\n1:cpu,cpuacct:/outer\n", [4.0]),
+        ("4:cpuset:/outer\n", []),
+        (None, []),
+    ],
+)
+def test_quotas_are_those_of_every_group_around_the_process(
+    tmp_path: Path, own: str | None, expected: list[float]
+) -> None:
+    for name, text in GROUPS.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    if own is not None:
+        (tmp_path / "own").write_text(own)
+    assert list(executors._quotas(tmp_path / "own", tmp_path)) == expected
+
+
 def test_local_takes_the_cores_that_the_target_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(executors, "cores", lambda: 8)
     assert [spare(Target(threads=count)) for count in (0, 1, 2, 3, 8, 16)] == [1, 8, 4, 2, 1, 1]
     assert spare(Target("cuda", 1)) == 1
     with opened("local", ONE) as executor:

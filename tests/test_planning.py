@@ -1,7 +1,7 @@
 """The planner: branches, widths and precision chosen together, on made-up times."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -315,6 +315,41 @@ class Mute(Offer):
         raise KeyError("nothing")
 
 
+class NoOption(Offer):
+    name = "no-option"
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        yield (self.layer, 0.01, 0.0001, 0, 0.5)  # type: ignore[misc]
+
+
+class NoOutcome(Offer):
+    name = "no-outcome"
+
+    def apply(self, model: ir.Model, context: Context) -> Outcome:
+        return None  # type: ignore[return-value]
+
+
+class NoDraft(Offer):
+    name = "no-draft"
+
+    def drafted(self) -> "NoDraft":
+        raise ValueError("an odd draft")
+
+
+class TakesOne(Offer):
+    """One layer at a time, and of two it does not say that it cannot."""
+
+    name = "takes-one"
+
+    def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
+        for layer in list(layers(model))[1:3]:
+            yield Option(layer.name, 0.01, 0.0001, 0, 0.5)
+
+    def taking(self, options: Iterable[Option]) -> "TakesOne":
+        (option,) = options
+        return replace(self, parts=((option.part, option.setting),))
+
+
 def offered(model: ir.Model, kind: type[Offer] = Offer, **settings: Any) -> Appraisal:
     given = context(64)
     assert given.data is not None
@@ -345,6 +380,21 @@ def test_what_a_pass_offers_and_cannot_do_is_told(model: ir.Model) -> None:
     assert mute.refused == [("mute", "pass 'mute' raised KeyError: 'nothing'")]
     assert not fails.has_choices
     assert not mute.has_choices
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "fact"),
+    [
+        (NoOption, "", "gave something of type tuple, not Option"),
+        (NoOutcome, " on {}", "gave something of type NoneType, not Outcome"),
+        (NoDraft, " on {}", "raised ValueError: an odd draft"),
+        (TakesOne, "", "raised ValueError: too many values to unpack (expected 1)"),
+    ],
+)
+def test_one_that_breaks_the_contract_is_no_choice(model: ir.Model, kind: type[Offer], where: str, fact: str) -> None:
+    known = offered(model, kind, prune=False, prune_depth=False)
+    assert known.refused == [(kind.name + where.format(second(model)), f"pass '{kind.name}' {fact}")]
+    assert not known.has_choices
 
 
 def test_the_time_limit_stops_passes_of_others_too(model: ir.Model) -> None:

@@ -1,11 +1,13 @@
 """Results on disk by content."""
 
 import os
+import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +106,36 @@ def test_a_pass_gives_the_same_with_and_without_a_store(store: Store) -> None:
 
 
 def test_a_damaged_entry_counts_as_missing(store: Store, tmp_path: Path) -> None:
-    store.recall("x", 1, lambda: [1, 2, 3])
+    kept = [1, 2, 3], np.arange(4.0), Outcome(network())
+    store.recall("x", 1, lambda: kept)
     (entry,) = (tmp_path / "cache").glob("??/*")
-    for damage in (b"", b"not a pickle", entry.read_bytes()[:-4]):
+    sound = entry.read_bytes()
+    damages = [b"", b"not a pickle", sound[:-4], sound[:20], sound + b"0", pickle.dumps(5)]
+    damages += [flipped(sound, place) for place in (0, 31, *range(32, len(sound), len(sound) // 40), len(sound) - 1)]
+    for damage in damages:
         entry.write_bytes(damage)
-        compute, calls = counted([1, 2, 3])
-        assert store.recall("x", 1, compute) == [1, 2, 3]
-        assert calls
-        assert store.recall("x", 1, lambda: None) == [1, 2, 3]
+        assert store.recall("x", 1, lambda: "computed anew") == "computed anew"
+        assert store.recall("x", 1, lambda: None) == "computed anew"
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
+def test_an_entry_of_something_else_counts_as_missing(store: Store, tmp_path: Path) -> None:
+    store.recall("x", 1, lambda: "one")
+    (one,) = (tmp_path / "cache").glob("??/*")
+    store.recall("x", 2, lambda: "two")
+    for other in (tmp_path / "cache").glob("??/*"):
+        other.write_bytes(one.read_bytes())
+    assert store.recall("x", 2, lambda: None) is None
+    assert store.recall("x", 1, lambda: None) == "one"
+
+
+def test_an_entry_that_no_longer_unpickles_counts_as_missing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.recall("x", 1, lambda: Settings("a"))
+    monkeypatch.delitem(globals(), "Settings")
+    assert store.recall("x", 1, lambda: 5) == 5
 
 
 def test_an_error_is_not_kept(store: Store) -> None:
@@ -127,6 +151,36 @@ def test_other_code_or_another_machine_knows_nothing_of_it(store: Store, monkeyp
     store.recall("x", 1, lambda: 1)
     monkeypatch.setattr(module, "_circumstances", lambda: ("elsewhere",))
     assert store.recall("x", 1, lambda: 2) == 2
+
+
+@pytest.fixture
+def asked_anew() -> Iterator[Callable[[], tuple[str, ...]]]:
+    """What results depend on, as it is now."""
+
+    def circumstances() -> tuple[str, ...]:
+        module._circumstances.cache_clear()
+        return module._circumstances()
+
+    yield circumstances
+    module._circumstances.cache_clear()
+
+
+@pytest.mark.parametrize("library", ["numpy", "onnx", "onnx-ir", "onnxscript", "scipy"])
+def test_another_version_of_a_library_is_another_key(
+    asked_anew: Callable[[], object], monkeypatch: pytest.MonkeyPatch, library: str
+) -> None:
+    before, usual = asked_anew(), metadata.version
+    assert asked_anew() == before
+    monkeypatch.setattr("onnxcomp.store.version", lambda name: "99" if name == library else usual(name))
+    assert asked_anew() != before
+
+
+def test_fewer_cores_are_another_key(asked_anew: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for cores in (1, 1.5, 2, 2.0):
+        monkeypatch.setattr(module, "cores", lambda cores=cores: cores)
+        found.add(asked_anew())
+    assert len(found) == 3
 
 
 def test_what_was_not_used_for_longest_goes_first(tmp_path: Path) -> None:
