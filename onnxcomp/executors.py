@@ -38,6 +38,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import onnxcomp
 from onnxcomp.errors import OnnxcompError, OptionError
+from onnxcomp.machine import cores
 from onnxcomp.runtime import VERSION, Target
 
 Item = TypeVar("Item")
@@ -82,11 +83,10 @@ def ahead(items: Iterable[Item]) -> Iterator[Item]:
 
 def beside(function: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
     """What a function makes of each item, in order; as many threads work at a time as there are cores."""
-    cores = os.cpu_count() or 1
-    with ThreadPoolExecutor(cores) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         under_way: deque[Future[Found]] = deque()
         for item in items:
-            if len(under_way) > cores:
+            if len(under_way) > cores():
                 yield under_way.popleft().result()
             under_way.append(pool.submit(function, item))
         while under_way:
@@ -140,9 +140,8 @@ def text_of(executor: Executor | None) -> str | None:
 
 def spare(target: Target) -> int:
     """Processes that run at a time without taking cores from each other; 1 where one takes all, or an accelerator."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     alone = target.threads == 0 or target.short != "cpu"
-    return 1 if alone else max(cores // target.threads, 1)
+    return 1 if alone else max(cores() // target.threads, 1)
 
 
 def width(executor: Executor) -> int:

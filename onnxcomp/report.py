@@ -1,7 +1,6 @@
 """What was done, why, and what it brought: values that the console, JSON and Python read."""
 
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ import onnx_ir as ir
 from onnxcomp import __version__, runtime
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Outcome, Pass, Skip, Width
+from onnxcomp.machine import machine
 from onnxcomp.runtime import Target, Timing
 
 SCHEMA_VERSION = 1
@@ -216,7 +216,7 @@ def environment(target: Target, batch: int, seed: int = 0) -> dict[str, str | in
         "provider": target.providers[0],
         "threads": target.threads,
         "batch": batch,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": machine(),
         "python": platform.python_version(),
         "seed": seed,
     }
