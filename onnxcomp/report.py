@@ -56,6 +56,8 @@ class Figures:
         score_interval: 95% interval of the metric.
         drop: loss against the original, in the metric's unit; positive is worse.
         memory: bytes by which a fresh process grew that loaded and ran it, or None where there is no limit on that.
+        speedup_interval: quartiles of the speed-up over rounds.
+        drop_interval: 95% interval of the drop, on the same samples.
     """
 
     size: int
@@ -66,6 +68,8 @@ class Figures:
     score_interval: Interval | None = None
     drop: float | None = None
     memory: int | None = None
+    speedup_interval: Interval | None = None
+    drop_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
