@@ -35,14 +35,10 @@ from onnxcomp.runtime import Feeds
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset
 from onnxcomp.surgery import without
-from onnxcomp.table import FLOAT, best_form, form_times
+from onnxcomp.table import FLOAT, LEAST, MULTIPLE, best_form, form_times
 from onnxcomp.units import Units
 from onnxcomp.widths import Counts, may_go
 
-_LEAST = 0.25
-"""Share of its channels that every group keeps: fewer lose too much for what they save."""
-_MULTIPLE = 4
-"""Widths are multiples of this."""
 _SAVES = 0.08
 """Share of a unit's time that a width must save to be worth measuring its loss: less is noise."""
 _LITTLE = 0.002
@@ -212,7 +208,7 @@ class Appraisal:
             and these units. Precisions that are not timed do as the first of those that are.
         """
         cuttable = [
-            may_go(group.size, _LEAST, _MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
+            may_go(group.size, LEAST, MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
             for group in groups
         ]
         self._context.progress(0, 0, "timing widths")

@@ -142,7 +142,14 @@ class Candidate:
         if self.timing is None:
             return Figures(self.size, drop=self.drop, memory=self.memory)
         timing = self.timing
-        return Figures(self.size, timing.median, speedup=timing.speedup, drop=self.drop, memory=self.memory)
+        return Figures(
+            self.size,
+            timing.median,
+            speedup=timing.speedup,
+            drop=self.drop,
+            memory=self.memory,
+            speedup_interval=timing.quartiles,
+        )
 
     def trial(self) -> Trial:
         """For the report."""

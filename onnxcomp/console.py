@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import StringIO
 from pathlib import Path
 
@@ -45,12 +46,12 @@ from onnxcomp.wording import (
     check_in_words,
     digits,
     grouped,
-    is_share,
     latency_of,
     loss,
     ratio,
     score,
     seconds,
+    signed,
     where,
     without_names,
 )
@@ -321,7 +322,7 @@ def _evaluation(evaluation: Evaluation) -> Iterator[RenderableType]:
         (
             model.source,
             form(model.score) + between(model.score_interval, form),
-            loss(metric, model.drop) + between(model.drop_interval, lambda value: _signed(metric, value)),
+            loss(metric, model.drop) + between(model.drop_interval, partial(signed, metric)),
             "-" if model.relative_error is None else f"{model.relative_error:.4g}",
             score("agreement", model.agreement),
         )
@@ -332,10 +333,6 @@ def _evaluation(evaluation: Evaluation) -> Iterator[RenderableType]:
     yield line(f"Metric: {metric} ({evaluation.data}); {where(evaluation.environment)}", "dim")
     yield line("Intervals: 95% bootstrap; of differences on the same samples, where a minus is a gain.", "dim")
     yield from notes(evaluation.notes)
-
-
-def _signed(metric: str, value: float) -> str:
-    return f"{100 * value:+.2f}" if is_share(metric) else f"{value:+.3g}"
 
 
 def _explanation(explanation: Explanation, verbose: bool) -> Iterator[RenderableType]:

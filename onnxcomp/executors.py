@@ -5,8 +5,8 @@
             ...
 
 `mapped` takes any `concurrent.futures.Executor` and gives what the built-in `map` gives, in the same order. Work that
-is lost with a killed worker is done again, and here if the whole cluster goes away. Nothing of it runs any more once
-`mapped` is through, so that what is timed afterwards has the machine to itself.
+is lost with a killed worker is done again, and here if the whole cluster or all its workers go away. Nothing of it runs
+any more once `mapped` is through, so that what is timed afterwards has the machine to itself.
 """
 
 import contextlib
@@ -39,6 +39,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 
 import onnxcomp
 from onnxcomp.errors import OnnxcompError, OptionError
+from onnxcomp.machine import cores
 from onnxcomp.runtime import VERSION, Target
 
 Item = TypeVar("Item")
@@ -54,7 +55,10 @@ _LOSSES = 3
 """Times that a piece of work may be lost with its worker; Dask's `allowed-failures` is the same."""
 
 _ANSWER = 10
-"""Seconds that a cluster has to answer."""
+"""Seconds that a cluster has to answer, and its workers to come back."""
+
+_LOOK = 1.0
+"""Seconds after which it is looked whether a cluster still has workers."""
 
 
 def parse(text: str) -> str:
@@ -134,31 +138,6 @@ def opening(function: Callable[Given, Found]) -> Callable[Given, Found]:
 def text_of(executor: Executor | None) -> str | None:
     """The text that opens it, or its type in brackets where it came as an object."""
     return None if executor is None else getattr(executor, "text", f"<{type(executor).__name__}>")
-
-
-def cores() -> float:
-    """Cores that this process may use: those of its affinity, or less where a control group has a quota of time."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, *_quotas(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")), math.inf)
-
-
-def _quotas(own: Path, mounted: Path) -> Iterator[float]:
-    """Cores' worth of time that each control group leaves which has this process in it, as far as Linux says.
-
-    Args:
-        own: lists the groups, of version 2 or 1.
-        mounted: folder of all groups.
-    """
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, kinds, name = line.split(":", 2)
-        first = "cpu" in kinds.split(",")
-        for group in (Path(name), *Path(name).parents) if first or not kinds else ():
-            folder = mounted / ("cpu" if first else "") / group.relative_to("/")
-            files = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if first else ("cpu.max",)
-            with contextlib.suppress(OSError, ValueError):  # no such file, or `max`
-                quota, period = map(int, " ".join((folder / file).read_text() for file in files).split())
-                if quota > 0:
-                    yield quota / period
 
 
 def spare(target: Target) -> int:
@@ -310,15 +289,19 @@ def _abandon(futures: list[Future[Found]], executor: Executor) -> None:
     if isinstance(executor, Processes):
         if not all(future.done() for future in futures):
             executor.stop()
-    elif not isinstance(executor, _Dask):  # that loses track of what is cancelled just as it ends; it is little
-        # `wait` would wait for some executors to notice what was cancelled, for ever.
-        futures = [future for future in futures if not future.cancel()]
-    wait(futures)
+        wait(futures)
+    elif isinstance(executor, _Dask):  # that loses track of what is cancelled just as it ends; it is little
+        for future in futures:
+            executor.settle(future)
+    else:  # `wait` would wait for some executors to notice what was cancelled, for ever
+        wait([future for future in futures if not future.cancel()])
 
 
 def _result(piece: _Piece[Item, Found], function: Callable[[Item], Found], executor: Executor) -> Found:
     """Wait for it, and submit it again where it was lost."""
     while True:
+        if isinstance(executor, _Dask):
+            executor.settle(piece.future)
         try:
             return piece.future.result()
         except BrokenExecutor as error:
@@ -365,25 +348,53 @@ class _Dask(Executor):
 
     def __init__(self, client: Any, text: str) -> None:
         self._client, self.text = client, text
+        self._gone, self._seen = False, time.monotonic()
         # Impure: Dask need not look for equal work, which would hash all that is sent.
         self._executor: Executor = client.get_executor(pure=False)
 
     @property
     def workers(self) -> int:
-        """Threads of all workers, which may come and go."""
-        threads: dict[str, int] = self._client.nthreads()
-        return max(sum(threads.values()), 1)
+        """Threads of all workers, which may come and go; 1 where there are none."""
+        return max(self._threads(), 1)
+
+    def _threads(self) -> int:
+        if not self._answers():
+            return 0
+        try:
+            threads = sum(map(int, self._client.nthreads(callback_timeout=_ANSWER).values()))
+        except Exception:  # noqa: BLE001  (Dask has many, and whichever it is, nobody is there)
+            self._gone = True
+            return 0
+        if threads:
+            self._seen = time.monotonic()
+        return threads
+
+    def _answers(self) -> bool:
+        """Whether there is a scheduler, as far as is known; the client may be about to connect again."""
+        return not self._gone and self._client.status == "running"
 
     def submit(self, function: Callable[..., Found], /, *args: Any, **kwargs: Any) -> Future[Found]:
         """Do it on one of them. Dask does it again where a worker is lost, `allowed-failures` times.
 
         What was not done when the scheduler went away is cancelled.
         """
-        if self._client.status == "closed":
-            gone: Future[Found] = Future()
-            gone.cancel()
-            return gone
-        return self._executor.submit(function, *args, **kwargs)
+        if self._answers():
+            try:
+                return self._executor.submit(function, *args, **kwargs)
+            except Exception:
+                if self._answers():
+                    raise
+        lost: Future[Found] = Future()
+        lost.cancel()
+        return lost
+
+    def settle(self, future: Future[Found]) -> None:
+        """Wait for it, or cancel it where the scheduler went away or there were no workers for a while."""
+        while not future.done():
+            if not self._threads() and (self._gone or time.monotonic() - self._seen > _ANSWER):
+                future.cancel()
+            else:
+                wait([future], _LOOK)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Leave the cluster, which goes on."""

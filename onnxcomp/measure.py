@@ -314,9 +314,19 @@ def side_by_side(
     timings = timings or runtime.compare(sessions, feeds, protocol)
     baseline = baseline or evaluated(metric, sessions[0], data, sessions[0], context)
     others = [evaluated(metric, session, data, sessions[0], context) for session in sessions[1:]]
-    drops = [0.0, *(metrics.compare(baseline, score).value for score in others)]
+    drops = [metrics.Drop(0.0, None), *(metrics.compare(baseline, score) for score in others)]
     return [
-        Figures(size, timing.median, (timing.low, timing.high), timing.speedup, score.value, score.interval, drop)
+        Figures(
+            size,
+            timing.median,
+            (timing.low, timing.high),
+            timing.speedup,
+            score.value,
+            score.interval,
+            drop.value,
+            speedup_interval=timing.quartiles,
+            drop_interval=drop.interval,
+        )
         for size, timing, score, drop in zip(sizes, timings, (baseline, *others), drops, strict=True)
     ]
 

@@ -313,8 +313,11 @@ class _Proof:
         )
         if judges.gate is not judges.metric:
             scores = [judges.score(session, bench.original, bench.context, final=True) for session in sessions[1:]]
-            drops = [0.0, *(metrics.compare(self._gate_baseline, score).value for score in scores)]
-            figures = [replace(each, drop=drop) for each, drop in zip(figures, drops, strict=True)]
+            drops = [metrics.Drop(0.0, None), *(metrics.compare(self._gate_baseline, score) for score in scores)]
+            figures = [
+                replace(each, drop=drop.value, drop_interval=drop.interval)
+                for each, drop in zip(figures, drops, strict=True)
+            ]
         if self.original.memory is not None:
             memory = [self.original.memory, *(memory_of(model, target, feeds) for model in made)]
             figures = [replace(each, memory=used) for each, used in zip(figures, memory, strict=True)]

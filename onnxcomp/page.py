@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from importlib.resources import files
 from pathlib import PurePath
@@ -15,8 +16,9 @@ from string import Template
 from onnxcomp import plots
 from onnxcomp.core import Width
 from onnxcomp.plots import SERIES, Bars, Point
-from onnxcomp.report import Figures, Interval, LayerRow, Report, Step, Trial
+from onnxcomp.report import Figures, LayerRow, Report, Step, Trial
 from onnxcomp.wording import (
+    between,
     budget_in_words,
     byte_count,
     grouped,
@@ -26,6 +28,7 @@ from onnxcomp.wording import (
     ratio,
     score,
     seconds,
+    signed,
 )
 
 _DRAWN = 24
@@ -151,8 +154,10 @@ def _headline(report: Report) -> str:
         )
     ]
     if before.latency is not None and after.latency is not None:
-        spread = "with 95% of the blocks of runs in brackets"
-        speedup = ratio(after.speedup, "faster", "slower") if after.speedup else _time(after.latency)
+        spread = "with 95% of the blocks of runs in brackets, and the quartiles of the speed-up"
+        speedup = _time(after.latency)
+        if after.speedup:
+            speedup = ratio(after.speedup, "faster", "slower", after.speedup_interval)
         cards.append(_card("latency", speedup, tuple(_latency(figures) for figures in (before, after)), spread))
     if after.score is not None:
 
@@ -160,9 +165,14 @@ def _headline(report: Report) -> str:
             return score(report.metric, value)
 
         values = tuple(
-            _or_nothing(figures.score, form) + _interval(figures.score_interval, form) for figures in (before, after)
+            _or_nothing(figures.score, form) + between(figures.score_interval, form) for figures in (before, after)
         )
-        cards.append(_card(report.metric, loss(report.metric, after.drop), values, "with 95% intervals in brackets"))
+        lost = loss(report.metric, after.drop)
+        remark = "with 95% intervals in brackets"
+        if after.drop_interval is not None and all(map(math.isfinite, after.drop_interval)):
+            lost += between(after.drop_interval, partial(signed, report.metric))
+            remark += "; of the loss on the same samples, where a minus is a gain"
+        cards.append(_card(report.metric, lost, values, remark))
     about = report.environment
     threads = "ONNX Runtime's own choice" if about.get("threads") == 0 else str(about.get("threads", ""))
     facts = {
@@ -189,7 +199,7 @@ def _card(what: str, headline: str, values: Sequence[str], remark: str) -> str:
         for name, value in zip(("original", "result"), values, strict=True)
     )
     return (
-        f'<div><span class="what">{_text(what)}</span><b>{_text(headline)}</b>'
+        f'<div><span class="what">{_text(what)}</span><b>{_bracketed(headline)}</b>'
         f'<table>{rows}</table><span class="note">{_text(remark)}</span></div>\n'
     )
 
@@ -200,12 +210,8 @@ def _bracketed(value: str) -> str:
     return _text(number) + (f" <i>{_text(f'[{interval}')}</i>" if bracket else "")
 
 
-def _interval(interval: Interval | None, form: Callable[[float], str]) -> str:
-    return "" if interval is None else f" [{form(interval[0])}, {form(interval[1])}]"
-
-
 def _latency(figures: Figures) -> str:
-    return _or_nothing(figures.latency, _time) + _interval(figures.latency_interval, _time)
+    return _or_nothing(figures.latency, _time) + between(figures.latency_interval, _time)
 
 
 def _verdict(report: Report) -> str:

@@ -1,7 +1,6 @@
 """What was done, why, and what it brought: values that the console, JSON and Python read."""
 
 import math
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ import onnx_ir as ir
 from onnxcomp import __version__, runtime
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Outcome, Pass, Skip, Width
+from onnxcomp.machine import machine
 from onnxcomp.runtime import Target, Timing
 
 SCHEMA_VERSION = 1
@@ -56,6 +56,8 @@ class Figures:
         score_interval: 95% interval of the metric.
         drop: loss against the original, in the metric's unit; positive is worse.
         memory: bytes by which a fresh process grew that loaded and ran it, or None where there is no limit on that.
+        speedup_interval: quartiles of the speed-up over rounds.
+        drop_interval: 95% interval of the drop, on the same samples.
     """
 
     size: int
@@ -66,6 +68,8 @@ class Figures:
     score_interval: Interval | None = None
     drop: float | None = None
     memory: int | None = None
+    speedup_interval: Interval | None = None
+    drop_interval: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,7 @@ def environment(target: Target, batch: int, seed: int = 0) -> dict[str, str | in
         "provider": target.providers[0],
         "threads": target.threads,
         "batch": batch,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": machine(),
         "python": platform.python_version(),
         "seed": seed,
     }

@@ -334,6 +334,11 @@ class Timing:
     speedup_low: float
     speedup_high: float
 
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """Of the speed-up."""
+        return self.speedup_low, self.speedup_high
+
 
 @dataclass(frozen=True)
 class Protocol:

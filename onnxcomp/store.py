@@ -32,7 +32,7 @@ import onnx_ir as ir
 from onnxcomp import __version__, runtime
 from onnxcomp import model as models
 from onnxcomp.errors import ModelError, OptionError
-from onnxcomp.executors import cores
+from onnxcomp.machine import cores
 from onnxcomp.samples import Dataset
 
 LIMIT = 2 * 10**9

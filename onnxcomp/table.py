@@ -30,8 +30,10 @@ from onnxcomp.units import Units
 from onnxcomp.widths import may_go
 
 FLOAT = "float"
-_LEAST, _MULTIPLE = 0.25, 4
-"""Share of its channels that a group keeps, and what widths are multiples of."""
+LEAST = 0.25
+"""Share of its channels that every group keeps: fewer lose too much for what they save."""
+MULTIPLE = 4
+"""Widths are multiples of this."""
 
 Technique = QuantizeStatic | QuantizeDynamic
 
@@ -146,7 +148,7 @@ def _widths(
     groups: ChannelGroups, forms: Mapping[str, FormTimes], context: Context, feeds: Feeds
 ) -> Iterator[WidthRow]:
     """What is left of the time of a group's chains at each of its widths, an entry for each kind of group."""
-    cuttable = [may_go(group.size, _LEAST, _MULTIPLE) for group in groups]
+    cuttable = [may_go(group.size, LEAST, MULTIPLE) for group in groups]
     clocks = {}
     for place, (name, form) in enumerate(forms.items()):
         context.progress(place, len(forms), f"timing widths in {name}")

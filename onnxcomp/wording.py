@@ -60,9 +60,17 @@ def loss(metric: str, value: float | None) -> str:
     return f"{amount} {'worse' if value > 0 else 'better'}"
 
 
-def ratio(value: float, more: str, less: str) -> str:
-    """`2.19x faster`, or `1.10x slower` for a ratio below 1."""
-    return f"{value:.2f}x {more}" if value >= 1 else f"{1 / value:.2f}x {less}"
+def signed(metric: str, value: float) -> str:
+    """A drop in the metric's unit, as a number; a minus is a gain."""
+    return f"{100 * value:+.2f}" if is_share(metric) else f"{value:+.3g}"
+
+
+def ratio(value: float, more: str, less: str, interval: Interval | None = None) -> str:
+    """`2.19x faster [2.10x, 2.24x]`, or `1.10x slower` for a ratio below 1, whose interval is turned round too."""
+    if value < 1:
+        value, more = 1 / value, less
+        interval = None if interval is None else (1 / interval[1], 1 / interval[0])
+    return f"{value:.2f}x {more}" + between(interval, lambda end: f"{end:.2f}x")
 
 
 def digits(value: float) -> str:

@@ -87,6 +87,8 @@ def test_int8_is_smaller_and_its_loss_is_measured_on_the_evaluation_data(model: 
     assert plain["result"]["score"] == pytest.approx(hits.mean())
     assert plain["original"]["score"] == 1.0
     assert plain["result"]["drop"] == pytest.approx(1 - hits.mean())
+    low, high = plain["result"]["drop_interval"]
+    assert 0 <= low <= plain["result"]["drop"] <= high < 1
     assert any(node.op_type == "QuantizeLinear" for node in onnx.load(written).graph.node)
 
 
@@ -598,7 +600,11 @@ def test_a_page_goes_where_it_is_asked_for(model: Path, data: Path) -> None:
     quick = ["--calib", data, "--effort", "quick", "--threads", 1, "--report", page]
     plain = document(run("optimize", model, *quick, "--json", "-"))
     assert {layer["op"] for layer in plain["layers"]} >= {"Gemm"}
-    assert page.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    text, figures = page.read_text(encoding="utf-8"), plain["result"]
+    assert text.startswith("<!DOCTYPE html>")
+    low, high = figures["speedup_interval"]
+    assert low <= figures["speedup"] <= high
+    assert re.search(r"<b>[\d.]+x (faster|slower) <i>\[[\d.]+x, [\d.]+x\]</i></b>", text)
     assert plain["command"].startswith("onnxcomp optimize ")
     assert "give another name to --report" in run("optimize", model, *quick, "--dry-run", code=2).stderr
     assert f"Wrote {page}" in run("optimize", model, *quick, "--overwrite").stdout

@@ -1,5 +1,6 @@
 """Work on other processes and machines: nothing is lost, and the results are those of one process, byte for byte."""
 
+import asyncio
 import contextlib
 import os
 import pickle
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -248,49 +250,10 @@ def test_a_text_that_names_none_is_refused(text: str) -> None:
     run("optimize", "m.onnx", "--executor", text, code=2)
 
 
-def test_cores_are_those_of_the_affinity_and_of_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 4, 5}, raising=False)
-    for quotas, expected in (([], 3), ([8.0], 3), ([1.5, 2.0], 1.5)):
-        monkeypatch.setattr(executors, "_quotas", lambda *_, quotas=quotas: iter(quotas))
-        assert executors.cores() == expected
+def test_local_takes_the_cores_that_the_target_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executors, "cores", lambda: 1.5)
     assert spare(ONE) == 1
     assert list(executors.beside(abs, [-1, 2, -3, 4])) == [1, 2, 3, 4]
-
-
-GROUPS = {
-    "cpu.max": "150000 100000",
-    "outer/cpu.max": "max 100000",
-    "outer/inner/cpu.max": "50000 100000",
-    "cpu/cpu.cfs_quota_us": "-1",
-    "cpu/cpu.cfs_period_us": "100000",
-    "cpu/outer/cpu.cfs_quota_us": "400000",
-    "cpu/outer/cpu.cfs_period_us": "100000",
-}
-
-
-@pytest.mark.parametrize(
-    ("own", "expected"),
-    [
-        ("0::/outer/inner\n", [0.5, 1.5]),
-        ("0::/\n", [1.5]),
-        ("0::/elsewhere:odd\n", [1.5]),
-        ("4:memory:/outer\n1:cpu,cpuacct:/outer\n", [4.0]),
-        ("4:cpuset:/outer\n", []),
-        (None, []),
-    ],
-)
-def test_quotas_are_those_of_every_group_around_the_process(
-    tmp_path: Path, own: str | None, expected: list[float]
-) -> None:
-    for name, text in GROUPS.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(f"{text}\n")
-    if own is not None:
-        (tmp_path / "own").write_text(own)
-    assert list(executors._quotas(tmp_path / "own", tmp_path)) == expected
-
-
-def test_local_takes_the_cores_that_the_target_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "cores", lambda: 8)
     assert [spare(Target(threads=count)) for count in (0, 1, 2, 3, 8, 16)] == [1, 8, 4, 2, 1, 1]
     assert spare(Target("cuda", 1)) == 1
@@ -441,6 +404,92 @@ def test_an_error_comes_back_from_dask(cluster: Any) -> None:
     with opened(address(cluster), ONE) as executor, pytest.raises(DataError, match="sample 3 is odd") as caught:
         list(mapped(refuse, range(9), executor, room=4))
     assert caught.value.remedy == "leave it out"
+
+
+def die_elsewhere(home: int, number: int) -> int:
+    """Kill the process that works on it, unless it is home."""
+    return number * number if os.getpid() == home else die(number)
+
+
+async def serve(sender: Any) -> None:
+    """A whole cluster in this process, until it ends."""
+    import distributed
+
+    async with (
+        distributed.Scheduler(dashboard_address=":0", host="127.0.0.1", port=0) as scheduler,
+        distributed.Worker(scheduler.address, nthreads=1) as worker,
+    ):
+        sender.send(scheduler.address)
+        await worker.finished()
+
+
+async def work(address: str) -> None:
+    """A worker in this process, until it ends."""
+    import distributed
+
+    async with distributed.Worker(address, nthreads=1) as worker:
+        await worker.finished()
+
+
+def run_there(server: Callable[[Any], Any], given: Any) -> None:
+    asyncio.run(server(given))
+
+
+@contextlib.contextmanager
+def started(server: Callable[[Any], Any], given: Any) -> Iterator[BaseProcess]:
+    """A process that serves until it is killed."""
+    process = get_context("spawn").Process(target=run_there, args=(server, given), daemon=True)
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
+
+
+@pytest.mark.parametrize("way", ["SIGKILL", "SIGSTOP"])
+def test_a_scheduler_that_ends_between_two_uses_is_done_without(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed", reason="pip install 'onnxcomp[dask]'")
+    receiver, sender = get_context("spawn").Pipe(duplex=False)
+    with started(serve, sender) as process, opened(receiver.recv().replace("tcp", "dask"), ONE) as executor:
+        assert list(mapped(abs, range(-4, 0), executor, room=4)) == [4, 3, 2, 1]
+        monkeypatch.setattr(executors, "_ANSWER", 0.3)
+        os.kill(process.pid or 0, getattr(signal, way))
+        for _ in range(2):
+            assert list(mapped(abs, range(-4, 0), executor, room=4)) == [4, 3, 2, 1]
+
+
+def test_when_all_workers_are_lost_the_rest_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    distributed = pytest.importorskip("distributed", reason="pip install 'onnxcomp[dask]'")
+    with (
+        distributed.LocalCluster(n_workers=0, protocol="tcp", dashboard_address=":0", silence_logs=50) as alone,
+        started(work, alone.scheduler_address),
+    ):
+        alone.wait_for_workers(1)
+        with opened(address(alone), ONE) as executor:
+            monkeypatch.setattr(executors, "_ANSWER", 0.3)
+            function = partial(die_elsewhere, os.getpid())
+            assert list(mapped(function, range(5), executor, room=2)) == [0, 1, 4, 9, 16]
+            found = mapped(function, range(5), executor, room=4)
+            assert next(found) == 0
+            found.close()  # type: ignore[attr-defined]  # does not wait for the others
+
+
+def test_an_error_of_a_submission_is_told_unless_the_scheduler_went_away() -> None:
+    class Client:
+        status = "running"
+
+        def get_executor(self, pure: bool) -> "Client":
+            return self
+
+        def submit(self, function: Callable[..., Any], status: str) -> Future[Any]:
+            self.status = status
+            raise TypeError(status)
+
+    executor = executors._Dask(Client(), "dask:x")
+    with pytest.raises(TypeError):
+        executor.submit(abs, "running")
+    assert executor.submit(abs, "closed").cancelled()
 
 
 def test_a_cluster_that_does_not_answer_is_an_option_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ LAYERS = (
     {"errors", "numerics"},
     {"protos", "files", "model", "graph", "layers", "symbolic", "cost", "scoring", "user_metric", "metrics", "budget",
      "samples", "npz", "images", "synthetic", "data"},
-    {"runtime", "executors", "fresh", "footprint", "stopwatch", "profiling", "store",
+    {"machine", "runtime", "executors", "fresh", "footprint", "stopwatch", "profiling", "store",
      "deadline"},
     {"core"},
     {"observations", "probe", "calibration", "equivalence", "weights", "decode", "rescale", "integers",

@@ -37,7 +37,7 @@ FULL = Report(
     met=True,
     unmet=(),
     original=Figures(4000, 2e-3, (1.9e-3, 2.1e-3), 1.0, 0.99, (0.98, 1.0), 0.0),
-    result=Figures(1000, 1e-3, (0.9e-3, 1.1e-3), 2.0, 0.985, (0.97, 1.0), 0.005),
+    result=Figures(1000, 1e-3, (0.9e-3, 1.1e-3), 2.0, 0.985, (0.97, 1.0), 0.005, None, (1.9, 2.25), (-0.002, 0.012)),
     steps=(Step("Quantize(bits=8)", (Change("conv", "int8"),), (Skip("gemm", "no kernel"),)),),
     trials=(Trial("fp16", Figures(2000, drop=math.inf), "slower"),),
     notes=("a note",),
@@ -198,6 +198,8 @@ def test_progress_shows_on_a_terminal_and_goes_when_done(
 @pytest.mark.parametrize(
     ("form", "value", "text"),
     [
+        (lambda value: wording.ratio(value, "faster", "slower", (0.75, 1.25)), 1.0, "1.00x faster [0.75x, 1.25x]"),
+        (lambda value: wording.ratio(value, "faster", "slower", (0.5, 1.0)), 0.8, "1.25x slower [1.00x, 2.00x]"),
         (wording.byte_count, 999, "999 B"),
         (wording.byte_count, 999_999, "1.00 MB"),
         (wording.byte_count, 12_345_678, "12.3 MB"),

@@ -21,7 +21,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
-from threadpoolctl import threadpool_limits
+
+from onnxcomp.numerics.blas import one_thread
 
 Tensor: TypeAlias = NDArray[np.floating[Any]]
 Floats: TypeAlias = NDArray[np.float64]
@@ -93,7 +94,7 @@ def fit(
         For each layer, as it came in.
     """
     # Parts run beside each other, each in one thread: copies then do not wait for products.
-    with threadpool_limits(1), ThreadPoolExecutor(os.cpu_count()) as pool:  # type: ignore[no-untyped-call]
+    with one_thread(), ThreadPoolExecutor(os.cpu_count()) as pool:
         chain = _Chain(links, parts, seed, damping, pool)
         start, limits = np.zeros(chain.size), {"maxiter": _STEPS, "maxfun": 2 * _STEPS}
         best, least = start, (before := chain.error(start, held_out))
@@ -115,12 +116,6 @@ def fit(
 
         found = minimize(loss, start, method="L-BFGS-B", jac=True, options=limits, callback=judge if held_out else None)  # type: ignore[call-overload]
         return chain.parameters(best if held_out else scale * found.x)
-
-
-def error(links: Sequence[Link], parts: Sequence[Part]) -> float:
-    """The squared error of what the last layer gives, summed."""
-    weights = [_single(link.weight, link.bias) for link in links]
-    return sum(_missed(links, weights, part) for part in parts)
 
 
 _Weights: TypeAlias = tuple[Tensor, Tensor | None]
