@@ -47,9 +47,10 @@ def layer_rows(
     costs = node_costs(original), node_costs(result)
     units = _Units(original, {cost.name for cost in costs[0]})
     before, after = profiles((original, result), target, run)
-    times = units.times(before), units.times(after)
+    both = units, units.of_result(result, {cost.name for cost in costs[1]})
+    times = tuple(of.times(profile) for of, profile in zip(both, (before, after), strict=True))
     parameters = {cost.name: cost.parameters for cost in costs[0]}
-    sizes = tuple(units.bytes(found, parameters) for found in costs)
+    sizes = tuple(of.bytes(found, parameters) for of, found in zip(both, costs, strict=True))
     techniques = units.techniques(steps)
     errors = units.errors(original, result, target, samples)
     histograms = _histograms(

@@ -4,15 +4,15 @@ Residual networks keep working without some of their blocks (Veit et al. 2016, "
 of Relatively Shallow Networks"). Unlike narrower layers, a missing one saves its time whatever the kernels.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxcomp.core import Parts, whole
+from onnxcomp.core import Change, Parts, Skip, whole
 from onnxcomp.errors import OptionError
 from onnxcomp.graph import constant_of, remove_unused
-from onnxcomp.layers import layer_of
+from onnxcomp.layers import layer_of, layers
 from onnxcomp.relations import Shapes
 
 
@@ -30,11 +30,11 @@ class Branch:
     operand: int
     nodes: frozenset[str]
 
-    @property
-    def said(self) -> str:
-        """What it is to be without it."""
-        count = len(self.nodes) - 1
-        return f"without a branch of {count} {'node' if count == 1 else 'nodes'}"
+    def changes(self) -> list[Change]:
+        """What becomes of the sum, and of all that goes with it."""
+        gone = sorted(self.nodes - {self.join})
+        said = f"without a branch of {len(gone)} {'node' if len(gone) == 1 else 'nodes'}"
+        return [Change(self.join, said), *(Change(name, f"gone with the branch at '{self.join}'") for name in gone)]
 
 
 def named(known: Iterable[Branch], parts: Parts) -> list[Branch]:
@@ -78,6 +78,26 @@ def branches(model: ir.Model, shapes: Shapes) -> list[Branch]:
                 names = frozenset(node.name or "" for node in (*nodes, join))
                 found.append(Branch(join.name or "", operand, names))
     return found
+
+
+def spared(model: ir.Model, known: Iterable[Branch], gone: Collection[Branch], reason: str) -> list[Skip]:
+    """Why sums keep operands that can go, and with them the layers that these hold.
+
+    Args:
+        model: with all of them.
+        known: branches that can go.
+        gone: those that do.
+        reason: why the others do not.
+    """
+    lost = {name for branch in gone for name in branch.nodes}
+    weighty = {layer.name for layer in layers(model)}
+    joins = {
+        name: branch.join
+        for branch in known
+        if branch.join not in lost
+        for name in (branch.join, *sorted(branch.nodes & weighty - lost))
+    }
+    return [Skip(name, f"the branch at '{join}' stays: {reason}") for name, join in joins.items()]
 
 
 def _only_for(join: ir.Node, operand: int, order: Mapping[ir.Node, int]) -> set[ir.Node]:

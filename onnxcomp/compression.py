@@ -73,7 +73,7 @@ def compress(
             skips += [Skip(node.name or "", reason) for node in weight.nodes]
     made = original.clone()
     found: dict[Weight, Encoded | str] = {}
-    fitted: list[str] = []
+    fitted: list[Change] = []
     if reconstruct and context.data is not None:
         found, fitted, notes = _in_turn(original, made, chosen, decoded, context, context.data, encode)
         skips += notes
@@ -95,8 +95,9 @@ def compress(
     if after >= before:
         reason = f"the model would take {after} bytes, and takes {before}"
         return Outcome(model, (), (*skips, *(Skip(node.name or "", reason) for w in smaller for node in w.nodes)))
-    said = {node.name or "": describe(encoded) for weight, encoded in smaller.items() for node in weight.nodes}
-    changes = [Change(name, what) for name, what in (dict.fromkeys(fitted, "fitted again") | said).items()]
+    said = {change.node: change.what for change in fitted}
+    said |= {node.name or "": describe(encoded) for weight, encoded in smaller.items() for node in weight.nodes}
+    changes = [Change(name, what) for name, what in said.items()]
     return Outcome(made, tuple(changes), tuple(skips))
 
 
@@ -176,14 +177,12 @@ def _in_turn(
     context: Context,
     data: Dataset,
     encode: Encode,
-) -> tuple[dict[Weight, Encoded | str], list[str], list[Skip]]:
-    """Those of layers that can be fitted, one after another, in place; and the layers that were."""
+) -> tuple[dict[Weight, Encoded | str], list[Change], list[Skip]]:
+    """Those of layers that can be fitted, one after another, in place; and what was fitted and what not."""
     by_layer = {weight.layer.name: weight for weight in chosen if weight.layer is not None}
     found: dict[Weight, Encoded | str] = {}
-    fitted: list[str] = []
 
     def project(layer: Layer, matrix: Matrix, H: Matrix) -> Matrix:
-        fitted.append(layer.name)
         weight = by_layer.get(layer.name)
         if sparse(layer.matrix()):  # zeros stay zeros
             kept = np.split(layer.matrix() != 0, len(H))
@@ -196,8 +195,7 @@ def _in_turn(
             return result.decoded()
         return layer.matrix().astype(np.float64) if weight.value in decoded else matrix
 
-    notes = fit(original, made, {}, data, context, project=project)
-    return found, fitted, notes
+    return found, *fit(original, made, {}, data, context, project=project)
 
 
 def _as_they_are(

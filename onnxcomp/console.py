@@ -19,7 +19,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from onnxcomp.core import Width, no_progress
+from onnxcomp.core import CHANNELS_LEFT, Width, no_progress
 from onnxcomp.explanation import Explanation, LayerRow
 from onnxcomp.family import Family
 from onnxcomp.files import write_text
@@ -240,8 +240,7 @@ def _step(step: Step, verbose: bool) -> Iterator[RenderableType]:
         yield line("    nothing changed")
     elif step.widths:
         yield from _widths(step.widths)
-        narrowed = {width.group.partition("#")[0] for width in step.widths}
-        changes = grouped([(change.node, change.what) for change in step.changes if change.node not in narrowed])
+        changes = [(what, nodes) for what, nodes in changes if CHANNELS_LEFT not in what]
     for what, nodes in changes[:_GROUPS]:
         yield line(f"    {len(nodes):>4} x {what}")
     for reason, nodes in skips[:_GROUPS]:

@@ -54,8 +54,10 @@ Setting: TypeAlias = int | float | str
 Parts: TypeAlias = tuple[tuple[str, Setting], ...]
 """Settings by the name of the part."""
 
-NOT_NAMED = "it is not among the parts that were named"
+NOT_NAMED = "it is not among the parts that the recipe names"
 """Why a pass that was told which parts to treat left another alone."""
+CHANNELS_LEFT = "channels left"
+"""What a change says of a layer that is narrower, behind numbers that a `Width` tells too."""
 
 
 def whole(setting: Setting) -> int:

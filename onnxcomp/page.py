@@ -509,7 +509,7 @@ def _group(what: str, nodes: Sequence[str]) -> str:
 
 
 def _skips(steps: Sequence[Step]) -> str:
-    heading = "What was left as it was, and why"
+    heading = "What was left, and why"
     parts = []
     for step in steps:
         if groups := grouped([(skip.node, skip.reason) for skip in step.skips]):

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.chains import chains
-from onnxcomp.core import Context, Skip
+from onnxcomp.core import Change, Context, Skip
 from onnxcomp.errors import DataError
 from onnxcomp.executors import ahead, beside
 from onnxcomp.graph import Builder, constant_of
@@ -55,7 +55,7 @@ def reconstruct(
     project: Project | None = None,
     jointly: bool = True,
     most: int | None = None,
-) -> list[Skip]:
+) -> tuple[list[Change], list[Skip]]:
     """Fit the layers of the changed model, in place.
 
     Args:
@@ -69,7 +69,7 @@ def reconstruct(
         most: fit so many layers only, the first ones that what changed reaches.
 
     Returns:
-        What was not fitted, and why.
+        What was fitted, and what was not and why.
     """
     nodes = {node.name or "": node for node in original.graph}
     left = {node.name or "" for node in changed.graph}
@@ -80,6 +80,7 @@ def reconstruct(
         pairs = [pair for pair in pairs if pair.after.name not in alike]
     pairs = pairs[:most]
     norms = _Norms(original, changed, outputs, twins, context)
+    fitted: list[str] = []
     by_name = {pair.after.name: pair for pair in pairs}
     every = min(max(-(-data.samples // BATCH), 2), _HELD_OUT)
     in_vain: Counter[Hashable] = Counter()  # by what a row's layers were, and which lost outputs
@@ -97,7 +98,10 @@ def reconstruct(
                 rows = max(_LEAST_ROWS, _ROWS_PER_INPUT * pair.after.input_width)
                 runs = twins.runs(pair, starts=start, settled=not both)
                 reason = _fit(pair, runs, rows / data.samples, every, context.seed, project)
-                skips += [Skip(pair.after.name, f"not fitted again: {reason}")] if reason else []
+                if reason:
+                    skips.append(Skip(pair.after.name, f"not fitted again: {reason}"))
+                else:
+                    fitted.append(pair.after.name)
                 both = both and not reason
                 start = None
         if both:
@@ -108,7 +112,8 @@ def reconstruct(
         done += len(block)
         context.progress(done, len(pairs), "fitting layers again")
     norms.adjust()
-    return skips
+    what = f"fitted again{' on made-up inputs' if context.data is None else ''}"
+    return [Change(name, what) for name in (*fitted, *norms.adjusted)], skips
 
 
 def _pairs(
@@ -175,7 +180,11 @@ def _same(value: ir.Value | None, twin: ir.Value | None, alike: set[ir.Value]) -
 
 
 class _Norms:
-    """The main graph's BatchNormalization nodes, whose statistics follow what reaches them after channels are gone."""
+    """The main graph's BatchNormalization nodes, whose statistics follow what reaches them after channels are gone.
+
+    Attributes:
+        adjusted: names of those whose statistics are others now.
+    """
 
     def __init__(
         self,
@@ -187,6 +196,7 @@ class _Norms:
     ) -> None:
         self._befores = {node.name or "": node for node in original.graph}
         self._outputs, self._twins = outputs, twins
+        self.adjusted: list[str] = []
         self._waiting = [
             node
             for node in changed.graph
@@ -235,6 +245,7 @@ class _Norms:
             assert array is not None
             fitted = Builder(graph).constant(values.astype(array.dtype), f"{value.name}_fitted")
             after.replace_input_with(index, fitted)
+        self.adjusted.append(after.name or "")
 
 
 def _ancestors(node: ir.Node) -> set[ir.Node]:

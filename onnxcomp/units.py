@@ -6,6 +6,8 @@ model and what became of it. What passes add is named after the node or the tens
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from copy import copy
+from typing import Self
 
 import onnx_ir as ir
 
@@ -60,6 +62,20 @@ class Units:
                 return head
             start = start.rpartition("_")[0]
         return name
+
+    def of_result(self, result: ir.Model, running: set[str]) -> Self:
+        """The same units, for what became of the model.
+
+        Where the first node of a unit is gone, what is left of it belongs to what it now follows.
+
+        Args:
+            result: with names on its nodes.
+            running: names of those that run.
+        """
+        now, found = Units(result, running).heads, copy(self)
+        left = {name: self.of(now[name]) for name, head in self.heads.items() if name in now and head not in now}
+        found.heads = self.heads | {name: head for name, head in left.items() if head in now}
+        return found
 
     def bytes(self, costs: Iterable[NodeCost], parameters: Mapping[str, int]) -> dict[str, int]:
         """Bytes of weights by unit; the sum is the model's, but for rounding.

@@ -131,7 +131,9 @@ class Factorize(Pass):
             for name, form in forms.items()
         ]
         if self.reconstruct:
-            skips += reconstruct(original, made, {}, data, context)
+            fitted, unfitted = reconstruct(original, made, {}, data, context)
+            changes += [change for change in fitted if change.node not in forms]
+            skips += unfitted
         remove_unused(made)
         return Outcome(made, tuple(changes), tuple(skips))
 

@@ -8,7 +8,7 @@
    every layer fitted again on the inputs that the pruned model gives it, those in a row together.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -17,12 +17,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.branches import Branch, branches, named, without_branches
+from onnxcomp.branches import Branch, branches, named, spared, without_branches
 from onnxcomp.channels import ChannelGroup, channel_groups
-from onnxcomp.core import Change, Context, Outcome, Parts, Pass, Skip, Width, whole
+from onnxcomp.core import CHANNELS_LEFT, NOT_NAMED, Change, Context, Outcome, Parts, Pass, Skip, Width, whole
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.graph import remove_unused
 from onnxcomp.latency import LatencyModel
+from onnxcomp.layers import Layer, layers
 from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.numerics.saliency import penalised
 from onnxcomp.pruning import Cut, Pruner, Ranking, together
@@ -97,7 +98,9 @@ class Prune(Pass):
         widths: dict[str, Width] = {}
         goal: float | None = None
         traced: ir.Model | None = None
+        known: list[Branch] = []
         gone: list[Branch] = []
+        cuttable: dict[str, ChannelGroup] = {}  # as they were
         for done in range(1 if self.parts else self.rounds):
             try:
                 groups = channel_groups(cuts[-1].model if cuts else model, next(iter(data.batches(1))).feeds)
@@ -105,7 +108,8 @@ class Prune(Pass):
                 skips[Skip("model", f"its channels cannot be traced: {error.fact}")] = None
                 break
             if traced is None:
-                traced, gone = groups.model, named(branches(groups.model, groups.facts.shapes), self.branches)
+                traced, known = groups.model, branches(groups.model, groups.facts.shapes)
+                gone = named(known, self.branches)
             pruner = Pruner(groups, data, context, refit=self.reconstruct)
             if self.parts:
                 rankings = pruner.rank(self.criterion, self.aggregate, self.normalised, dict(self.parts))
@@ -116,24 +120,33 @@ class Prune(Pass):
                 goal = plan.cost.total() * self.remains if goal is None else goal
                 removed = plan.removed((goal / (plan.cost.total() or 1.0)) ** (1 / (self.rounds - done)))
             skips |= dict.fromkeys([*(Skip(frozen.name, frozen.reason) for frozen in groups.frozen), *pruner.skips])
+            able = pruner.cuttable if self.parts else rankings
+            cuttable = {group.name: group for group in groups if group in able} | cuttable
             for group, ranking in rankings.items():
                 widths[group.name] = _narrowed(widths.get(group.name), group, ranking, removed.get(group))
             if removed:
                 cuts.append(pruner.cut(removed))
-        changes = [
-            Change(width.group.partition("#")[0], self._said(width, context))
-            for width in widths.values()
-            if len(width.kept) < width.size
-        ]
+        if traced is None:
+            return Outcome(model, (), tuple(skips))
         pruned = cuts[-1].model if cuts else model
         if gone:
             pruned = without_branches(pruned, [(branch.join, branch.operand) for branch in gone])
-            changes += [Change(branch.join, branch.said) for branch in gone]
-        if changes and self.reconstruct and traced is not None:
-            skips |= dict.fromkeys(reconstruct(traced, pruned, together(cuts), data, context, jointly=self.jointly))
+            skips |= dict.fromkeys(spared(traced, known, gone, NOT_NAMED))
+        changes = [change for branch in gone for change in branch.changes()]
+        lost = {change.node for change in changes}
+        narrow = [width for width in widths.values() if len(width.kept) < width.size]
+        note = ", chosen on made-up inputs" if context.data is None and self._learns else ""
+        narrower = [Change(name, f"{what}{note}") for name, what in _narrower(traced, pruned, cuttable, narrow)]
+        changes += [change for change in narrower if change.node not in lost]
+        skips |= dict.fromkeys(self._left(cuttable, {width.group for width in narrow}))
+        if changes and self.reconstruct:
+            fitted, unfitted = reconstruct(traced, pruned, together(cuts), data, context, jointly=self.jointly)
+            changes += fitted
+            skips |= dict.fromkeys(unfitted)
         if changes:
             remove_unused(pruned)  # the weights as they were before
-        return Outcome(pruned, tuple(changes), tuple(skips), tuple(widths.values()))
+        left = tuple(skip for skip in skips if skip.node not in lost)
+        return Outcome(pruned, tuple(changes), left, tuple(widths.values()))
 
     def _named(self, pruner: Pruner, rankings: Mapping[ChannelGroup, Ranking]) -> dict[ChannelGroup, NDArray[np.int64]]:
         """The channels that go where it is said how many stay.
@@ -162,10 +175,26 @@ class Prune(Pass):
             return dict(removed)
         return {group: pruner.swapped(group, order) for group, order in removed.items()}
 
-    def _said(self, width: Width, context: Context) -> str:
-        learns = self.criterion.needs_data or self.reconstruct or self.rates is Rates.MEASURED
-        note = ", fitted on made-up inputs" if context.data is None and learns else ""
-        return f"{len(width.kept)} of {width.size} channels left{note}"
+    @property
+    def _learns(self) -> bool:
+        """Whether data tell which channels go."""
+        return self.criterion.needs_data or self.rates is Rates.MEASURED
+
+    def _left(self, cuttable: Mapping[str, ChannelGroup], narrow: Collection[str]) -> Iterator[Skip]:
+        """Why layers make all channels that they made."""
+        makers = {name for group in narrow for name in cuttable[group].made_by}
+        for name, group in cuttable.items():
+            if name not in narrow:
+                yield from (Skip(maker, self._reason(group)) for maker in group.made_by if maker not in makers)
+
+    def _reason(self, group: ChannelGroup) -> str:
+        if self.parts:
+            return NOT_NAMED
+        if len(may_go(group.size, self.least, self.multiple)) == 1:
+            return f"at least {self.least:.0%} of its channels, in steps of {self.multiple}, are all of them"
+        if self.threshold is not None:
+            return f"its channels score {self.threshold:g} or more"
+        return "the target is met without it"
 
 
 class _Plan:
@@ -241,6 +270,22 @@ class _Plan:
             None if ranking is None else penalised(ranking.scores, one, self._settings.penalty)
             for ranking, one in zip(rankings, relative, strict=True)
         ]
+
+
+def _narrower(
+    before: ir.Model, after: ir.Model, groups: Mapping[str, ChannelGroup], narrow: Iterable[Width]
+) -> Iterator[tuple[str, str]]:
+    """The layers that make or read fewer channels than before, and what else makes those of a group; with how many."""
+    old, new = ({layer.name: layer for layer in layers(model)} for model in (before, after))
+    for name in (name for name in old if name in new):
+        for side, channels in (("", Layer.by_output), ("input ", Layer.by_input)):
+            size, left = (len(channels(layer)) for layer in (old[name], new[name]))
+            if left < size:
+                yield name, f"{left} of {size} {side}{CHANNELS_LEFT}"
+    for width in narrow:
+        for name in groups[width.group].made_by:
+            if name not in old:
+                yield name, f"{len(width.kept)} of {width.size} {CHANNELS_LEFT}"
 
 
 def _run(data: Dataset, context: Context) -> Feeds:

@@ -17,8 +17,8 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnxcomp.branches import Branch, branches, named, without_branches
-from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Parts, Pass, Skip, name_nodes
+from onnxcomp.branches import Branch, branches, named, spared, without_branches
+from onnxcomp.core import NOT_NAMED, Context, Option, Outcome, Parts, Pass, Skip, name_nodes
 from onnxcomp.cost import node_costs
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
@@ -76,15 +76,14 @@ class PruneDepth(Pass):
         else:
             gone = found.chosen(self.remains, found.costs(self.cost)) if found.branches else []
             reason = "the target is met at less loss elsewhere"
-        left = [branch for branch in found.branches if branch not in gone]
-        skips = [Skip(branch.join, reason) for branch in left]
+        skips = spared(found.model, found.branches, gone, reason)
         if not gone:
             return Outcome(model, (), tuple(skips))
         made = without_branches(found.model, [(branch.join, branch.operand) for branch in gone])
-        note = ", fitted on made-up inputs" if context.data is None and self.reconstruct else ""
-        changes = [Change(branch.join, f"{branch.said}{note}") for branch in gone]
+        changes = [change for branch in gone for change in branch.changes()]
         if self.reconstruct:
-            skips += reconstruct(found.model, made, {}, found.data, context, jointly=self.jointly)
+            fitted, unfitted = reconstruct(found.model, made, {}, found.data, context, jointly=self.jointly)
+            changes, skips = changes + fitted, skips + unfitted
             remove_unused(made)  # the weights as they were before
         return Outcome(made, tuple(changes), tuple(skips))
 

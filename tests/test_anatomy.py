@@ -12,7 +12,10 @@ from onnxcomp import model as models
 from onnxcomp.anatomy import layer_rows
 from onnxcomp.core import Change, Context, Pass, name_nodes
 from onnxcomp.cost import Totals, node_costs
+from onnxcomp.layers import layers
 from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.prune import Prune
+from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.quantize_weights import Form, QuantizeWeights
@@ -21,7 +24,8 @@ from onnxcomp.profiling import _traced
 from onnxcomp.report import LayerRow, Step
 from onnxcomp.runtime import NodeTime, Target
 from onnxcomp.synthetic import synthetic
-from tests.passes.small import network
+from tests.passes.small import context, network
+from tests.passes.test_prune_depth import joins, residual
 
 TARGET = Target(threads=1)
 
@@ -114,13 +118,42 @@ def test_packed_weights_are_read_as_their_kernel_reads_them(bits: int, symmetric
 
 def test_a_layer_that_was_split_sums_up_its_parts() -> None:
     rows = made(Factorize(remains=0.6))
-    split = [row for row in weighted(rows) if any("Factorize" in text for text in row.techniques)]
+    split = [row for row in weighted(rows) if any("of rank" in text for text in row.techniques)]
     assert split
     for row in split:
         assert row.weights_after is None
         assert row.bytes is not None
         assert row.bytes_after is not None
         assert row.bytes_after < row.bytes
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_whatever_has_other_weights_or_is_gone_has_a_technique(deep: bool) -> None:
+    model = residual(1, 1, 1)
+    stem, *inside, _ = [layer.name for layer in layers(model)]
+    gone, narrow = ((joins(model)[1], 1),), ((inside[4], 8),)
+    technique: Pass = (
+        PruneDepth(parts=gone, jointly=False) if deep else Prune(parts=narrow, branches=gone, jointly=False)
+    )
+    outcome = technique(model, context(16))
+    before, after = ({layer.name: layer.matrix() for layer in layers(each)} for each in (model, outcome.model))
+    same = {name for name in after if np.array_equal(before[name], after[name])}
+    rows = rows_of(model, outcome.model, [Step.of(technique, outcome)])
+    untold = {row.name for row in rows.values() if row.op in {"Conv", "Gemm"} and not row.techniques}
+    assert untold == same
+    assert stem in same
+    assert rows[inside[2]].techniques == (f"{type(technique).__name__}: gone with the branch at '{gone[0][0]}'",)
+
+
+def test_what_follows_a_sum_that_is_gone_counts_with_what_it_follows_now() -> None:
+    """Where the sum came right behind a layer: Relu(Relu(x)) = Relu(x), and the second one stays."""
+    model = residual(1, 1)
+    join = joins(model)[0]
+    outcome = PruneDepth(parts=((join, 1),), jointly=False)(model, context())
+    rows = rows_of(model, outcome.model)
+    stem = next(layers(model)).name
+    assert rows[stem].microseconds_after
+    assert join not in rows or rows[join].microseconds_after is None
 
 
 def test_bytes_that_layers_share_are_shared_out() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import pytest
 
 import onnxcomp
 from onnxcomp import model as models
-from onnxcomp.core import Change, Skip
+from onnxcomp.core import Change, Pass, Skip
 from onnxcomp.errors import ModelError
 from onnxcomp.explanation import Explanation, LayerRow, explain
+from onnxcomp.layers import layers
 from onnxcomp.passes.factorize import Factorize
+from onnxcomp.passes.prune import Prune
+from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.share import Share
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.recipe import Recipe
@@ -30,6 +34,7 @@ from tests.lab import Lab, integers, lab, network
 from tests.lab import samples as lab_samples
 from tests.passes.small import context as small_context
 from tests.passes.small import network as small_network
+from tests.passes.test_prune_depth import joins, residual
 from tests.test_report import SCHEMA, shown
 
 __all__ = ["lab"]
@@ -115,14 +120,61 @@ def test_layers_that_no_pass_treats_are_shown_and_those_that_one_made_are_not() 
         onnxcomp.convert(small_network(), [technique], dry_run=True).model
         for technique in (Simplify(), Factorize(reconstruct=False))
     )
-    layers = {node.name for node in small_network().graph if node.op_type in {"Conv", "Gemm"}}
+    names = {layer.name for layer in layers(small_network())}
     rows = explain(cleaned).layers
-    assert {row.name for row in rows} == layers
+    assert {row.name for row in rows} == names
     assert {(row.done, row.left) for row in rows} == {((), ())}
-    assert f"{len(layers)} x " in shown(explain(cleaned))
+    assert f"{len(names)} x " in shown(explain(cleaned))
     assert "as it was: no pass of the recipe treats it" in shown(explain(cleaned))
     assert split.graph.num_nodes() > small_network().graph.num_nodes()
-    assert {row.name for row in explain(split).layers} == layers
+    assert {row.name for row in explain(split).layers} == names
+
+
+def pruned(technique: Pass) -> dict[str, LayerRow]:
+    made = onnxcomp.convert(residual(1, 1, 1), [technique], calib=small_context(16).data, dry_run=True).model
+    return {row.name: row for row in explain(made).layers}
+
+
+def test_layers_that_read_fewer_channels_and_those_fitted_again_say_so() -> None:
+    model = residual(1, 1, 1)
+    stem, *inside, last = [layer.name for layer in layers(model)]
+    rows = pruned(Prune(parts=((inside[2], 12),)))
+    assert set(rows) == {stem, *inside, last}
+    assert rows[inside[2]].done == ("prune: 12 of 16 channels left", "prune: fitted again")
+    assert rows[inside[3]].done == ("prune: 12 of 16 input channels left", "prune: fitted again")
+    assert all(rows[name].done == ("prune: fitted again",) for name in (*inside[4:], last))
+    assert all(rows[name].done == () for name in (stem, *inside[:2]))
+
+
+def test_layers_that_could_have_lost_channels_say_why_they_did_not() -> None:
+    stem, first, second, third, *_ = [layer.name for layer in layers(residual(1, 1, 1))]
+    named, whole = pruned(Prune(parts=((third, 12),))), pruned(Prune(0.98, reconstruct=False, least=0.5))
+    assert rows_left(named) == {"it is not among the parts that the recipe names", "'logits' is an output of the model"}
+    assert all(named[name].left for name in (stem, first, second))
+    assert third not in {name for name, row in named.items() if row.left}
+    assert "the target is met without it" in rows_left(whole)
+    assert all(row.done or row.left for row in whole.values())
+
+
+def rows_left(rows: dict[str, LayerRow]) -> set[str]:
+    return {reason.partition(": ")[2] for row in rows.values() for reason in row.left}
+
+
+@pytest.mark.parametrize("technique", [PruneDepth, Prune])
+def test_every_layer_of_a_branch_that_is_gone_says_so(technique: Callable[..., Pass]) -> None:
+    model = residual(1, 1, 1)
+    stem, *inside, last = [layer.name for layer in layers(model)]
+    gone, other = joins(model)[1], joins(model)[2]
+    parts = ((gone, 1),)
+    narrow = ((inside[2], 12), (inside[4], 8))
+    rows = pruned(technique(parts=parts) if technique is PruneDepth else technique(parts=narrow, branches=parts))
+    said = next(iter(rows[gone].done)).partition(":")[0]
+    for name in inside[2:4]:
+        assert rows[name] == LayerRow(name, (f"{said}: gone with the branch at '{gone}'",), ())
+    assert f"{said}: fitted again" in rows[last].done
+    why = "stays: it is not among the parts that the recipe names"
+    assert all(f"{said}: the branch at '{other}' {why}" in rows[name].left for name in (other, *inside[4:]))
+    assert all(row.done or row.left for name, row in rows.items() if name != stem)
 
 
 # --- size -----------------------------------------------------------------------------------------------------------

@@ -19,8 +19,13 @@ from onnxcomp import page, plots
 from onnxcomp.budget import Budget
 from onnxcomp.core import Change, Skip, Width
 from onnxcomp.errors import OptionError
+from onnxcomp.layers import layers
 from onnxcomp.page import html_of
+from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.report import Figures, Histogram, LayerRow, Step, Trial
+from tests.passes.small import context
+from tests.passes.test_prune_depth import joins, residual
+from tests.test_anatomy import rows_of
 from tests.test_report import FULL
 
 VOID = {"meta", "link", "wbr", "br", "img", "input", "hr"}
@@ -255,6 +260,19 @@ def test_the_table_of_layers_sums_up_what_both_models_take() -> None:
     whole = sum(row.microseconds or 0 for row in BUSY.layers), sum(row.microseconds_after or 0 for row in BUSY.layers)
     assert whole == (1193.0, 128.0)
     assert "in all1.19 ms128 µs" in text.replace(" in all", "in all").replace("in all ", "in all")
+
+
+def test_layers_that_were_fitted_again_or_went_are_not_as_they_were() -> None:
+    model = residual(1, 1)
+    stem, *_ = [layer.name for layer in layers(model)]
+    technique = PruneDepth(parts=((joins(model)[0], 1),), jointly=False)
+    outcome = technique(model, context(8))
+    steps = (Step.of(technique, outcome),)
+    rows = rows_of(model, outcome.model, steps).values()
+    text = Reader(alone(layers=tuple(row for row in rows if row.op in {"Conv", "Gemm"} and row.name != stem))).text
+    assert text.count(f"PruneDepth: gone with the branch at '{joins(model)[0]}'") == 2
+    assert "after: prune depth" in text
+    assert "after: as it was" not in text
 
 
 def test_commands_break_at_options_only() -> None:
