@@ -6,14 +6,19 @@ of Relatively Shallow Networks"). Unlike narrower layers, a missing one saves it
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 
 import onnx_ir as ir
 
-from onnxcomp.core import Change, Parts, Skip, whole
+from onnxcomp.core import Change, Skip
 from onnxcomp.errors import OptionError
 from onnxcomp.graph import constant_of, remove_unused
 from onnxcomp.layers import layer_of, layers
 from onnxcomp.relations import Shapes
+from onnxcomp.settings import within
+
+Operands: TypeAlias = tuple[tuple[str, Annotated[int, within(0, 1)]], ...]
+"""By the name of a sum, which of its operands goes."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +42,27 @@ class Branch:
         return [Change(self.join, said), *(Change(name, f"gone with the branch at '{self.join}'") for name in gone)]
 
 
-def named(known: Iterable[Branch], parts: Parts) -> list[Branch]:
+def named(known: Iterable[Branch], operands: Operands, setting: str) -> list[Branch]:
     """Branches by the names of their sums, and which operand.
 
+    Args:
+        known: those there are.
+        operands: those wanted.
+        setting: of a pass that names them, for messages.
+
     Raises:
-        OptionError: there is none, or a sum would lose both.
+        OptionError: there is none.
     """
     by_name = {(branch.join, branch.operand): branch for branch in known}
     found: list[Branch] = []
-    for join, operand in ((join, whole(operand)) for join, operand in parts):
+    for join, operand in operands:
         if (join, operand) not in by_name:
             names = ", ".join(sorted({join for join, _ in by_name})) or "none"
             raise OptionError(
-                f"'{join}' has no operand {operand} that can go", remedy=f"sums that can lose one: {names}"
+                f"'{join}' has no operand {operand} that can go",
+                remedy=f"sums that can lose one: {names}",
+                setting=(setting, join),
             )
-        if join in {branch.join for branch in found}:
-            raise OptionError(f"'{join}' cannot lose both of its operands", remedy="name one of them")
         found.append(by_name[join, operand])
     return found
 

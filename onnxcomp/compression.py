@@ -6,7 +6,7 @@ their inputs where that can be had. The decoding goes to the front of the graph,
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import calibrate
 from onnxcomp.constants import Weight, decode_weights, stored_bytes, weights_of
-from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Parts, Setting, Skip, name_nodes
+from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Setting, Skip, name_nodes
 from onnxcomp.encodings import Encoded
 from onnxcomp.graph import Builder, prepared, remove_unused
 from onnxcomp.layers import Layer
@@ -30,6 +30,8 @@ _NODES = 256
 """Bytes that the nodes of a decoding take, their names included, where many weights are unpacked together."""
 
 _SPARSE = 0.2
+
+S = TypeVar("S", bound=Setting)
 
 Matrix: TypeAlias = NDArray[np.float64]
 Encode: TypeAlias = Callable[[Weight, Matrix, Matrix], Encoded | str]
@@ -101,7 +103,7 @@ def compress(
     return Outcome(made, tuple(changes), tuple(skips))
 
 
-def by_part(encoder: Callable[[Setting], Encode], parts: Parts) -> Encode:
+def by_part(encoder: Callable[[S], Encode], parts: Iterable[tuple[str, S]]) -> Encode:
     """Each weight by the setting of a node that reads it; what has none is left alone."""
     settings = dict(parts)
 
@@ -115,8 +117,8 @@ def by_part(encoder: Callable[[Setting], Encode], parts: Parts) -> Encode:
 def options(
     model: ir.Model,
     context: Context,
-    settings: Iterable[Setting],
-    encoder: Callable[[Setting], Encode],
+    settings: Iterable[S],
+    encoder: Callable[[S], Encode],
     *,
     integers: bool = False,
 ) -> Iterator[Option]:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -139,12 +139,15 @@ def convert(
         origin: the recipe that the passes were read from, see `apply`.
 
     Raises:
-        InputError: the model, the data or an option cannot be used, or a pass names nodes that are not there.
+        InputError: the model, the data or an option cannot be used, or a pass names nodes that are not there, or needs
+            data without which it would do nothing.
         BudgetError: it loses more than `max_drop`; its `result` is what came out.
     """
     target = Target.of(target)
     recipe = Recipe(tuple(passes), seed, exclude, origin.recipe.places if origin else {})
     recipe.to_yaml()  # refused here, before any work, where it cannot be embedded
+    if calib is None:
+        _refuse_without_data(recipe)
     read = (calib, evaluation, origin.source if origin else None)
     work = _Conversion(source, output, target, batch, overwrite, dry_run, read)
     specs = models.input_specs(work.model) if calib is not None or evaluation is not None else ()
@@ -171,17 +174,31 @@ def _node_names(model: ir.Model) -> set[str]:
     return names
 
 
-def _refuse_unknown(technique: Pass, model: ir.Model, places: Mapping[str, str]) -> None:
+def _refuse_without_data(recipe: Recipe) -> None:
+    """Refuse passes that would do nothing, for want of data."""
+    for number, technique in enumerate(recipe.passes):
+        if technique.needs_data:
+            error = OptionError(
+                f"{technique.name} needs calibration data, and there are none",
+                "data are not part of a recipe",
+                "add --calib, or leave the pass out",
+            )
+            raise error.at(recipe.where(number))
+
+
+def _refuse_unknown(recipe: Recipe, number: int, model: ir.Model) -> None:
     """Refuse a pass that names nodes which the model does not have; a group of channels is a node's name and number."""
+    technique = recipe.passes[number]
     with technique.answering():
-        named = frozenset(map(str, technique.named_nodes()))
+        named = {str(name): setting for name, setting in technique.named_nodes().items()}
     if not named:
         return
     names = _node_names(model)
     if missing := sorted(name for name in named if name not in names and name.rpartition("#")[0] not in names):
-        said = ", ".join(f"'{name}'" + (f" ({places[name]})" if name in places else "") for name in missing)
+        places = [recipe.where(number, named[name], name) for name in missing]
+        said = ", ".join(f"'{name}'" + f" ({place})" * bool(place) for name, place in zip(missing, places, strict=True))
         raise OptionError(
-            f"{technique.name} names nodes that the model does not have: {said}",
+            f"{recipe.passes[number].name} names nodes that the model does not have: {said}",
             did_you_mean(missing[0], names) or "the recipe was made for another model",
             "give the names that `onnxcomp inspect` shows, or leave these out",
         )
@@ -201,12 +218,12 @@ def _refuse_idle(recipe: Recipe, model: ir.Model) -> None:
         return
     pattern, names = re.compile(text), _node_names(model)
     if not any(map(pattern.search, names)):
-        raise OptionError(
-            (f"{recipe.places[text]}: " if text in recipe.places else "")
-            + f"exclude '{text}' matches no node of the model",
+        error = OptionError(
+            f"exclude '{text}' matches no node of the model",
             did_you_mean(text, names) or "the recipe was made for another model",
             "mend the pattern, or leave it out",
         )
+        raise error.at(recipe.places.get(("exclude",), ""))
 
 
 class _Conversion:
@@ -250,9 +267,12 @@ class _Conversion:
         """Apply the passes, measure, judge and write."""
         recipe = replace(recipe, passes=tuple(_settled(technique, context) for technique in recipe.passes))
         current, steps, remarks = self.model, [], []
-        for technique in recipe.passes:
-            _refuse_unknown(technique, current, recipe.places)
-            outcome = technique(current, context)
+        for number, technique in enumerate(recipe.passes):
+            _refuse_unknown(recipe, number, current)
+            try:
+                outcome = technique(current, context)
+            except OptionError as refusal:
+                raise refusal.at(recipe.where(number, *refusal.setting)) from refusal
             remarks += [technique.remark] * (outcome.modified and bool(technique.remark))
             current = outcome.model
             steps.append(Step.of(technique, outcome))

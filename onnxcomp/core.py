@@ -7,7 +7,7 @@ the graph they are handed; calling the pass clones, applies, and checks what eve
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -23,6 +23,7 @@ from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.model import all_nodes, free_inputs, input_specs, spec_of, vocabularies
 from onnxcomp.runtime import Target
 from onnxcomp.samples import Dataset, Feeds
+from onnxcomp.settings import Settings
 from onnxcomp.store import Store
 from onnxcomp.synthetic import synthetic
 
@@ -58,17 +59,6 @@ NOT_NAMED = "it is not among the parts that the recipe names"
 """Why a pass that was told which parts to treat left another alone."""
 CHANNELS_LEFT = "channels left"
 """What a change says of a layer that is narrower, behind numbers that a `Width` tells too."""
-
-
-def whole(setting: Setting) -> int:
-    """A setting that is a whole number.
-
-    Raises:
-        OptionError: it is none.
-    """
-    if isinstance(setting, str) or int(setting) != setting:
-        raise OptionError(f"'{setting}' is not a whole number", remedy="mend the setting of that part")
-    return int(setting)
 
 
 @dataclass(frozen=True)
@@ -237,21 +227,31 @@ class Choice(StrEnum):
 
 
 class Pass(ABC):
-    """One technique. Subclasses are frozen dataclasses with `name` and `summary`."""
+    """One technique. Subclasses are frozen dataclasses with `name` and `summary`.
+
+    Raises:
+        OptionError: a setting is not what its hint says, or beyond its limits.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     exact: ClassVar[bool] = False
     """Whether outputs stay equal up to float rounding."""
+    needs_data: ClassVar[bool] = False
+    """Whether it can do nothing without calibration data."""
     remark: ClassVar[str] = ""
     """What users of any result of it should know."""
 
-    def named_nodes(self) -> frozenset[str]:
-        """Nodes that the settings name: texts in tuples, and the keys of settings by name."""
-        values: list[Any] = [getattr(self, item.name) for item in fields(self)] if is_dataclass(self) else []
-        items = [item for value in values if isinstance(value, tuple) for item in value]
-        keys = [item[0] if isinstance(item, tuple) and item else item for item in items]
-        return frozenset(key for key in keys if isinstance(key, str))
+    def __post_init__(self) -> None:
+        Settings(type(self)).plain(self)
+
+    def named_nodes(self) -> Mapping[str, str]:
+        """Nodes that the settings name, as texts in tuples or as keys, and the setting that does."""
+        settings: list[str] = [setting.name for setting in fields(self)] if is_dataclass(self) else []
+        values: dict[str, Any] = {name: getattr(self, name) for name in settings}
+        items = [(item, name) for name, value in values.items() if isinstance(value, tuple) for item in value]
+        keys = [(item[0] if isinstance(item, tuple) and item else item, name) for item, name in items]
+        return {key: name for key, name in keys if isinstance(key, str)}
 
     @abstractmethod
     def apply(self, model: ir.Model, context: Context) -> Outcome:

@@ -46,7 +46,20 @@ class DataError(InputError):
 
 
 class OptionError(InputError):
-    """A setting, metric or pass name is not understood."""
+    """A setting, metric or pass name is not understood.
+
+    Args:
+        fact, cause, remedy: as of every error.
+        setting: the setting of a pass that it is about, and what is named within that; empty where it is about none.
+    """
+
+    def __init__(self, fact: str, cause: str = "", remedy: str = "", setting: tuple[str, ...] = ()) -> None:
+        super().__init__(fact, cause, remedy)
+        self.setting = setting
+
+    def at(self, place: str) -> "OptionError":
+        """The same with the place in a file that says so, where there is one."""
+        return OptionError(f"{place}: {self.fact}" if place else self.fact, self.cause, self.remedy)
 
 
 class ProviderError(InputError):

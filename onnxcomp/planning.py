@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from onnxcomp.appraisal import Appraisal
-from onnxcomp.core import Option, Parts, Pass
+from onnxcomp.branches import Operands
+from onnxcomp.core import Option, Pass
 from onnxcomp.numerics.choice import Clash, Term
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
@@ -59,8 +60,8 @@ class Plan:
         floats: names of nodes that stay in float although they need not.
     """
 
-    branches: Parts
-    widths: Parts
+    branches: Operands
+    widths: tuple[tuple[str, int], ...]
     others: tuple[Pass, ...]
     forms: Mapping[str, str]
     error: float
@@ -157,7 +158,7 @@ class Planner:
         idle |= {place for unit, place in program.units.items() if unit in lost}
         chosen = [(row, found[place]) for place, row in rows.items() if found[place] and place not in idle]
         forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items() if unit not in lost}
-        narrow = tuple((row.part, row.settings[number]) for row, number in chosen if row.technique is None)
+        narrow = tuple((row.part, int(row.settings[number])) for row, number in chosen if row.technique is None)
         others: dict[Pass, list[Option]] = defaultdict(list)
         for row, number in chosen:
             if row.technique is not None:

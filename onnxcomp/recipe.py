@@ -1,10 +1,10 @@
 """Recipes: which passes, with which settings, in which order. docs/recipes.md documents their YAML."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from io import StringIO
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import yaml
 
@@ -12,6 +12,9 @@ from onnxcomp import registry, settings
 from onnxcomp.core import Pass, node_pattern
 from onnxcomp.errors import OptionError, did_you_mean
 from onnxcomp.settings import Schema, Settings
+
+Path: TypeAlias = tuple[int | str, ...]
+"""What a recipe says, by keys: of a pass its number and name, a setting, and what that names."""
 
 VERSION = 1
 """Of the format."""
@@ -32,7 +35,7 @@ class Recipe:
         passes: what is done, in this order.
         seed: of everything random.
         exclude: regular expression of node names to leave alone.
-        places: where the file that the recipe was read from says what; empty for others.
+        places: where the file that the recipe was read from says what; empty for others. See `where`.
 
     Raises:
         OptionError: `exclude` is not a regular expression, or the seed is negative.
@@ -41,12 +44,22 @@ class Recipe:
     passes: tuple[Pass, ...] = ()
     seed: int = 0
     exclude: str | None = None
-    places: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+    places: Mapping[Path, str] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         node_pattern(self.exclude)
         if self.seed < 0:
             raise OptionError(f"a seed of {self.seed} is not possible", remedy="give 0 or more")
+
+    def where(self, number: int, *names: str) -> str:
+        """Where a file says something of a pass, or names the pass if not that; empty if no file does.
+
+        Args:
+            number: of the pass.
+            names: a setting, and what is named there.
+        """
+        path: Path = (number, self.passes[number].name, *names)
+        return next((self.places[path[:end]] for end in range(len(path), 1, -1) if path[:end] in self.places), "")
 
     def to_yaml(self) -> str:
         """The recipe with all settings: those at their defaults too, for defaults may change.
@@ -89,7 +102,11 @@ class Recipe:
         if not isinstance(steps, yaml.SequenceNode):
             raise settings.refused(steps, "'passes' is not a list", remedy="write one pass on each line, behind a `-`")
         values["passes"] = tuple(map(_step, steps.value))
-        values["places"] = {text: settings.place(node) for text, node in _texts(root)}
+        values["places"] = {(key,): settings.place(value) for key, (_, value) in given.items()} | {
+            (number, *path): settings.place(node)
+            for number, step in enumerate(steps.value)
+            for path, node in _said(step, ())
+        }
         try:
             return cls(**values)
         except OptionError as error:
@@ -126,19 +143,24 @@ def _step(node: yaml.Node) -> Pass:
     try:
         kind = registry.named(name)
     except OptionError as error:
-        raise settings.refused(key, error.fact, error.cause, error.remedy) from error
+        raise error.at(settings.place(key)) from error
     shape = Settings(kind)
     bare = values is None or (isinstance(values, yaml.ScalarNode) and not values.value)
     made: Pass = shape.build(node, {}) if bare or values is None else shape.read(values)
     return made
 
 
-def _texts(node: yaml.Node) -> list[tuple[str, yaml.Node]]:
-    """Each text of a document, keys included, with its node."""
+def _said(node: yaml.Node, path: Path) -> Iterator[tuple[Path, yaml.Node]]:
+    """Each text, behind the keys that lead to it, with its node; keys are texts too."""
     if isinstance(node, yaml.ScalarNode):
-        return [(node.value, node)]
-    parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
-    return [found for part in parts for found in _texts(part)]
+        yield (*path, node.value), node
+    for item in node.value if isinstance(node, yaml.CollectionNode) else []:
+        if isinstance(item, yaml.Node):
+            yield from _said(item, path)
+        else:
+            key, value = item
+            yield (*path, key.value), key
+            yield from _said(value, (*path, key.value))
 
 
 # --- writing --------------------------------------------------------------------------------------------------------

@@ -122,8 +122,12 @@ def named(name: str) -> type[Pass]:
     """The pass of that name.
 
     Raises:
-        OptionError: there is none.
+        OptionError: there is none, or several have it together.
     """
+    if name in GROUPS:
+        raise OptionError(
+            f"'{name}' is a group of passes, no pass", remedy=f"name those meant: {', '.join(GROUPS[name])}"
+        )
     if name not in passes():
         raise unknown(name, passes())
     return passes()[name]

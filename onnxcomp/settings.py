@@ -2,7 +2,8 @@
 
 A hint stands for a form: bool, int, float, str, an Enum of texts, None or another, tuples of fixed and of any length,
 frozen dataclasses as mappings, and `tuple[tuple[str, T], ...]` as a mapping from names to T. Scalars are read by the
-form that is wanted, not by YAML's guess: a node may be called `on`, `12` or `1e3`, and `1e-3` is a number.
+form that is wanted, not by YAML's guess: a node may be called `on`, `12` or `1e3`, and `1e-3` is a number. What is
+annotated has limits: `Annotated[int, within(1, 8)]`.
 """
 
 import contextlib
@@ -11,14 +12,15 @@ import enum
 import functools
 import inspect
 import math
+import operator
 import re
 import types
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
@@ -39,12 +41,64 @@ _KINDS = ("bool", "float", "int", "map", "merge", "null", "seq", "str", "timesta
 _IMPLICIT = {f"tag:yaml.org,2002:{kind}" for kind in _KINDS}
 
 
+@dataclass(frozen=True, eq=False)
+class Limits:
+    """Which values of its type a setting takes.
+
+    Attributes:
+        words: what follows the name of the type, e.g. ` from 1 to 8`.
+        hold: whether a value is one.
+        schema: the same as keywords of a JSON schema, as far as it has words for it.
+    """
+
+    words: str
+    hold: Callable[[Any], bool]
+    schema: Schema
+
+
+def within(
+    least: float | None = None, most: float | None = None, *, above: float | None = None, below: float | None = None
+) -> Limits:
+    """Limits of a number, which may be the `least` or the `most` itself."""
+    rules = [
+        ("above", operator.gt, "exclusiveMinimum", above),
+        ("at least", operator.ge, "minimum", least),
+        ("below", operator.lt, "exclusiveMaximum", below),
+        ("at most", operator.le, "maximum", most),
+    ]
+    given = [(word, holds, key, limit) for word, holds, key, limit in rules if limit is not None]
+    words = " and ".join(f"{word} {limit:g}" for word, _, _, limit in given)
+    if least is not None and most is not None:
+        words = f"from {least:g} to {most:g}"
+    return Limits(
+        f" of {words}" if words.startswith("at") else f" {words}",
+        lambda value: all(holds(value, limit) for _, holds, _, limit in given),
+        {key: limit for _, _, key, limit in given},
+    )
+
+
+def among(*values: int) -> Limits:
+    """Limits of a number that is one of a few."""
+    return Limits(f", {' or '.join(map(str, values))}", lambda value: value in values, {"enum": list(values)})
+
+
+def like(pattern: str, *examples: str) -> Limits:
+    """Limits of a text, by a regular expression for the whole of it."""
+    words = " or ".join(f"`{example}`" for example in examples)
+    return Limits(f" like {words}", lambda text: bool(re.fullmatch(pattern, text)), {"pattern": f"^({pattern})$"})
+
+
 class Form(ABC):
     """What values of a hint look like."""
 
     @abstractmethod
     def plain(self, value: Any) -> Any:
-        """The value as bool, int, float, str, None, list or dict."""
+        """The value as bool, int, float, str, None, list or dict.
+
+        Raises:
+            TypeError, ValueError: it is of another form, or beyond its limits.
+            OptionError: a setting of a dataclass is.
+        """
 
     @abstractmethod
     def read(self, node: yaml.Node) -> Any:
@@ -67,6 +121,10 @@ def form(hint: Any) -> Form:
         OptionError: no setting of a recipe can be of that type.
     """
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        limits = next((item for item in inner[1:] if isinstance(item, Limits)), None)
+        shape = form(inner[0])
+        return replace(shape, limits=limits) if isinstance(shape, _Scalar) else shape
     if hint in _SCALARS:
         return _SCALARS[hint]
     if hint is type(None):
@@ -114,9 +172,12 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """One node of the document, refused where it is no plain data."""
-        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark = event.start_mark
         if self.check_event(yaml.AliasEvent):
             raise OptionError(f"{_at(mark)}: an alias", "a recipe repeats nothing", "write the value itself")
+        if event.anchor is not None:
+            raise OptionError(f"{_at(mark)}: the anchor '&{event.anchor}'", "a recipe repeats nothing", "remove it")
         self.depth += 1
         if self.depth > _DEPTH:
             raise OptionError(f"{_at(mark)}: nested too deeply", remedy="see docs/recipes.md")
@@ -184,6 +245,14 @@ def _found(node: yaml.Node) -> str:
     return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
+def _inside(node: yaml.Node, path: Sequence[str]) -> yaml.Node:
+    """The value at the end of a path of keys, as far as there is one."""
+    for name in path:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        node = next((value for key, value in pairs if key.value == name), node)
+    return node
+
+
 def _is_null(node: yaml.Node) -> bool:
     return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in {"", "~", "null"}
 
@@ -193,17 +262,24 @@ def _is_null(node: yaml.Node) -> bool:
 
 @dataclass(frozen=True)
 class _Scalar(Form):
-    """One plain text after a pattern."""
+    """One plain text after a pattern, perhaps with limits to what it stands for."""
 
-    words: str
+    noun: str
     pattern: str
     json: str
     kind: type
     python: Callable[[Any], Any]
     build: Callable[[str], Any]
+    limits: Limits | None = None
+
+    @property
+    def words(self) -> str:
+        """What is expected."""
+        return self.noun + (self.limits.words if self.limits else "")
 
     def plain(self, value: Any) -> Any:
-        if not isinstance(value, self.kind) or (isinstance(value, bool) and self.json != "boolean"):
+        fits = isinstance(value, self.kind) and (not isinstance(value, bool) or self.json == "boolean")
+        if not fits or not self._holds(value):
             raise TypeError(f"expected {self.words}, found {value!r}")
         return self.python(value)
 
@@ -211,12 +287,15 @@ class _Scalar(Form):
         if isinstance(node, yaml.ScalarNode) and (node.value if node.style is None else self.json == "string"):
             value = self.build(node.value) if re.fullmatch(self.pattern, node.value, re.DOTALL) else None
             overflown = isinstance(value, float) and math.isinf(value) and "inf" not in node.value
-            if value is not None and not overflown:
+            if value is not None and not overflown and self._holds(value):
                 return value
         raise refused(node, f"expected {self.words}, found {_found(node)}", remedy=f"write {self.words}")
 
     def schema(self) -> Schema:
-        return {"type": self.json}
+        return {"type": self.json} | (self.limits.schema if self.limits else {})
+
+    def _holds(self, value: Any) -> bool:
+        return self.limits is None or self.limits.hold(value)
 
 
 _NUMBER = r"[-+]?((\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|\.inf)"
@@ -280,7 +359,13 @@ class _Either(Form):
         for arm in self.arms[:-1]:
             with contextlib.suppress(OptionError):
                 return arm.read(node)
-        return self.arms[-1].read(node)
+        try:
+            return self.arms[-1].read(node)
+        except OptionError as error:
+            words = " or ".join(arm.words for arm in self.arms if isinstance(arm, _Scalar))
+            if not all(isinstance(arm, _Scalar) for arm in self.arms):
+                raise
+            raise refused(node, f"expected {words}, found {_found(node)}", remedy=f"write {words}") from error
 
     def schema(self) -> Schema:
         return {"anyOf": [arm.schema() for arm in self.arms]}
@@ -327,9 +412,14 @@ class _ByName(Form):
     item: Form
 
     def plain(self, value: Any) -> Any:
-        plain = {str(name): self.item.plain(item) for name, item in value}
-        if len(plain) != len(value):
-            raise ValueError("a name is there twice")
+        plain: dict[str, Any] = {}
+        for name, item in value:
+            if name in plain:
+                raise ValueError(f"'{name}' is there twice")
+            try:
+                plain[str(name)] = self.item.plain(item)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"'{name}': {error}") from error
         return plain
 
     def read(self, node: yaml.Node) -> Any:
@@ -354,7 +444,7 @@ class Settings(Form):
             try:
                 plain[name] = shape.plain(getattr(value, name))
             except (TypeError, ValueError) as error:
-                raise OptionError(f"setting '{name}' of {self._name} is not of its type: {error}") from error
+                raise OptionError(f"setting '{name}' of {self._name}: {error}", setting=(name,)) from error
         return plain
 
     def read(self, node: yaml.Node) -> Any:
@@ -372,7 +462,7 @@ class Settings(Form):
         return self.build(node, values)
 
     def build(self, node: yaml.Node, values: Mapping[str, Any]) -> Any:
-        """An instance of values; errors name the node.
+        """An instance of values; errors name the node, or that of the setting which they are about.
 
         Raises:
             OptionError: the values make no sense together.
@@ -380,7 +470,7 @@ class Settings(Form):
         try:
             return self.kind(**values)
         except OptionError as error:
-            raise refused(node, error.fact, error.cause, error.remedy) from error
+            raise error.at(place(_inside(node, error.setting))) from error
         except (TypeError, ValueError) as error:
             raise refused(node, f"{self._name} does not take these settings: {error}") from error
 
@@ -402,14 +492,15 @@ class Settings(Form):
         name: str = getattr(self.kind, "name", self.kind.__name__.lower())
         return name
 
-    def _forms(self) -> dict[str, Form]:
+    @functools.cache  # noqa: B019  (of classes)
+    def _forms(self) -> Mapping[str, Form]:
         """The form of each setting.
 
         Raises:
             OptionError: a setting that no recipe can hold.
         """
         try:
-            hints = typing.get_type_hints(self.kind)
+            hints = typing.get_type_hints(self.kind, include_extras=True)
             return {field.name: form(hints[field.name]) for field in dataclasses.fields(self.kind) if field.init}
         except OptionError as error:
             raise OptionError(f"{self._name}: {error.fact}", error.cause, error.remedy) from error

@@ -82,7 +82,7 @@ def quantize(
         polish: follow with coordinate descent.
         bias_correction: put the mean of what rounding does to a layer's output into its bias.
         equalize: equalize neighbouring layers first; for `Scheme.INT8`.
-        smooth: move activation outliers into weights first; for `Scheme.INT8` and `INT8_DYNAMIC`.
+        smooth: move activation outliers into weights first; for `Scheme.INT8`, and `INT8_DYNAMIC` with `calib`.
         keep_overridable: leave weights that are also graph inputs overridable.
         **common: as for `convert`; `Scheme.INT8` needs `calib`.
 
@@ -97,7 +97,7 @@ def quantize(
         )
     rounding = Rounding(gptq, Rounding.sweeps if polish else 0, bias_correction)
     target = Target.of(common.get("target", Target()))
-    passes = _quantization(scheme, method, rounding, equalize, smooth, target)
+    passes = _quantization(scheme, method, rounding, equalize, smooth and common.get("calib") is not None, target)
     return convert(source, [Simplify(keep_overridable), *passes], **common)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,10 @@ from onnxcomp.numerics.blas import one_thread
 from onnxcomp.numerics.gptq import polish, round_gptq
 from onnxcomp.numerics.ranges import blockwise
 from onnxcomp.observations import Gram
+from onnxcomp.settings import within
+
+WeightBits: TypeAlias = Annotated[int, within(2, 8)]
+"""Bits of the weights of kernels for 8-bit integers."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Rounding:
     """
 
     gptq: bool = True
-    sweeps: int = 3
+    sweeps: Annotated[int, within(0)] = 3
     bias_correction: bool = True
     search: bool = True
 

@@ -9,22 +9,25 @@ model no faster.
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.compression import Encode, Matrix, by_part, compress, options
 from onnxcomp.constants import Weight
-from onnxcomp.core import Context, Option, Outcome, Parts, Pass, Setting, whole
+from onnxcomp.core import Context, Option, Outcome, Pass
 from onnxcomp.encodings import Codes, Encoded, Sum
 from onnxcomp.errors import OptionError
 from onnxcomp.layers import end_layers
 from onnxcomp.numerics.codebook import Indices, share
 from onnxcomp.numerics.scaled import TERNARY, fit_scaled, plain_scaled, signs
+from onnxcomp.settings import like, within
 
 _BASES = 4
 _TERNARY = "ternary"
+
+Bases: TypeAlias = Annotated[int, within(1, _BASES)]
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,18 @@ class Binarize(Pass):
     )
 
     ternary: bool = False
-    bases: int = 1
-    ends: int = 8
+    bases: Bases = 1
+    ends: Annotated[int, within(0, 8)] = 8
     reconstruct: bool = True
-    parts: Parts = ()
+    parts: tuple[tuple[str, Bases | Annotated[str, like(_TERNARY, _TERNARY)]], ...] = ()
 
     def __post_init__(self) -> None:
-        if not (1 <= self.bases <= _BASES and 0 <= self.ends <= 8 and (self.bases == 1 or not self.ternary)):
+        super().__post_init__()
+        if self.ternary and self.bases > 1:
             raise OptionError(
-                f"{self.bases} bases and {self.ends} bits at the ends make no sense here",
-                remedy=f"give 1 to {_BASES} bases, 1 for ternary weights, and 0 to 8 bits",
+                f"ternary weights of {self.bases} bases make no sense",
+                remedy="give 1 base, or signs alone",
+                setting=("bases",),
             )
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
@@ -71,13 +76,12 @@ class Binarize(Pass):
 
     def options(self, model: ir.Model, context: Context) -> Iterator[Option]:
         """Ternary weights and every number of bases, by thresholds: an upper bound, for the pass feeds errors back."""
-        settings: list[Setting] = [1, _TERNARY, *range(2, _BASES + 1)]
+        settings: list[int | str] = [1, _TERNARY, *range(2, _BASES + 1)]
         return options(model, context, settings, lambda setting: self._with(setting)._encode(set(), _by_thresholds))
 
-    def _with(self, setting: Setting) -> "Binarize":
-        if setting == _TERNARY:
-            return replace(self, ternary=True, bases=1, parts=())
-        return replace(self, ternary=False, bases=whole(setting), parts=())
+    def _with(self, setting: int | str) -> "Binarize":
+        bases = 1 if isinstance(setting, str) else setting
+        return replace(self, ternary=setting == _TERNARY, bases=bases, parts=())
 
     def _encode(self, ends: Collection[str], fit: Callable[[Matrix, Matrix, Matrix], tuple[Indices, Matrix]]) -> Encode:
         patterns = TERNARY if self.ternary else signs(self.bases)

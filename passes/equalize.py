@@ -8,7 +8,7 @@ convolution, are swept over until no scale moves.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnxcomp.core import Change, Context, Outcome, Pass, Skip
 from onnxcomp.numerics.equalize import cross_layer
 from onnxcomp.rescale import Site, sites
+from onnxcomp.settings import within
 
 _SETTLED = 0.01
 """Largest |log s| that counts as equal: a range 1% off costs nothing."""
@@ -34,7 +35,7 @@ class Equalize(Pass):
     summary: ClassVar[str] = "cross-layer equalization: neighbouring layers share the range of each channel"
     exact: ClassVar[bool] = True
 
-    sweeps: int = 20
+    sweeps: Annotated[int, within(1)] = 20
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Sweep over all pairs of layers until they are equal."""

@@ -12,14 +12,14 @@ layer by itself are not used.
 
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.calibration import calibrate
-from onnxcomp.core import NOT_NAMED, Change, Choice, Context, Option, Outcome, Parts, Pass, Setting, Skip, name_nodes
+from onnxcomp.core import NOT_NAMED, Change, Choice, Context, Option, Outcome, Pass, Skip, name_nodes
 from onnxcomp.cost import Totals
 from onnxcomp.effects import Answers
 from onnxcomp.errors import OnnxcompError, OptionError
@@ -33,6 +33,7 @@ from onnxcomp.numerics.lowrank import Factors, LowRank
 from onnxcomp.observations import Gram
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.samples import Dataset, Feeds
+from onnxcomp.settings import like, within
 from onnxcomp.splitting import Clock, alike, alone, kernel_of, merge_into_followers, split
 from onnxcomp.timing import profiles, ratio
 from onnxcomp.widths import Cost, totals
@@ -42,6 +43,7 @@ _PROBES = 4
 """Forms of each layer at which it is measured what its error does to the outputs."""
 _TIMED = 3
 """Times that a latency is measured and the forms chosen again."""
+_FORM = "(svd|spatial|cp) [1-9][0-9]*|tucker [1-9][0-9]* [1-9][0-9]*"
 
 
 class Method(Choice):
@@ -68,32 +70,33 @@ class Factorize(Pass):
         remains: share of the cost that is to remain.
         cost: which cost.
         method: which forms are tried.
-        energy: share of each layer's output energy to keep, in place of a target; None chooses by target.
+        energy: share of each layer's output energy to keep, in place of what remains; None chooses by that.
         multiple: ranks are multiples of this.
         reconstruct: fit all stages again.
         parts: forms by the name of a node, e.g. `svd 12` or `tucker 8 16`; where any is named, no other is treated.
 
     Raises:
-        OptionError: a setting that makes no sense.
+        OptionError: a setting out of range, or both a share that remains and an energy.
     """
 
     name: ClassVar[str] = "factorize"
     summary: ClassVar[str] = "low-rank decomposition of layers, by SVD, spatial SVD, Tucker-2 or CP"
 
-    remains: float = 0.7
+    remains: Annotated[float, within(above=0, most=1)] = 0.7
     cost: Cost = Cost.PARAMS
     method: Method = Method.AUTO
-    energy: float | None = None
-    multiple: int = 1
+    energy: Annotated[float, within(above=0, below=1)] | None = None
+    multiple: Annotated[int, within(1)] = 1
     reconstruct: bool = True
-    parts: Parts = ()
+    parts: tuple[tuple[str, Annotated[str, like(_FORM, "svd 12", "tucker 8 16")]], ...] = ()
 
     def __post_init__(self) -> None:
-        if not (0 < self.remains <= 1 and self.multiple >= 1 and (self.energy is None or 0 < self.energy < 1)):
+        super().__post_init__()
+        if self.energy is not None and self.remains != Factorize.remains:
             raise OptionError(
-                f"a target of {self.remains:.4g}, an energy of {self.energy} or ranks in steps of {self.multiple} "
-                "make no sense",
-                remedy="give shares between 0 and 1, and steps of 1 or more",
+                f"a remaining share of {self.remains:.4g} and an energy of {self.energy:.4g} exclude each other",
+                remedy="leave one of them out",
+                setting=("energy",),
             )
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
@@ -168,19 +171,20 @@ class Factorize(Pass):
         return {layer.name: _form(layer, grams[layer.name], settings[layer.name]) for layer in layers}
 
 
-def _form(layer: Layer, gram: Gram, setting: Setting) -> Factors:
+def _form(layer: Layer, gram: Gram, setting: str) -> Factors:
     """The form of a layer that a setting names.
 
     Raises:
         OptionError: it names none that the layer has.
     """
-    kind, *ranks = str(setting).split()
+    kind, *ranks = setting.split()
     low = LowRank(kernel_of(layer), _moment(layer, gram))
     known = low.kinds()
-    if known.get(kind) != len(ranks) or not all(rank.isdecimal() and int(rank) for rank in ranks):
+    if kind not in known:
         raise OptionError(
             f"layer '{layer.name}' has no form '{setting}'",
-            remedy=f"name {' or '.join(known)}, and one rank, or two for tucker: `svd 12`, `tucker 8 16`",
+            remedy=f"name {' or '.join(known)}",
+            setting=("parts", layer.name),
         )
     return low.form(kind, tuple(map(int, ranks)))
 

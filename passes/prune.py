@@ -11,15 +11,15 @@
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.branches import Branch, branches, named, spared, without_branches
+from onnxcomp.branches import Branch, Operands, branches, named, spared, without_branches
 from onnxcomp.channels import ChannelGroup, channel_groups
-from onnxcomp.core import CHANNELS_LEFT, NOT_NAMED, Change, Context, Outcome, Parts, Pass, Skip, Width, whole
+from onnxcomp.core import CHANNELS_LEFT, NOT_NAMED, Change, Context, Outcome, Pass, Skip, Width
 from onnxcomp.errors import OnnxcompError, OptionError
 from onnxcomp.graph import remove_unused
 from onnxcomp.latency import LatencyModel
@@ -30,6 +30,7 @@ from onnxcomp.pruning import Cut, Pruner, Ranking, together
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset, Feeds
+from onnxcomp.settings import within
 from onnxcomp.widths import Cost, CostModel, Curve, Priced, Rates, allocate, below, by_score, by_share, may_go
 
 _TIMED = 3
@@ -58,34 +59,35 @@ class Prune(Pass):
         branches: by the name of a sum, which of its operands goes too, 0 or 1, before all is fitted again together.
 
     Raises:
-        OptionError: a setting that makes no sense.
+        OptionError: a setting out of range, or both a share that remains and a threshold.
     """
 
     name: ClassVar[str] = "prune"
     summary: ClassVar[str] = "structured pruning: coupled channels go physically, the others are fitted again"
 
-    remains: float = 0.7
+    remains: Annotated[float, within(above=0, most=1)] = 0.7
     cost: Cost = Cost.FLOPS
     criterion: Criterion = Criterion.OBS
     aggregate: Aggregate = Aggregate.MEAN
     normalised: bool = True
     rates: Rates = Rates.MEASURED
-    penalty: float = 0.0
+    penalty: Annotated[float, within(0)] = 0.0
     threshold: float | None = None
-    rounds: int = 1
+    rounds: Annotated[int, within(1)] = 1
     reconstruct: bool = True
     jointly: bool = True
-    multiple: int = 2
-    least: float = 0.1
-    parts: Parts = ()
-    branches: Parts = ()
+    multiple: Annotated[int, within(1)] = 2
+    least: Annotated[float, within(0, 1)] = 0.1
+    parts: tuple[tuple[str, Annotated[int, within(1)]], ...] = ()
+    branches: Operands = ()
 
     def __post_init__(self) -> None:
-        if not (0 < self.remains <= 1 and 0 <= self.least <= 1 and self.multiple >= 1 and self.rounds >= 1):
+        super().__post_init__()
+        if self.threshold is not None and self.remains != Prune.remains:
             raise OptionError(
-                f"a target of {self.remains:.4g}, a least share of {self.least:.4g}, widths in steps of "
-                f"{self.multiple} or {self.rounds} rounds make no sense",
-                remedy="give shares between 0 and 1, and steps and rounds of 1 or more",
+                f"a remaining share of {self.remains:.4g} and a threshold of {self.threshold:.4g} exclude each other",
+                remedy="leave one of them out",
+                setting=("threshold",),
             )
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
@@ -109,7 +111,7 @@ class Prune(Pass):
                 break
             if traced is None:
                 traced, known = groups.model, branches(groups.model, groups.facts.shapes)
-                gone = named(known, self.branches)
+                gone = named(known, self.branches, "branches")
             pruner = Pruner(groups, data, context, refit=self.reconstruct)
             if self.parts:
                 rankings = pruner.rank(self.criterion, self.aggregate, self.normalised, dict(self.parts))
@@ -156,13 +158,19 @@ class Prune(Pass):
         """
         groups = {group.name: group for group in pruner.groups}
         removed = {}
-        for name, setting in self.parts:
-            kept, group = whole(setting), groups.get(name)
+        for name, kept in self.parts:
+            group, setting = groups.get(name), ("parts", name)
             if group is None:
                 known = ", ".join(groups) or "none"
-                raise OptionError(f"there is no group of channels '{name}'", remedy=f"those there are: {known}")
-            if not 0 < kept <= group.size:
-                raise OptionError(f"group '{name}' has {group.size} channels, and cannot keep {kept}")
+                raise OptionError(
+                    f"there is no group of channels '{name}'", remedy=f"those there are: {known}", setting=setting
+                )
+            if kept > group.size:
+                raise OptionError(
+                    f"group '{name}' has {group.size} channels, and cannot keep {kept}",
+                    remedy=f"give 1 to {group.size}",
+                    setting=setting,
+                )
             if group in rankings and kept < group.size:
                 removed[group] = rankings[group].order[: group.size - kept]
         return self._swapped(pruner, removed)

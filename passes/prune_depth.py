@@ -13,21 +13,22 @@ Narrow layers often take as long as wide ones (kernels work in blocks of channel
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import onnx_ir as ir
 
-from onnxcomp.branches import Branch, branches, named, spared, without_branches
-from onnxcomp.core import NOT_NAMED, Context, Option, Outcome, Parts, Pass, Skip, name_nodes
+from onnxcomp.branches import Branch, Operands, branches, named, spared, without_branches
+from onnxcomp.core import NOT_NAMED, Context, Option, Outcome, Pass, Skip, name_nodes
 from onnxcomp.cost import node_costs
 from onnxcomp.effects import Answers
-from onnxcomp.errors import OnnxcompError, OptionError
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.facts import observe, sized
 from onnxcomp.graph import remove_unused
 from onnxcomp.model import free_inputs, spec_of
 from onnxcomp.reconstruction import reconstruct
 from onnxcomp.relations import Shapes
 from onnxcomp.samples import Dataset
+from onnxcomp.settings import within
 from onnxcomp.timing import profiles
 from onnxcomp.widths import Cost
 
@@ -47,23 +48,17 @@ class PruneDepth(Pass):
         parts: by the name of a sum, which of its operands goes, 0 or 1; where any is named, no other goes.
 
     Raises:
-        OptionError: a setting that makes no sense.
+        OptionError: a setting out of range, or a sum that would lose both operands.
     """
 
     name: ClassVar[str] = "prune-depth"
     summary: ClassVar[str] = "depth pruning: branches of residual blocks go whole, the others are fitted again"
 
-    remains: float = 0.9
+    remains: Annotated[float, within(above=0, most=1)] = 0.9
     cost: Cost = Cost.FLOPS
     reconstruct: bool = True
     jointly: bool = True
-    parts: Parts = ()
-
-    def __post_init__(self) -> None:
-        if not 0 < self.remains <= 1:
-            raise OptionError(f"a target of {self.remains:.4g} makes no sense", remedy="give a share between 0 and 1")
-        if len({join for join, _ in self.parts}) < len(self.parts):
-            raise OptionError("a sum cannot lose both operands", remedy="name each sum once")
+    parts: Operands = ()
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Find, choose, remove; then fit."""
@@ -71,7 +66,7 @@ class PruneDepth(Pass):
         if isinstance(found, str):
             return Outcome(model, (), (Skip("model", found),))
         if self.parts:
-            gone = named(found.branches, self.parts)
+            gone = named(found.branches, self.parts, "parts")
             reason = NOT_NAMED
         else:
             gone = found.chosen(self.remains, found.costs(self.cost)) if found.branches else []

@@ -26,7 +26,7 @@ from onnxcomp.numerics.affine import IntGrid, quantize
 from onnxcomp.numerics.ranges import weight_scales
 from onnxcomp.observations import Gram
 from onnxcomp.runtime import Target, weight_bits
-from onnxcomp.weights import DRAFTED, Rounding, Wanted, round_ahead, round_weights
+from onnxcomp.weights import DRAFTED, Rounding, Wanted, WeightBits, round_ahead, round_weights
 
 _OPSET = 13
 _LEAST_ELEMENTS = 1024  # of a table
@@ -47,7 +47,7 @@ class QuantizeDynamic(Pass):
     summary: ClassVar[str] = "dynamic INT8: MatMul, Gemm and embeddings; activation ranges taken at run time"
 
     rounding: Rounding = field(default_factory=Rounding)
-    weight_bits: int | None = None
+    weight_bits: WeightBits | None = None
     keep: tuple[str, ...] = ()
 
     @classmethod

@@ -41,7 +41,7 @@ from onnxcomp.numerics.affine import AffineParameters, IntGrid, parameters_from_
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.observations import Gram, Observed, Statistics
 from onnxcomp.runtime import Target, weight_bits
-from onnxcomp.weights import DRAFTED, Rounding, Wanted, mean_error, round_ahead, round_weights
+from onnxcomp.weights import DRAFTED, Rounding, Wanted, WeightBits, mean_error, round_ahead, round_weights
 
 _OPSET = 13  # the first with per-channel DequantizeLinear
 _INPUTS_ONLY = {"tensorrt", "nvtensorrtrtx"}
@@ -87,10 +87,11 @@ class QuantizeStatic(Pass):
 
     name: ClassVar[str] = "quantize-static"
     summary: ClassVar[str] = "static INT8 (QDQ): Conv, Gemm, MatMul and what lies between them, calibrated"
+    needs_data: ClassVar[bool] = True
 
     range: Range = Range.MSE
     signed: bool = False
-    weight_bits: int | None = None
+    weight_bits: WeightBits | None = None
     rounding: Rounding = field(default_factory=Rounding)
     inputs_only: bool = False
     keep: tuple[str, ...] = ()

@@ -15,7 +15,7 @@ Rules, by what reads a weight:
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -32,17 +32,20 @@ from onnxcomp.decode import (
     kernel_block,
     stored_bytes,
 )
-from onnxcomp.errors import OptionError
 from onnxcomp.graph import Builder, prepared, remove_unused, replace
 from onnxcomp.layers import Layer
 from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.observations import Gram
+from onnxcomp.settings import Limits, among, within
 from onnxcomp.weights import Rounding, Wanted, round_ahead, round_weights
 
 _OPSET = 13
 _LEAST_ELEMENTS = 1024
 _SMALL_TABLE = 1024
 _GRAPH_BYTES = 2048  # what the nodes of a decoding take, their names included
+_BLOCK = Limits(
+    " that is a power of two, 16 or more", lambda block: block >= 16 and not block & block - 1, {"minimum": 16}
+)
 
 
 class Form(Choice):
@@ -74,19 +77,13 @@ class QuantizeWeights(Pass):
     name: ClassVar[str] = "quantize-weights"
     summary: ClassVar[str] = "weight-only INT4 or INT8 in blocks, for every weighted layer and for embeddings"
 
-    bits: int = 4
-    block: int | None = 128
+    bits: Annotated[int, among(4, 8)] = 4
+    block: Annotated[int, _BLOCK] | None = 128
     symmetric: bool = False
     form: Form = Form.MATMULNBITS
-    accuracy_level: int = 4
+    accuracy_level: Annotated[int, within(0, 4)] = 4
     rounding: Rounding = field(default_factory=Rounding)
     keep: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.bits not in {4, 8}:
-            raise OptionError(f"weights cannot have {self.bits} bits", remedy="choose 4 or 8")
-        if self.block is not None and (self.block < 16 or self.block & (self.block - 1)):
-            raise OptionError(f"blocks cannot have {self.block} weights", "kernels take powers of two", "try 32 or 128")
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Quantize every constant weight that gains by it."""

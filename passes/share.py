@@ -13,22 +13,25 @@ Sharing makes the file smaller, not the model faster: a session decodes the weig
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.compression import Encode, Matrix, by_part, compress, options, sparse
 from onnxcomp.constants import Weight
-from onnxcomp.core import Choice, Context, Option, Outcome, Parts, Pass, Setting, whole
+from onnxcomp.core import Choice, Context, Option, Outcome, Pass
 from onnxcomp.encodings import Codes, Encoded, Hashed, Masked, Values, places
 from onnxcomp.errors import OptionError
 from onnxcomp.numerics.codebook import Codebook, fitted, kmeans, share
 from onnxcomp.numerics.product import plain_vectors, share_vectors
+from onnxcomp.settings import within
 from onnxcomp.unpacking import PRIME
 
 _INDEX = 8
 """Bits of an index, at most."""
+
+Bits: TypeAlias = Annotated[int, within(1, _INDEX)]
 
 
 class Method(Choice):
@@ -64,18 +67,17 @@ class Share(Pass):
         "sessions decode them as they load."
     )
 
-    bits: int = 4
+    bits: Bits = 4
     method: Method = Method.KMEANS
-    channels: int | None = None
+    channels: Annotated[int, within(1)] | None = None
     reconstruct: bool = True
-    parts: Parts = ()
+    parts: tuple[tuple[str, Bits], ...] = ()
 
     def __post_init__(self) -> None:
-        if not 1 <= self.bits <= _INDEX:
-            raise OptionError(f"weights cannot share values by {self.bits} bits", remedy="choose 1 to 8")
-        if self.channels is not None and (self.channels < 1 or self.method is not Method.KMEANS):
+        super().__post_init__()
+        if self.channels is not None and self.method is not Method.KMEANS:
             raise OptionError(
-                "codebooks by channels need the method kmeans and one channel or more", remedy="leave them out"
+                "codebooks by channels need the method kmeans", remedy="leave them out", setting=("channels",)
             )
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
@@ -94,8 +96,8 @@ class Share(Pass):
     def _takes_integers(self) -> bool:
         return self.method is not Method.HASH
 
-    def _encoder(self, seed: int, *, careful: bool) -> Callable[[Setting], Encode]:
-        return lambda bits: replace(self, bits=whole(bits), parts=())._encode(seed, careful=careful)
+    def _encoder(self, seed: int, *, careful: bool) -> Callable[[int], Encode]:
+        return lambda bits: replace(self, bits=bits, parts=())._encode(seed, careful=careful)
 
     def _encode(self, seed: int, *, careful: bool) -> Encode:
         def encode(weight: Weight, matrix: Matrix, H: Matrix) -> Encoded | str:

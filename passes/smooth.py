@@ -14,7 +14,7 @@ weights are easier, for each of their output channels has its own. S^-1 goes int
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -28,6 +28,7 @@ from onnxcomp.numerics.affine import IntGrid, fake_quantize, parameters_from_ran
 from onnxcomp.numerics.equalize import smooth
 from onnxcomp.observations import Observed, Statistics
 from onnxcomp.rescale import Site, obstacle, scale_readers, sites
+from onnxcomp.settings import within
 
 _OPSET = 13
 _ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -48,8 +49,9 @@ class Smooth(Pass):
     name: ClassVar[str] = "smooth"
     summary: ClassVar[str] = "SmoothQuant: activation outliers move into the weights of matrix products"
     exact: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
 
-    alpha: float | None = None
+    alpha: Annotated[float, within(0, 1)] | None = None
     insert: bool = False
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:

@@ -7,19 +7,23 @@ uses the sparse units of recent NVIDIA GPUs.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.compression import Encode, Matrix, by_part, compress, options
 from onnxcomp.constants import Weight
-from onnxcomp.core import Choice, Context, Option, Outcome, Parts, Pass, Setting
+from onnxcomp.core import Choice, Context, Option, Outcome, Pass
 from onnxcomp.encodings import Encoded, Masked
 from onnxcomp.errors import OptionError
 from onnxcomp.numerics.sparse import Mask, Pattern, admm_mask, magnitude_mask, obs_mask, refit_on, wanda_mask
+from onnxcomp.settings import within
 
 _SHARES = tuple(tenths / 10 for tenths in range(1, 10))
+
+Sparsity: TypeAlias = Annotated[float, within(above=0, below=1)]
+Side: TypeAlias = Annotated[int, within(1)]
 
 
 class Choose(Choice):
@@ -58,22 +62,23 @@ class Sparsify(Pass):
         "where they are 2:4, on NVIDIA GPUs from Ampere on."
     )
 
-    sparsity: float = 0.5
-    of: int = 0
-    block: tuple[int, int] = (1, 1)
+    sparsity: Sparsity = 0.5
+    of: Annotated[int, within(0)] = 0
+    block: tuple[Side, Side] = (1, 1)
     choose: Choose = Choose.ADMM
     reconstruct: bool = True
-    parts: Parts = ()
+    parts: tuple[tuple[str, Sparsity], ...] = ()
 
     def __post_init__(self) -> None:
-        whole = self.of == 0 or (self.of > 1 and (self.sparsity * self.of).is_integer())
-        if not (0 < self.sparsity < 1 and whole and min(self.block) >= 1):
-            raise OptionError(
-                f"a sparsity of {self.sparsity:.4g} in blocks of {self.block[0]}x{self.block[1]}"
-                + (f" of every {self.of} makes" if self.of else " makes")
-                + " no sense",
-                remedy="give a share between 0 and 1, or N:M with N below M",
-            )
+        super().__post_init__()
+        for setting, share in (("sparsity",), self.sparsity), *((("parts", name), share) for name, share in self.parts):
+            if not (share * self.of).is_integer():
+                raise OptionError(
+                    f"a sparsity of {share:.4g} of every {self.of} makes no sense",
+                    "it is no whole number of zeros",
+                    "give a share N/M of every M, or no M",
+                    setting,
+                )
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Encode what becomes smaller."""
@@ -86,10 +91,8 @@ class Sparsify(Pass):
         quick = Choose.WANDA if self.choose in {Choose.ADMM, Choose.SPARSEGPT} else self.choose
         return options(model, context, shares, lambda share: replace(self._with(share), choose=quick)._encode())
 
-    def _with(self, share: Setting) -> "Sparsify":
-        if isinstance(share, str):
-            raise OptionError(f"'{share}' is not a share", remedy="mend the sparsity of that part")
-        return replace(self, sparsity=float(share), parts=())
+    def _with(self, share: float) -> "Sparsify":
+        return replace(self, sparsity=share, parts=())
 
     def _encode(self) -> Encode:
         pattern = Pattern(self.sparsity, self.of, self.block)

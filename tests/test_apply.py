@@ -124,12 +124,6 @@ def test_recipes_by_hand_and_in_python() -> None:
     assert Origin.of(ir.to_proto(result.model)).recipe == Origin.of(models.to_bytes(result.model)).recipe == recipe
 
 
-def test_what_needs_data_is_left_visibly_without(model: Path, tmp_path: Path) -> None:
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text("onnxcomp: 1\npasses: [simplify, quantize-static]\n")
-    assert "static INT8 needs calibration data (--calib)" in run("apply", model, "--recipe", recipe).stdout
-
-
 # --- what does not fit ----------------------------------------------------------------------------------------------
 
 
@@ -157,6 +151,48 @@ def test_an_exclusion_of_nothing_is_named_with_its_line(model: Path) -> None:
     message = refused(model, 'onnxcomp: 1\nexclude: "^lm_head"\npasses: [simplify]\n')
     assert "r.yaml, line 2, column 10: exclude '^lm_head' matches no node of the model" in message
     run("quantize", model, "--scheme", "fp16", "--exclude", "^lm_head", "--dry-run")  # as a user may write one for many
+
+
+def test_names_are_found_where_they_stand_and_not_where_else_the_same_text_does(model: Path, data: Path) -> None:
+    text = "onnxcomp: 1\nexclude: Gemm_x\npasses:\n- prune:\n    parts:\n      Gemm_x: 4\n"
+    text += "- quantize-weights:\n    keep: [Gemm_x]\n"
+    assert "r.yaml, line 2, column 10: exclude 'Gemm_x' matches no node" in refused(model, text)
+    message = refused(model, text.replace("exclude: Gemm_x\n", ""))
+    assert "prune names nodes that the model does not have: 'Gemm_x' (r.yaml, line 5, column 7)" in message
+    message = refused(model, text.replace("exclude: Gemm_x\n", "").replace("Gemm_x: 4", "Gemm_h: 4"))
+    assert "quantize-weights names nodes that the model does not have: 'Gemm_x' (r.yaml, line 7, column 12)" in message
+
+
+REFUSED_BY_THE_MODEL = {
+    "prune: {parts: {Gemm_h: 1000}}": (19, "group 'Gemm_h' has 256 channels, and cannot keep 1000", "give 1 to 256"),
+    "prune: {parts: {Gemm_y: 2}}": (19, "there is no group of channels 'Gemm_y'", "those there are: Gemm_h"),
+    "prune-depth: {parts: {Gemm_y: 1}}": (25, "'Gemm_y' has no operand 1 that can go", "that can lose one: none"),
+    "factorize: {parts: {Gemm_h: tucker 2 2}}": (23, "layer 'Gemm_h' has no form 'tucker 2 2'", "name svd"),
+}
+
+
+@pytest.mark.parametrize("step", REFUSED_BY_THE_MODEL)
+def test_what_only_the_model_refuses_is_said_with_its_line(model: Path, data: Path, step: str) -> None:
+    column, fact, remedy = REFUSED_BY_THE_MODEL[step]
+    message = refused(model, f"onnxcomp: 1\npasses:\n- simplify\n- {step}\n", "--calib", data)
+    assert f"r.yaml, line 4, column {column}: {fact}" in message
+    assert remedy in message
+
+
+@pytest.mark.parametrize("name", ["quantize-static", "smooth"])
+def test_what_can_do_nothing_without_data_is_refused_without(model: Path, name: str) -> None:
+    message = refused(model, f"onnxcomp: 1\npasses: [simplify, {name}]\n")
+    assert f"r.yaml, line 2, column 20: {name} needs calibration data, and there are none" in message
+    assert "add --calib" in message
+    with pytest.raises(OptionError, match=f"^{name} needs calibration data"):
+        onnxcomp.convert(model, [registry.named(name)()])
+
+
+def test_what_was_made_without_data_is_made_again_without(model: Path, tmp_path: Path) -> None:
+    first, again = tmp_path / "first.onnx", tmp_path / "again.onnx"
+    run("quantize", model, "--scheme", "int8-dynamic", "-o", first, "-q")
+    run("apply", model, "--recipe", first, "-o", again, "-q")
+    assert first.read_bytes() == again.read_bytes()
 
 
 def test_names_of_nodes_that_passes_convert_first_are_known() -> None:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jsonschema
 import pytest
@@ -74,6 +74,9 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
 def values(hint: Any) -> st.SearchStrategy[Any]:
     """Values of a setting by its type hint."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        pattern = inner[1].schema.get("pattern")
+        return st.from_regex(re.compile(pattern, re.ASCII)) if pattern else values(inner[0])
     if hint is bool:
         return st.booleans()
     if hint is int:
@@ -100,7 +103,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 
 @st.composite
 def instances(draw: st.DrawFn, kind: type[Any]) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = typing.get_type_hints(kind, include_extras=True)
     given: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
         if draw(st.booleans()):
@@ -142,7 +145,7 @@ def test_every_setting_comes_back_away_from_its_default(name: str) -> None:
     kind = registry.passes()[name]
     usual = kind()
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
-        other = _another(usual, field.name, typing.get_type_hints(kind)[field.name])
+        other = _another(usual, field.name, typing.get_type_hints(kind, include_extras=True)[field.name])
         again = Recipe.from_yaml(Recipe((other,)).to_yaml()).passes[0]
         assert getattr(again, field.name) == getattr(other, field.name) != getattr(usual, field.name)
 
@@ -225,7 +228,9 @@ PLACED = {
     "onnxcomp: 1\nseed: -1\npasses: []": (2, 7, "a seed of -1", "seed"),
     "onnxcomp: 1\nexclude: '('\npasses: []": (2, 10, "not a regular expression", "exclude"),
     "onnxcomp: 1\nseed: 1\nseed: 2\npasses: []": (3, 1, "'seed' is there twice", "leave one"),
-    "onnxcomp: 1\npasses: &a [*a]": (2, 13, "an alias", "write the value"),
+    "onnxcomp: 1\npasses: [*a]": (2, 10, "an alias", "write the value"),
+    "onnxcomp: 1\npasses: &a [*a]": (2, 9, "the anchor '&a'", "remove it"),
+    "onnxcomp: 1\nexclude: &a x\npasses: []": (2, 10, "the anchor '&a'", "remove it"),
     "onnxcomp: 1\npasses: !!python/object:os.system [x]": (2, 9, "python/object:os.system", "remove the tag"),
     "onnxcomp: 1\npasses: [!!binary aGk=]": (2, 10, "binary", "remove the tag"),
     "onnxcomp: 1\nseed: !x 1\npasses: []": (2, 7, "the tag '!x'", "remove the tag"),
@@ -241,22 +246,56 @@ IN_PASSES = {
     "prune: 3": (10, "expected the settings of prune, found '3'", ""),
     "prune: {remain: 1}": (11, "no setting 'remain' of prune", "did you mean 'remains'"),
     "prune: {<<: {remains: 1}}": (11, "no setting '<<'", "one of"),
-    "prune: {remains: 2}": (10, "a target of 2", "give shares"),
-    "prune: {remains: some}": (20, "expected a number, found 'some'", "write a number"),
-    "prune: {remains: '0.5'}": (20, "expected a number, found the text '0.5'", "write a number"),
+    "quantize": (3, "'quantize' is a group of passes", "equalize, smooth, quantize-static, quantize-dynamic"),
+    "prune: {remains: 2}": (20, "expected a number above 0 and at most 1, found '2'", "write a number above 0"),
+    "prune: {remains: some}": (20, "expected a number above 0 and at most 1, found 'some'", "write a number"),
+    "prune: {remains: '0.5'}": (20, "expected a number above 0 and at most 1, found the text '0.5'", "write a number"),
     "prune: {remains: 1e999}": (20, "expected a number", ""),
     "prune: {remains: .nan}": (20, "expected a number", ""),
-    "prune: {remains: [1]}": (20, "expected a number, found a list", ""),
-    "prune: {remains: }": (19, "expected a number, found nothing", ""),
+    "prune: {remains: [1]}": (20, "expected a number above 0 and at most 1, found a list", ""),
+    "prune: {remains: }": (19, "expected a number above 0 and at most 1, found nothing", ""),
     "prune: {cost: flop}": (17, "expected a cost, found 'flop'", "did you mean 'flops'"),
     "prune: {cost: flops, cost: size}": (24, "'cost' is there twice", ""),
-    "share: {bits: yes}": (17, "expected a whole number, found 'yes'", ""),
-    "share: {bits: 3.0}": (17, "expected a whole number, found '3.0'", ""),
+    "share: {bits: yes}": (17, "expected a whole number from 1 to 8, found 'yes'", ""),
+    "share: {bits: 3.0}": (17, "expected a whole number from 1 to 8, found '3.0'", ""),
     f"share: {{bits: {'9' * 5000}}}": (17, "expected a whole number", ""),
     "share: {reconstruct: on}": (24, "expected true or false, found 'on'", "write true or false"),
     "sparsify: {block: [1]}": (21, "expected a list of 2", "give 2 values"),
     "quantize-static: {keep: conv1}": (27, "expected a list, found 'conv1'", "[a, b]"),
     "quantize-static: {rounding: {gptk: true}}": (32, "no setting 'gptk' of rounding", "'gptq'"),
+    "binarize: {bases: 5}": (21, "from 1 to 4", ""),
+    "binarize: {ends: 9}": (20, "from 0 to 8", ""),
+    "binarize: {ternary: true, bases: 2}": (36, "ternary weights of 2 bases", "give 1 base"),
+    "binarize: {parts: {a: 5}}": (25, "from 1 to 4 or a text like `ternary`, found '5'", ""),
+    "equalize: {sweeps: -1}": (22, "a whole number of at least 1, found '-1'", "write a whole number of at least 1"),
+    "factorize: {energy: 1}": (23, "a number above 0 and below 1, found '1'", ""),
+    "factorize: {remains: 0.5, energy: 0.9}": (37, "exclude each other", "leave one of them out"),
+    "factorize: {parts: {a: svd}}": (26, "a text like `svd 12` or `tucker 8 16`, found 'svd'", ""),
+    "prune: {multiple: 0}": (21, "at least 1", ""),
+    "prune: {rounds: 0}": (19, "at least 1", ""),
+    "prune: {penalty: -1}": (20, "at least 0", ""),
+    "prune: {threshold: 1, remains: 0.5}": (22, "exclude each other", "leave one of them out"),
+    "prune: {parts: {a: x}}": (22, "a whole number of at least 1, found 'x'", ""),
+    "prune: {parts: {a: 0}}": (22, "a whole number of at least 1, found '0'", ""),
+    "prune: {branches: {a: 2}}": (25, "from 0 to 1", ""),
+    "prune-depth: {remains: 0}": (26, "above 0", ""),
+    "prune-depth: {parts: {a: -1}}": (28, "from 0 to 1", ""),
+    "quantize-dynamic: {weight_bits: 16}": (35, "from 2 to 8, found '16'", ""),
+    "quantize-static: {weight_bits: 99}": (34, "from 2 to 8, found '99'", ""),
+    "quantize-static: {rounding: {sweeps: -3}}": (40, "at least 0, found '-3'", ""),
+    "quantize-weights: {bits: 5}": (28, "a whole number, 4 or 8, found '5'", ""),
+    "quantize-weights: {block: 48}": (29, "a power of two, 16 or more, found '48'", ""),
+    "quantize-weights: {accuracy_level: 5}": (38, "from 0 to 4", ""),
+    "share: {channels: 0}": (21, "at least 1", ""),
+    "share: {method: hash, channels: 2}": (35, "need the method kmeans", "leave them out"),
+    "share: {parts: {a: 77}}": (22, "from 1 to 8, found '77'", ""),
+    "smooth: {alpha: 9}": (19, "a number from 0 to 1, found '9'", ""),
+    "sparsify: {sparsity: 1}": (24, "above 0 and below 1", ""),
+    "sparsify: {of: 3}": (13, "a sparsity of 0.5 of every 3", "N/M"),
+    "sparsify: {sparsity: 0.4, of: 4}": (24, "a sparsity of 0.4 of every 4", "N/M"),
+    "sparsify: {block: [0, 1]}": (22, "at least 1", ""),
+    "sparsify: {parts: {a: x}}": (25, "a number above 0 and below 1, found 'x'", ""),
+    "sparsify: {of: 4, parts: {a: 0.4}}": (32, "a sparsity of 0.4 of every 4", "N/M"),
     "everything: {bits: [a]}": (22, "expected names and their values, found a list", ""),
     "everything: {bits: {a: 1, a: 2}}": (29, "'a' is there twice", ""),
     "everything: {bits: {a: x}}": (26, "expected a whole number, found 'x'", ""),
@@ -273,6 +312,26 @@ def test_what_is_wrong_is_said_with_its_place(text: str) -> None:
 def test_what_is_wrong_with_a_pass_is_said_with_its_place(text: str) -> None:
     column, fact, remedy = IN_PASSES[text]
     refused(f"onnxcomp: 1\npasses:\n- {text}\n", f"r.yaml, line 3, column {column}: ", fact, remedy)
+
+
+def test_each_setting_is_wrong_in_its_own_line() -> None:
+    text = "onnxcomp: 1\npasses:\n- prune:\n    remains: 0.5\n    multiple: 4\n    least: 7\n"
+    refused(text, "r.yaml, line 6, column 12: expected a number from 0 to 1, found '7'")
+    text = "onnxcomp: 1\npasses:\n- share:\n    bits: 4\n    channels: 3\n    method: hash\n"
+    refused(text, "r.yaml, line 5, column 15: codebooks by channels")
+
+
+def test_a_setting_beyond_its_limits_is_refused_in_python_too() -> None:
+    with pytest.raises(OptionError, match="setting 'bits' of share: expected a whole number from 1 to 8, found 9"):
+        Share(bits=9)
+    with pytest.raises(
+        OptionError, match="setting 'parts' of share: 'a': expected a whole number from 1 to 8, found 0"
+    ):
+        Share(parts=(("a", 0),))
+    with pytest.raises(OptionError, match="setting 'sweeps' of rounding: expected a whole number of at least 0"):
+        QuantizeStatic(rounding=Rounding(sweeps=-1))
+    with pytest.raises(OptionError, match=r"'remains' of prune: .* above 0 and at most 1, found nan"):
+        Prune(remains=math.nan)
 
 
 def refused(text: str, *parts: str) -> None:
@@ -302,7 +361,7 @@ def test_no_text_does_more_than_be_refused(text: str) -> None:
 
 def test_a_setting_of_another_type_is_refused_in_python_too() -> None:
     with pytest.raises(OptionError, match="setting 'keep' of quantize-static"):
-        Recipe((QuantizeStatic(keep=5),)).to_yaml()  # type: ignore[arg-type]
+        QuantizeStatic(keep=5)  # type: ignore[arg-type]
 
 
 def test_passes_that_no_recipe_can_hold_are_refused() -> None:
@@ -311,7 +370,7 @@ def test_passes_that_no_recipe_can_hold_are_refused() -> None:
         table: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     with pytest.raises(OptionError, match="everything: a recipe cannot hold a Mapping"):
-        Recipe((Odd(),)).to_yaml()
+        Odd()
 
 
 def test_the_schema_is_the_one_of_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,3 +394,9 @@ def test_the_schema_takes_recipes_by_hand_and_names_every_setting() -> None:
     settings = described["properties"]["everything"]["properties"]
     assert settings["number"] == {"type": "number", "default": 1.0, "description": "what is said of it."}
     assert settings.keys() == {field.name for field in dataclasses.fields(Everything)}
+
+
+@pytest.mark.parametrize("setting", ["sparsity: 1", "of: -1", "block: [0, 1]", "parts: {a: 0}"])
+def test_the_schema_has_the_limits_of_numbers(setting: str) -> None:
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(f"onnxcomp: 1\npasses: [sparsify: {{{setting}}}]"), SCHEMA)
