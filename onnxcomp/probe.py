@@ -153,8 +153,11 @@ class Probe:
 
     def _keep_apart(self, value: ir.Value, dtype: ir.DataType) -> None:
         """What makes a tensor and what reads it are not fused, as something else reads a little of it too."""
-        bounds = [self._constant([place]) for place in (0, 1, -1)]
-        little = self._node("Slice", [value, *bounds])
+        first, end, last = [0], [1], [-1]  # of the last axis
+        if self._version >= 10:
+            little = self._node("Slice", [value, *map(self._constant, (first, end, last))])
+        else:
+            little = self._node("Slice", [value], starts=first, ends=end, axes=[len(value.shape or ()) - 1])
         little.dtype = dtype
         self._output(little)
 

@@ -116,7 +116,6 @@ def test_what_keeps_the_contract_is_not_refused() -> None:
     [
         (fails, "raised ValueError: an odd one"),
         (gives(None), "gave something of type NoneType, not Other"),
-        (lambda self, options: replace(self, parts=[*options]), "raised TypeError: unhashable type"),
     ],
 )
 def test_what_takes_no_options_is_refused(taking: Any, fact: str) -> None:
@@ -129,7 +128,7 @@ def test_what_takes_no_options_is_refused(taking: Any, fact: str) -> None:
         ({"settled": fails}, "raised ValueError: an odd one"),
         ({"settled": gives(None)}, "gave something of type NoneType, not Pass"),
         ({"named_nodes": fails}, "raised ValueError: an odd one"),
-        ({"named_nodes": gives(None)}, "raised TypeError"),
+        ({"named_nodes": gives(None)}, "raised AttributeError"),
     ],
 )
 def test_a_recipe_with_it_says_who_is_at_fault(methods: dict[str, Any], fact: str) -> None:

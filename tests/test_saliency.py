@@ -76,11 +76,12 @@ def constant(node: ir.Node, index: int) -> Array:
 
 
 def activation(groups: ChannelGroups, value: ir.Value, feeds: dict[str, Any]) -> Array:
-    """What goes through one tensor, by a run of its own."""
+    """What goes through one tensor, by a run of its own in which nothing is fused: that decides what is exactly zero."""
     model = groups.model.clone()
-    (twin,) = (output for node in model.graph for output in node.outputs if output.name == value.name)
-    twin.type = ir.TensorType(ir.DataType.FLOAT)
-    model.graph.outputs.append(twin)
+    for output in [output for node in model.graph for output in node.outputs]:
+        if output not in model.graph.outputs and (output.name == value.name or output.dtype == ir.DataType.FLOAT):
+            output.type = ir.TensorType(ir.DataType.FLOAT)
+            model.graph.outputs.append(output)
     return np.asarray(Session(model).run(feeds)[value.name or ""], np.float64)
 
 
