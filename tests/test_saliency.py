@@ -76,7 +76,7 @@ def constant(node: ir.Node, index: int) -> Array:
 
 
 def activation(groups: ChannelGroups, value: ir.Value, feeds: dict[str, Any]) -> Array:
-    """What goes through one tensor, by a run of its own in which nothing is fused: that decides what is exactly zero."""
+    """What goes through one tensor, by a run in which nothing is fused: that decides what is exactly zero."""
     model = groups.model.clone()
     for output in [output for node in model.graph for output in node.outputs]:
         if output not in model.graph.outputs and (output.name == value.name or output.dtype == ir.DataType.FLOAT):
