@@ -342,10 +342,14 @@ class _Proof:
             )
         if not best.steps:
             notes.append("Nothing made it better: the result is the model as it was.")
+        elif not best.passes and self.bench.deadline.passed:
+            notes.append("There was no time for more than clean-up.")
         elif not best.passes and self.search.drafted:
             notes.append("No quantization was both faster and within the budget: the cleaned-up model is the result.")
-        elif not best.passes and self.search.allows_more:
+        elif not best.passes and self.search.allows_integers:
             notes.append("Nothing here can be quantized for this target: the cleaned-up model is the result.")
+        elif not best.passes and self.search.allows_more:
+            notes.append("Nothing that was allowed gained anything: the cleaned-up model is the result.")
         if speedup < 1 - NOISE:
             notes.append("The result is slower than the original on this target.")
         notes += [technique.remark for technique in best.passes if technique.remark]

@@ -69,6 +69,7 @@ class Search:
         asked: the budget, with a limit on the drop in any case.
         drafted: whether anything beside it could be tried.
         allows_more: whether anything beside it was allowed.
+        allows_integers: whether quantization was.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Search:
         self._allowed_to_plans = self._max_drop
         self._sound: list[Candidate] = []  # faster than clean-up, and within all limits by the judging data
         self.drafted, self.allows_more = False, bool(allowed - {"simplify"})
+        self.allows_integers = not allowed.isdisjoint(registry.GROUPS["quantize"])
 
     def run(self) -> Candidate:
         """The best candidate that the time allows."""
@@ -103,7 +105,18 @@ class Search:
                 self.best = smaller
             for safer in self._safer(made):
                 self.best = safer
+        if self.best is self.clean and self._bench.deadline.passed:
+            self.best = self._unjudged()
         return self._plain() if self.best is self.clean else self.best
+
+    def _unjudged(self) -> Candidate:
+        """The fastest that no time was left to judge, for the final data to judge; else clean-up."""
+        timed = [
+            trial
+            for trial in self._bench.trials
+            if trial.passes and trial.drop is None and trial.faster(self.clean) and not self._larger(trial)
+        ]
+        return self.clean if self._budget.limits_memory else max(timed, key=lambda t: t.speedup, default=self.clean)
 
     def _plain(self) -> Candidate:
         """Clean-up, or the model as it was where that gains nothing, or made it slower or larger."""

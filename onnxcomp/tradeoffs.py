@@ -20,7 +20,7 @@ def giving_way(budget: Budget, original: Figures, trials: Iterable[Trial], metri
     """
     broken: list[tuple[Trial, list[Check]]] = []
     for trial in trials:
-        if trial.figures.drop is not None and trial.figures.speedup is not None:
+        if trial.figures.drop is not None and (trial.figures.speedup is not None or not budget.limits_time):
             checks = [check for check in budget.checks(original, trial.figures) if not check.passed]
             broken.append((trial, checks))
     alone = [(trial, checks[0]) for trial, checks in broken if len(checks) == 1]

@@ -68,6 +68,20 @@ def test_the_best_so_far_is_the_result(lab: Lab, monkeypatch: pytest.MonkeyPatch
     assert seen
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_was_timed_and_could_not_be_judged_is_judged_by_the_final_data(lab: Lab, fails: bool) -> None:
+    def progress(done: int, total: int, what: str) -> None:
+        if what.startswith("judging: static"):
+            raise TimeIsUp
+
+    lab.final_loss = lambda model: float(fails and bool(integers(model)))
+    result = lab.optimize(progress=progress, budget=Budget(max_drop=0.5))
+    report = result.report
+    assert trial(result, "static INT8").verdict == ("over the budget on the final data" if fails else "chosen")
+    assert report.met
+    assert not any("No quantization" in note or "can be quantized" in note for note in report.notes)
+
+
 def test_time_passes_within_long_work(lab: Lab) -> None:
     start = time.monotonic()
     lab.optimize(time_limit=0.2, budget=Budget(max_drop=0.5))

@@ -50,6 +50,11 @@ def test_where_several_must_give_way_the_nearest_says_which() -> None:
 def test_what_was_not_measured_says_nothing() -> None:
     trials = [Trial("untimed", Figures(10, drop=0.0), ""), trial("broken", 10, 5.0, math.inf)]
     assert not list(giving_way(Budget(max_drop=0.01, min_speedup=2.0), ORIGINAL, trials, "accuracy"))
+    small = Trial("small", Figures(10, drop=0.03), "over the budget")  # which nobody times
+    (said,) = giving_way(Budget(max_drop=0.01, max_size=100), ORIGINAL, [*trials, small], "accuracy")
+    assert (
+        said == "All else holds if --max-drop gives way by 0.02: accuracy drops by 0.03, the limit is 0.01 ('small')."
+    )
     assert not list(giving_way(Budget(max_drop=0.01), ORIGINAL, [], "accuracy"))
 
 
