@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context, Pass
+from onnxcomp.model import structure_hash
 from onnxcomp.runtime import Feeds
 from onnxcomp.surgery import SurgeryError, without
 from onnxcomp.timing import for_timing, profiles, ratio
@@ -63,7 +64,7 @@ class LatencyModel:
         self._times: Mapping[str, float]
         self._shares, self._times = context.recall(
             "widths",
-            (groups.model, self.counts, technique, timing, feeds, rounds),
+            (structure_hash(groups.model), self.counts, technique, timing, feeds, rounds),
             lambda: self._measured(groups, timing, technique, rounds),
         )
 

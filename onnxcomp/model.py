@@ -5,7 +5,7 @@ The model is an `onnx_ir.Model` throughout. Its tensors are shared between clone
 
 import hashlib
 import os
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ ModelSource = str | os.PathLike[str] | bytes | onnx.ModelProto | ir.Model
 
 PROTOBUF_LIMIT = 2**31 - 2**24
 """Bytes of tensors that still fit one protobuf message of 2 GiB, with room for the graph."""
+_FEW = 8
+"""Numbers of a tensor that may be a size or a factor."""
 
 
 @dataclass(frozen=True)
@@ -263,12 +265,31 @@ def to_bytes(model: ir.Model) -> bytes:
 
 def content_hash(model: ir.Model) -> str:
     """SHA-256 (hex) over the graph and its tensors, the same for the same content."""
+    return _hash(model, lambda tensor: True)
+
+
+def structure_hash(model: ir.Model) -> str:
+    """The same over all that decides how long a run takes: of weights and scales the types and shapes alone.
+
+    So a model that was trained again has that of the one before. Few numbers, and integers along one axis, may be
+    sizes, factors, or the zero points that decide which kernel runs: these count.
+    """
+    return _hash(
+        model,
+        lambda tensor: tensor.size <= _FEW or (tensor.dtype.is_integer() and len(tensor.shape) <= 1),
+    )
+
+
+def _hash(model: ir.Model, counts: Callable[[ir.TensorProtocol], bool]) -> str:
+    """Over the graph, its tensors' types and shapes, and the numbers of those that count."""
     bare = model.clone()
     digest = hashlib.sha256()
     for value in _initializers(bare):
-        if value.const_value is not None and value.const_value.dtype != ir.DataType.STRING:
-            digest.update(f"{value.name}:{value.const_value.shape}:".encode())
-            digest.update(value.const_value.tobytes())
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype != ir.DataType.STRING:
+            digest.update(f"{value.name}:{tensor.dtype}:{tensor.shape}:".encode())
+            if counts(tensor):
+                digest.update(tensor.tobytes())
             value.const_value = None
     for graph in bare.graphs():
         for name in [name for name, value in graph.initializers.items() if value.const_value is None]:

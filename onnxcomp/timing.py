@@ -1,4 +1,7 @@
-"""Times on the target, measured once: what the context's store knows is not measured again."""
+"""Times on the target, measured once: what the context's store knows is not measured again.
+
+They go by what decides them (`model.structure_hash`), so those of a model that was trained again are known.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,6 +10,7 @@ import onnx_ir as ir
 
 from onnxcomp import profiling
 from onnxcomp.core import Context
+from onnxcomp.model import structure_hash
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Feeds, Protocol, Session, compare
 
@@ -24,8 +28,9 @@ def for_timing(context: Context) -> Context:
 
 def profiles(models: Sequence[ir.Model], context: Context, feeds: Feeds, rounds: int = 4) -> list[Profile]:
     """What each node of some models takes, as `profiling.profiles` has it."""
+    known = [structure_hash(model) for model in models]
     return context.recall(
-        "profiles", (models, feeds, rounds), lambda: profiling.profiles(models, context.target, feeds, rounds)
+        "profiles", (known, feeds, rounds), lambda: profiling.profiles(models, context.target, feeds, rounds)
     )
 
 
@@ -36,4 +41,4 @@ def ratio(model: ir.Model, other: ir.Model, context: Context, feeds: Feeds, prot
         sessions = [Session(each, context.target) for each in (model, other)]
         return 1 / compare(sessions, feeds, protocol)[1].speedup
 
-    return context.recall("ratio", (model, other, feeds, protocol), measured)
+    return context.recall("ratio", (structure_hash(model), structure_hash(other), feeds, protocol), measured)
