@@ -49,7 +49,8 @@ _FILLED = 0.97
 _STRETCH = (1.0, 2.0, 4.0)
 """Times the error that plans are to have, that one may have which the limit on size needs."""
 _STEP = 4.0
-"""The most by which what is known changes that error, from the usual one or from the largest that was tried."""
+"""The most by which what is known changes that error, from the usual one, the largest that was tried or one that lost
+too much."""
 _PASSES = 4
 """Over what is known: losses scatter less where their slope is less than the usual one."""
 
@@ -181,7 +182,7 @@ class Plans:
     def _enough(self, failed: Candidate) -> float:
         """The error, foretold as that of a plan that lost too much is now, at which it would have lost just enough."""
         assert self._planner is not None
-        share = self._linear(self._loss) / self._linear(self._bench.drop(failed))
+        share = max(self._linear(self._loss) / self._linear(self._bench.drop(failed)), 1 / _STEP)
         return float(share * self._planner.again(self._plans[failed]).error)
 
     def polished(self, most: int) -> Iterator[Candidate]:
