@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from models.net import Net
+from onnxcomp import model as models
 from onnxcomp.calibration import calibrate
 from onnxcomp.channels import Slot
 from onnxcomp.core import Context
@@ -21,7 +22,8 @@ from onnxcomp.numerics.affine import IntGrid
 from onnxcomp.numerics.histogram import Histogram
 from onnxcomp.numerics.moments import Moments
 from onnxcomp.observations import Gram, Observed, Statistics
-from onnxcomp.passes.quantize_static import Range
+from onnxcomp.passes.prune import Prune
+from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.runtime import Session, Target
 from onnxcomp.samples import Dataset
 from tests.passes.test_prune_depth import residual
@@ -329,6 +331,20 @@ def test_what_is_gathered_is_the_same_to_the_last_bit_whatever_else_is_asked_for
         np.testing.assert_array_equal(statistics.low, both.tensors[name].low)
         np.testing.assert_array_equal(statistics.high, both.tensors[name].high)
         np.testing.assert_array_equal(statistics.histogram.counts, both.tensors[name].histogram.counts)
+
+
+def test_a_pass_gives_the_same_whatever_ran_before_it() -> None:
+    """So that a search goes on from any part of its cache, and a recipe repeats a search."""
+    model = residual(1, 0.5, 0.7)
+    x = np.random.default_rng(3).standard_normal((600, 3, 8, 8)).astype(np.float32)
+    prune = Prune(parts=(("Conv_15", 8),), jointly=False)
+
+    def given() -> Context:
+        return Context(open_dataset({"image": x}, input_specs(model)), Target(threads=1), seed=0)
+
+    alone, shared = (models.to_bytes(prune(model, given()).model), given())
+    QuantizeStatic()(model, shared)
+    assert models.to_bytes(prune(model, shared).model) == alone
 
 
 def test_known_statistics_are_not_gathered_again() -> None:
