@@ -155,8 +155,8 @@ def width(executor: Executor) -> int:
 class Processes(Executor):
     """Processes of this machine, started when there is work for them, and again where one was killed.
 
-    They leave results in files and send their names: a process that is killed in the midst of a message longer than
-    what a pipe takes at once would keep this one waiting for the rest.
+    Work and results are left in files, and their names are sent: a process that is killed in the midst of a message
+    longer than what a pipe takes at once would keep this one waiting, for the rest or for somebody who reads it.
 
     Args:
         workers: how many.
@@ -174,13 +174,13 @@ class Processes(Executor):
         """Do it in one of the processes; or at once, in this one."""
         if self._patience > 0:
             return self._at_once(function, *args, **kwargs)
-        filed = functools.partial(_filed, self._folder.name, function)
+        work = _Filed((function, args, kwargs), self._folder.name)
         if self._pool is not None:
             with contextlib.suppress(BrokenProcessPool):
-                return self._pool.submit(filed, *args, **kwargs)
+                return self._pool.submit(_done, work, self._folder.name)
             self._pool.shutdown()
         self._pool = ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), _begin)
-        return self._pool.submit(filed, *args, **kwargs)
+        return self._pool.submit(_done, work, self._folder.name)
 
     def _at_once(self, function: Callable[..., Found], *args: Any, **kwargs: Any) -> Future[Found]:
         done: Future[Found] = Future()
@@ -220,8 +220,10 @@ class _Filed:
         return _taken, (self._path,)
 
 
-def _filed(folder: str, function: Callable[..., Found], *args: Any, **kwargs: Any) -> Found:
-    return _Filed(function(*args, **kwargs), folder)  # type: ignore[return-value]  # it is, at the other end
+def _done(work: Any, folder: str) -> Any:
+    """What comes of a function and its arguments, which are no longer filed here; filed."""
+    function, args, kwargs = work
+    return _Filed(function(*args, **kwargs), folder)
 
 
 def _taken(path: Path) -> object:

@@ -207,9 +207,11 @@ def test_what_an_executor_never_tells_is_not_waited_for() -> None:
     found.close()  # type: ignore[attr-defined]
 
 
-def test_a_result_of_any_size_is_sent_at_once(tmp_path: Path) -> None:
-    """Else a process killed as it sends would leave this one waiting for the rest."""
-    sent = pickle.dumps(executors._filed(str(tmp_path), bytes, 10**6))
+def test_work_and_results_of_any_size_are_sent_at_once(tmp_path: Path) -> None:
+    """Else a process killed as it sends or reads would leave this one waiting."""
+    work = pickle.dumps(executors._Filed((bytes, (bytes(10**6),), {}), str(tmp_path)))
+    assert len(work) < select.PIPE_BUF
+    sent = pickle.dumps(executors._done(pickle.loads(work), str(tmp_path)))
     assert len(sent) < select.PIPE_BUF
     assert pickle.loads(sent) == bytes(10**6)
     assert not list(tmp_path.iterdir())
