@@ -198,7 +198,7 @@ def _refuse_unknown(recipe: Recipe, number: int, model: ir.Model) -> None:
         places = [recipe.where(number, named[name], name) for name in missing]
         said = ", ".join(f"'{name}'" + f" ({place})" * bool(place) for name, place in zip(missing, places, strict=True))
         raise OptionError(
-            f"{recipe.passes[number].name} names nodes that the model does not have: {said}",
+            f"{technique.name} names nodes that the model does not have: {said}",
             did_you_mean(missing[0], names) or "the recipe was made for another model",
             "give the names that `onnxcomp inspect` shows, or leave these out",
         )
