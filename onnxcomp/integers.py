@@ -134,15 +134,19 @@ def _before_softmax(model: ir.Model) -> set[str]:
 
 
 def _connected(chosen: dict[str, ir.Node]) -> dict[str, ir.Node]:
-    """Without what stands between no two integer kernels: it would only pay for conversions."""
+    """Without what stands between no two integer kernels: it would only pay for conversions.
+
+    What layers read is converted for them anyway.
+    """
     result = dict(chosen)
+    converted = {value for node in chosen.values() if node.op_type in ANCHORS for value in data_inputs(node)}
     while True:
         dropped = [
             name
             for name, node in result.items()
             if node.op_type not in ANCHORS
             and not (
-                all(_quantized_producer(value, result) for value in data_inputs(node))
+                all(_quantized_producer(value, result) or value in converted for value in data_inputs(node))
                 and any(use.node.name in result for output in node.outputs for use in output.uses())
             )
         ]

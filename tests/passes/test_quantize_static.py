@@ -190,6 +190,13 @@ def test_networks_fuse_without_float_islands(
     assert not any(counts[operator] for operator in float_)
 
 
+def test_residual_sums_stay_in_integers_behind_a_layer_in_float(tmp_path: Path) -> None:
+    before, _, context = zoo_model("resnet")
+    first = next(layer.name for layer in layers(before))
+    counts = operators(executed(replace(FAST, keep=(first,))(before, context).model, tmp_path))
+    assert (counts["Conv"], counts["QLinearConv"], counts["QLinearAdd"], counts["Add"]) == (1, 7, 3, 0)
+
+
 @pytest.mark.parametrize("operator", ["Pad", "Slice", "Concat", "Split", "Transpose", "MaxPool", "Resize"])
 def test_what_moves_data_moves_integers(operator: str, tmp_path: Path) -> None:
     net = Net(17)
