@@ -30,7 +30,7 @@ from onnxcomp.table import FLOAT, best_form
 _LAYOUT = 2.0
 """What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself, or
 more where that was measured."""
-_SOURCES = ("branches", "widths", "other passes", "precision")
+SOURCES = ("branches", "widths", "other passes", "precision")
 """Of errors."""
 _USUAL = np.array([0.5, 0.4, 0.4, 1.0])
 """What is left of the errors of each source, added up, once all layers are fitted again."""
@@ -52,7 +52,7 @@ class Plan:
         others: what other passes do, and where.
         forms: the precision of each unit that is left.
         error: predicted relative squared error of the outputs.
-        sources: what of it, as it was measured part by part, comes from each of `_SOURCES`.
+        sources: what of it, as it was measured part by part, comes from each of `SOURCES`.
         time: predicted, as a share of the float model's.
         bytes: of the file, predicted where they count.
         found: what was chosen for each branch, each row and each unit, by number; also where that changes nothing, as a
@@ -122,18 +122,22 @@ class Planner:
 
     # -- the program ------------------------------------------------------------------------------------------------
 
-    def plan(self, error: float, size: float = np.inf) -> Plan | None:
+    def plan(self, error: float, size: float = np.inf, counts: NDArray[np.float64] | float = 1.0) -> Plan | None:
         """The least time for an error of the outputs; None where nothing keeps that, or takes any time.
 
         Args:
             error: relative squared error that the outputs may have.
             size: bytes that the file may take.
+            counts: (sources,) of which each unit of error from a source takes so many.
         """
         if not self._total:
             return None
-        program = self._program()
-        found = program.solved(error, size - self._rest())
-        return None if found is None else self._plan_of(program, found)
+        found = self._program(counts).solved(error, size - self._rest())
+        return None if found is None else self._plan_of(self._program(), found)
+
+    def errors(self, plan: Plan) -> NDArray[np.float64]:
+        """(sources,) of a plan, foretold by what is known now."""
+        return self._weights * plan.sources
 
     def again(self, plan: Plan) -> Plan:
         """The same plan, foretold by what is known now."""
@@ -165,7 +169,7 @@ class Planner:
                 others[row.technique].append(row.option(number))
         errors = enumerate(zip(program.errors, found, strict=True))
         losses = [0.0 if place in idle else float(own[number]) for place, (own, number) in errors]
-        parts = np.bincount(program.sources, losses, len(_SOURCES))
+        parts = np.bincount(program.sources, losses, len(SOURCES))
         sources = parts / self._weights
         in_float = tuple(
             node.name or ""
@@ -181,8 +185,8 @@ class Planner:
             joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, size, tuple(found), in_float
         )
 
-    def _program(self) -> Program:
-        """What can be chosen, by what is known of times and errors now."""
+    def _program(self, counts: NDArray[np.float64] | float = 1.0) -> Program:
+        """What can be chosen, by what is known of times and errors now; errors of each source count as given."""
         raw = [np.array([0.0, lost]) for lost in self._branch_errors] + [row.errors for row in self._rows]
         sources = [0] * len(self.branches) + [1 if row.technique is None else 2 for row in self._rows]
         rows = dict(enumerate(self._rows, len(self.branches)))
@@ -193,7 +197,8 @@ class Planner:
             units[unit] = len(raw)
             raw.append(np.array([self._form_errors[name].get(unit, 0.0) for name in options[unit]]))
             sources.append(3)
-        errors = [self._weights[source] * own for source, own in zip(sources, raw, strict=True)]
+        weights = self._weights * counts
+        errors = [weights[source] * own for source, own in zip(sources, raw, strict=True)]
         goes = self._gone_with()
         apart = [
             (first, second)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import least_squares
 
 from onnxcomp import kernels, placement, registry
 from onnxcomp.appraisal import Appraisal
@@ -14,7 +15,8 @@ from onnxcomp.core import Pass
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
-from onnxcomp.planning import Plan, Planner
+from onnxcomp.planning import SOURCES, Plan, Planner
+from onnxcomp.scoring import FloatArray
 from onnxcomp.table import FLOAT
 from onnxcomp.weights import NEAREST
 from onnxcomp.wording import several
@@ -53,6 +55,15 @@ _STEP = 4.0
 too much."""
 _PASSES = 4
 """Over what is known: losses scatter less where their slope is less than the usual one."""
+_PRIOR = 0.5 + 0.5 * np.eye(len(SOURCES))
+"""Covariance of the logarithms of what errors of each source lose, as long as nothing is known: half of the variance is
+the model's, half the source's. A MiniLM lost a third as much to some branches as to widths, a ResNet-56 as much."""
+_FAIR = 0.25
+"""Share of the largest error of any source, that one must have had in some plan to have been tried."""
+_OPTIONAL = np.array([source != "precision" for source in SOURCES])
+"""Sources that a plan can leave alone..."""
+_NOT = 1000.0
+"""...where their errors count so many times."""
 
 
 class Plans:
@@ -89,8 +100,9 @@ class Plans:
         self._is_root = bench.judges.gate.name.partition(":")[0] == "relative-error"
         self._has_labels = bench.judges.gate.needs == "labels"
         self._known: list[Lost] = []
-        self._errors: dict[Candidate, float] = {}
+        self._errors: dict[Candidate, FloatArray] = {}
         self._plans: dict[Candidate, Plan] = {}
+        self._failed: list[Candidate] = []
         try:
             self._planner = self._measured(best, allowed)
         except OnnxcompError as failure:
@@ -101,35 +113,35 @@ class Plans:
             self._planner.learn_form(form, self._share)
             self._learn_crossings()
             self._planner.learn_form(form, self._share)  # by what conversions cost
-            self._learn_loss(best, self._planner.compare_form(form, best.model))
+            self._learn_loss(best, np.array([0.0, 0.0, 0.0, self._planner.compare_form(form, best.model)]))
 
     def _linear(self, loss: float) -> float:
         """A loss that grows with the squared error: the relative error is its root."""
         return loss * loss if self._is_root else loss
 
-    def _learn_loss(self, trial: Candidate, error: float) -> None:
-        """From what a candidate lost, by the data that judge, at some error of its outputs."""
+    def _learn_loss(self, trial: Candidate, errors: FloatArray) -> None:
+        """From what a candidate lost, by the data that judge, at some errors of its outputs by source."""
         loss, noise = self._bench.loss(trial)
         if noise is not None and self._is_root:
             noise *= 2 * loss
-        self._known.append(Lost(error, self._linear(loss), noise))
-        self._errors[trial] = error
+        self._known.append(Lost(errors, self._linear(loss), noise))
+        self._errors[trial] = errors
 
-    def _slope(self) -> float:
-        """What is lost for each unit of error."""
+    def _slopes(self) -> tuple[FloatArray, FloatArray]:
+        """(sources,) what is lost for each unit of error, and what it may be by the standard error of its logarithm."""
+        if not self._loss:
+            return np.ones(len(SOURCES)), np.ones(len(SOURCES))
         usual = 1.0 if self._is_root else (_USUAL_LOSS if self._has_labels else self._loss) / _USUAL_ERROR
-        return loss_per_error(self._known, self._linear(self._loss), usual)
+        return losses_per_error(self._known, self._linear(self._loss), usual)
 
     def _aim(self, share: float = 1.0) -> float:
-        """The error that the next plan is to have: that of the best without one, and most of what is left.
+        """The loss that the next plan is to have: that of the best without one, and most of what is left.
 
         Args:
             share: of the loss that is allowed.
         """
-        if not self._loss:
-            return 0.0
-        allowed = self._linear(share * self._loss) / self._slope()
-        base = min(self._errors[self._base], allowed)
+        allowed = self._linear(share * self._loss)
+        base = min(float(self._slopes()[0] @ self._errors[self._base]), allowed)
         return base + _AIM * (allowed - base)
 
     def expected(self, trial: Candidate) -> float:
@@ -139,7 +151,7 @@ class Plans:
         """
         if trial not in self._errors or not self._loss:
             return self._bench.loss(trial).value
-        lost = self._slope() * self._errors[trial]
+        lost = float(self._slopes()[0] @ self._errors[trial])
         return float(np.sqrt(lost)) if self._is_root else lost
 
     def _learn_crossings(self) -> None:
@@ -162,9 +174,9 @@ class Plans:
         """
         if self._planner is None:
             return
-        lessons, ceiling = _LESSONS, np.inf
+        lessons = _LESSONS
         while most > 0:
-            found = self._at(min(self._aim(share), ceiling), before := self.best)
+            found = self._next(share, before := self.best)
             if found is None:
                 return
             most -= 1
@@ -172,18 +184,34 @@ class Plans:
                 yield trial
                 failed = trial.speedup and not within(self._bench.drop(trial), self._loss)
             if failed:
-                ceiling = min(ceiling, _RETREAT * self._enough(trial))
-            if failed and lessons and self._errors[trial] > _FAR * self._plans[trial].error:
+                self._failed.append(trial)
+            if failed and lessons and self._errors[trial].sum() > _FAR * self._plans[trial].error:
                 lessons -= 1
                 most += 1
             if self.best.speedup > before.speedup * _WORTH:
                 most += 1
 
-    def _enough(self, failed: Candidate) -> float:
-        """The error, foretold as that of a plan that lost too much is now, at which it would have lost just enough."""
+    def _next(self, share: float, best: Candidate) -> Iterator[Candidate] | None:
+        """A plan for most of a share of the loss that is allowed, and for less than those had that lost too much.
+
+        Of sources that were not tried alone, if that promises to be faster where they lose no more than they may. What
+        they lose can be told then, and what else was tried is worth as well.
+        """
+        slopes, hoped = self._slopes()
+        most = np.max([lost.errors for lost in self._known], axis=0)
+        new = _OPTIONAL & (most < _FAIR * most[_OPTIONAL].max())
+        if new.any() and not self._is_root:
+            alone = np.where(new, hoped, np.where(_OPTIONAL, _NOT * slopes, slopes))
+            if found := self._at(self._aim(share), alone, best):
+                return found
+        losses = [self._aim(share), *(_RETREAT * self._enough(failed, slopes) for failed in self._failed)]
+        return self._at(min(losses), slopes, best)
+
+    def _enough(self, failed: Candidate, slopes: FloatArray) -> float:
+        """The loss, foretold as that of a plan that lost too much is now, at which it would have lost just enough."""
         assert self._planner is not None
         share = max(self._linear(self._loss) / self._linear(self._bench.drop(failed)), 1 / _STEP)
-        return float(share * self._planner.again(self._plans[failed]).error)
+        return float(share * (slopes @ self._planner.errors(self._planner.again(self._plans[failed]))))
 
     def polished(self, most: int) -> Iterator[Candidate]:
         """Neighbours of the best plan that promise to be faster within the loss: local search, as far as it helps.
@@ -194,9 +222,10 @@ class Plans:
         for _ in range(most):
             if self._planner is None or self.best not in self._plans:
                 return
-            plan, error = self._planner.again(self._plans[self.best]), self._aim() * _BEYOND
-            near = (other for other in self._planner.near(plan) if other.error <= error and not self._is_known(other))
-            other = next(near, None)
+            plan, (slopes, _) = self._planner.again(self._plans[self.best]), self._slopes()
+            near = (other for other in self._planner.near(plan) if not self._is_known(other))
+            most_lost = self._aim() * _BEYOND
+            other = next((other for other in near if slopes @ self._planner.errors(other) <= most_lost), None)
             if other is None or other.time >= plan.time:
                 return
             yield from self._made(other)
@@ -204,10 +233,10 @@ class Plans:
     def beyond(self, errors: Sequence[float]) -> Iterator[Candidate]:
         """Candidates whose outputs have about these errors, for a choice between loss and time."""
         for error in errors:
-            yield from self._at(error) or ()
+            yield from self._at(error, np.ones(len(SOURCES))) or ()
 
-    def _at(self, error: float, best: Candidate | None = None) -> Iterator[Candidate] | None:
-        """The fastest plan of an error, as a candidate, if it promises to be faster than the best so far.
+    def _at(self, loss: float, slopes: FloatArray, best: Candidate | None = None) -> Iterator[Candidate] | None:
+        """The fastest plan for a loss by some slopes, as a candidate, if it promises to be faster than the best so far.
 
         The first one is made in any case: by what fitting makes up for in it, the next ones are planned. Under a limit
         on size, one that keeps it if there is any. Where the best does not, that need not be faster, and may have a
@@ -215,9 +244,9 @@ class Plans:
         """
         if self._planner is None:
             return None
-        plan = self._small(error, best)
+        plan = self._small(loss, slopes, best)
         needed = plan is not None and best is not None and best.size > (self._most or 0)
-        plan = plan or self._planner.plan(error)
+        plan = plan or self._planner.plan(loss, counts=slopes)
         if plan is None or not plan.decides or self._is_known(plan):
             return None
         promises = best is None or plan.time * (1 + NOISE) <= self._foretold(best)
@@ -236,12 +265,12 @@ class Plans:
             return self._planner.again(self._plans[best]).time
         return self._share * self._base.speedup / best.speedup
 
-    def _small(self, error: float, best: Candidate | None) -> Plan | None:
+    def _small(self, loss: float, slopes: FloatArray, best: Candidate | None) -> Plan | None:
         """The fastest plan within the limit on size, if there is one."""
         if self._planner is None or self._most is None:
             return None
-        errors = [error * more for more in _STRETCH] if best is not None and best.size > self._most else [error]
-        return next(filter(None, (self._planner.plan(each, _FILLED * self._most) for each in errors)), None)
+        losses = [loss * more for more in _STRETCH] if best is not None and best.size > self._most else [loss]
+        return next(filter(None, (self._planner.plan(each, _FILLED * self._most, slopes) for each in losses)), None)
 
     def _made(self, plan: Plan) -> Iterator[Candidate]:
         """The plan as a candidate; what it took and lost is learnt."""
@@ -258,7 +287,9 @@ class Plans:
             self._planner.learn(plan, self._share * self._base.speedup / trial.speedup)
             if behind:
                 self._planner.compare(plan, self._bench.applied(passes)[0], quantized=False)
-            self._learn_loss(trial, self._planner.compare(plan, trial.model))
+            error = self._planner.compare(plan, trial.model)
+            shares = self._planner.errors(plan)
+            self._learn_loss(trial, error * shares / shares.sum())
 
     def _predicted(self, plan: Plan) -> float:
         """The speed-up that a plan promises, from that of the best without one, which is timed beside it.
@@ -326,42 +357,55 @@ def _in_words(plan: Plan) -> str:
     return ", ".join(said)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lost:
     """What was lost at some error of the outputs.
 
     Attributes:
-        error: relative squared error.
-        loss: that grows with it.
+        errors: (sources,) relative squared errors, which add up.
+        loss: that grows with them.
         noise: standard error of the loss; None where it is not known.
     """
 
-    error: float
+    errors: FloatArray
     loss: float
     noise: float | None
 
 
-def loss_per_error(known: Sequence[Lost], allowed: float, usual: float) -> float:
-    """The slope that fits best, if losses are proportional to errors.
+def losses_per_error(known: Sequence[Lost], allowed: float, usual: float) -> tuple[FloatArray, FloatArray]:
+    """The slopes that are most likely, if losses are proportional to the errors of each source.
 
-    Errors are free of noise, losses on samples are not: each counts by its variance, and so does the slope that is
-    taken until something is known (Bayesian linear regression with a normal prior).
+    Errors are free of noise, losses on samples are not: each counts by its variance, and so do the slopes that are
+    taken until something is known, which are alike (maximum a posteriori, logarithms of slopes being normal).
 
     Args:
         known: what was measured.
         allowed: loss, which sets the scale of a noise that is not known.
-        usual: slope to start with, give or take as much again.
+        usual: slope to start with.
+
+    Returns:
+        (sources,) slopes, and the same less the standard errors of their logarithms.
     """
     finite = [lost for lost in known if np.isfinite(lost.loss)]
-    farthest = max((lost.error for lost in finite), default=0.0)
+    errors = np.array([lost.errors for lost in finite]).reshape(-1, len(SOURCES))
+    losses = np.array([lost.loss for lost in finite])
+    noises = [_UNKNOWN_NOISE * allowed if lost.noise is None else lost.noise for lost in finite]
+    noise = np.maximum(noises, _LEAST_NOISE * allowed)
+    farthest = errors.sum(axis=1).max(initial=0.0)
     least = min(usual, allowed / farthest if farthest else usual) / _STEP
-    slope = usual
+    bounds = np.log(least), np.log(usual * _STEP)
+    start = logs = np.full(len(SOURCES), np.log(usual))
+    whitening = np.linalg.cholesky(np.linalg.inv(_PRIOR)).T
     for _ in range(_PASSES):
-        weights, products = [1 / usual**2], [1 / usual]
-        for lost in finite:
-            noise = _UNKNOWN_NOISE * allowed if lost.noise is None else max(lost.noise, _LEAST_NOISE * allowed)
-            if variance := noise**2 + (_SCATTER * min(slope, usual) * lost.error) ** 2:
-                weights.append(lost.error**2 / variance)
-                products.append(lost.error * lost.loss / variance)
-        slope = float(np.clip(sum(products) / sum(weights), least, usual * _STEP))
-    return slope
+        scale = np.hypot(noise, _SCATTER * errors @ np.minimum(np.exp(logs), usual))
+        scaled, wanted = errors / scale[:, None], losses / scale
+
+        def residuals(logs: FloatArray, scaled: FloatArray = scaled, wanted: FloatArray = wanted) -> FloatArray:
+            return np.append(scaled @ np.exp(logs) - wanted, whitening @ (logs - start))
+
+        def jacobian(logs: FloatArray, scaled: FloatArray = scaled) -> FloatArray:
+            return np.vstack([scaled * np.exp(logs), whitening])
+
+        logs = least_squares(residuals, np.clip(logs, *bounds), jacobian, bounds).x
+    slopes, rows = np.exp(logs), jacobian(logs)
+    return slopes, np.maximum(slopes * np.exp(-np.sqrt(np.diag(np.linalg.inv(rows.T @ rows)))), least)

@@ -370,7 +370,7 @@ def test_options_of_any_pass_are_choices_where_they_save_time(model: ir.Model) -
     assert [getattr(technique, "parts", ()) for technique in daring.others] == [((name, 0.02),)]
     assert daring.time < careful.time
     made = daring.passes(jointly=False)[0](model, context(64)).model
-    assert found._answers.error(made) == pytest.approx(daring.sources[planning._SOURCES.index("other passes")], rel=0.2)
+    assert found._answers.error(made) == pytest.approx(daring.sources[planning.SOURCES.index("other passes")], rel=0.2)
 
 
 def test_what_a_pass_offers_and_cannot_do_is_told(model: ir.Model) -> None:

@@ -12,8 +12,8 @@ from onnxcomp import model as models
 from onnxcomp.budget import Budget
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.simplify import Simplify
-from onnxcomp.planning import Plan, Planner
-from onnxcomp.plans import Lost, loss_per_error
+from onnxcomp.planning import SOURCES, Plan, Planner
+from onnxcomp.plans import Lost, losses_per_error
 from onnxcomp.report import Result
 from tests.lab import Lab, lab
 from tests.lab import network as chain
@@ -115,8 +115,8 @@ def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_f
 ) -> None:
     promised = Planner.plan
 
-    def slow(self: Planner, *limits: float) -> Plan | None:
-        plan = promised(self, *limits)
+    def slow(self: Planner, *limits: float, **counts: Any) -> Plan | None:
+        plan = promised(self, *limits, **counts)
         return plan if plan is None or self._seen else replace(plan, time=1.0)
 
     monkeypatch.setattr(Planner, "plan", slow)
@@ -217,22 +217,56 @@ def test_a_plan_that_failed_by_an_error_foretold_far_too_low_is_followed_by_more
     assert sum(trial.name.startswith("plan ") for trial in report.trials) == plans
 
 
+def test_what_no_plan_did_yet_is_tried_alone_where_it_may_lose_less(lab: Lab, model: ir.Model) -> None:
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    data = context(121).data
+    assert data is not None
+    feeds = next(iter(data.batches(121))).feeds | {"label": np.zeros(121, np.int64)}
+    options: dict[str, Any] = {"passes": ["simplify", "prune", "prune-depth"], "effort": "default"}
+    report = lab.optimize(model, calib=feeds, metric="accuracy", budget=Budget(max_drop=0.0002), **options).report
+    first, alone, both = [trial.name for trial in report.trials if trial.name.startswith("plan ")][:3]
+    assert ("narrower" in first, "gone" in first) == (True, False)
+    assert ("narrower" in alone, "gone" in alone) == (False, True)
+    assert ("narrower" in both, "gone" in both) == (True, True)
+
+
+USUAL = 0.005 / 0.012
+BRANCHES, WIDTHS = (np.eye(len(SOURCES))[SOURCES.index(source)] for source in ("branches", "widths"))
+
+
 @pytest.mark.parametrize(
     ("noise", "low", "high"),
-    [(1e-6, 0.9, 1.1), (0.0035, 0.42, 0.6), (0.1, 0.416, 0.42), (None, 0.5, 0.9)],
+    [(1e-6, 0.9, 1.1), (0.0035, 0.42, 0.6), (0.1, 0.416, 0.42), (None, 0.5, 0.95)],
     ids=["certain", "judged on thousands", "judged on a few", "not known"],
 )
 def test_a_noisy_loss_changes_what_the_next_error_is_taken_to_lose_by_little(
     noise: float | None, low: float, high: float
 ) -> None:
-    usual = 0.005 / 0.012
-    assert loss_per_error([], 0.005, usual) == pytest.approx(usual)
-    assert loss_per_error([Lost(1e-12, 0.0, 0.0)], 0.005, usual) == pytest.approx(usual)  # what changes nothing
-    assert low < loss_per_error([Lost(0.001, 0.001, noise), Lost(0.004, 0.004, noise)], 0.005, usual) < high
-    assert loss_per_error([Lost(0.004, np.inf, noise)], 0.005, usual) == pytest.approx(usual)
-    assert loss_per_error([Lost(0.004, 1.0, 1e-9)] * 50, 0.005, usual) == pytest.approx(4 * usual)
-    harmless = Lost(100 * 0.005 / usual, 0.0, 0.0)  # at a hundred times the error that is taken to lose what is allowed
-    assert loss_per_error([harmless], 0.005, usual) == pytest.approx(0.005 / (4 * harmless.error))
+    seen = [Lost(0.001 * WIDTHS, 0.001, noise), Lost(0.004 * WIDTHS, 0.004, noise)]
+    assert low < WIDTHS @ losses_per_error(seen, 0.005, USUAL)[0] < high
+
+
+@pytest.mark.parametrize("seen", [[], [Lost(1e-12 * WIDTHS, 0.0, 0.0)], [Lost(0.004 * WIDTHS, np.inf, 0.001)]], ids=str)
+def test_what_tells_nothing_leaves_losses_as_usual(seen: list[Lost]) -> None:
+    assert losses_per_error(seen, 0.005, USUAL)[0] == pytest.approx(USUAL, rel=1e-3)
+
+
+def test_the_least_and_the_most_that_errors_lose_have_limits() -> None:
+    fatal = Lost(0.004 * WIDTHS, 1.0, 1e-9)
+    harmless = Lost(100 * 0.005 / USUAL * WIDTHS, 0.0, 0.0)  # a hundred times what is taken to lose what is allowed
+    slopes = [losses_per_error([lost] * 50, 0.005, USUAL)[0] for lost in (fatal, harmless)]
+    assert WIDTHS @ slopes[0] == pytest.approx(4 * USUAL)
+    assert WIDTHS @ slopes[1] == pytest.approx(0.005 / (4 * harmless.errors.sum()))
+
+
+def test_what_one_source_loses_tells_half_of_what_another_does_and_tells_both_apart() -> None:
+    plan, other = Lost(0.01 * WIDTHS, 0.0004, 0.0), Lost(0.01 * (WIDTHS + BRANCHES), 0.0024, 0.0)
+    slopes, hoped = losses_per_error([plan], 0.005, USUAL)
+    assert WIDTHS @ slopes < BRANCHES @ slopes < USUAL
+    assert np.log(BRANCHES @ slopes / USUAL) == pytest.approx(np.log(WIDTHS @ slopes / USUAL) / 2, rel=0.01)
+    assert BRANCHES @ hoped < 0.6 * BRANCHES @ slopes
+    slopes, _ = losses_per_error([plan, other], 0.005, USUAL)
+    assert BRANCHES @ slopes > 1.5 * WIDTHS @ slopes
 
 
 @pytest.mark.parametrize("untraced", [False, True])
