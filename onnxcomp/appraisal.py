@@ -74,6 +74,7 @@ class Appraisal:
         unseen: samples on which outputs are compared, as what is fitted to `data` does better on it; `data` if none.
 
     Attributes:
+        model: the same.
         answers: what the model says on a few samples.
         units: its nodes that run as one.
         forms: the precisions, and what the model takes in each.
@@ -83,6 +84,7 @@ class Appraisal:
         branches: that may go.
         branch_errors: what the outputs lose without each.
         rows: what else can be done.
+        makers: the layers that make a group's channels, by its name.
         untraced: why channels could not be traced, so that nothing may go; empty where they could.
         refused: what other passes offer and cannot do, and why.
     """
@@ -101,7 +103,7 @@ class Appraisal:
         sized: bool = False,
         unseen: Dataset | None = None,
     ) -> None:
-        self._model, self._context, self._data, self._sized = model, context, data, sized
+        self.model, self._context, self._data, self._sized = model, context, data, sized
         self.answers = Answers(model, unseen or data, context)
         self.units = Units(model)
         self.untraced = ""
@@ -110,6 +112,7 @@ class Appraisal:
         self.total = sum(self.forms[FLOAT].times.values())
         self.form_errors = self._measured_errors(data)
         self._groups = self._traced(data)
+        self.makers = {group.name: group.made_by for group in self._groups or ()}
         self.branches = self._found_branches() if prune_depth else []
         self.branch_errors = context.recall(
             "branch errors", (model, known, unseen, prune_depth), self._measured_branches
@@ -142,13 +145,13 @@ class Appraisal:
         found: dict[str, dict[str, float]] = {FLOAT: {}}
         for name, form in self.forms.items():
             if form.technique is not None:
-                made = form.technique(self._model, replace(self._context, data=data)).model
+                made = form.technique(self.model, replace(self._context, data=data)).model
                 found[name] = dict.fromkeys(form.changed, self.answers.error(made) / max(len(form.changed), 1))
         return found
 
     def _traced(self, data: Dataset) -> ChannelGroups | None:
         try:
-            return channel_groups(self._model, next(iter(data.batches(1))).feeds)
+            return channel_groups(self.model, next(iter(data.batches(1))).feeds)
         except OnnxcompError as error:
             self.untraced = error.fact
             return None
@@ -157,17 +160,17 @@ class Appraisal:
         if self._groups is None:
             return []
         names = {value.name: shape for value, shape in self._groups.facts.shapes.items()}
-        shapes = {v: names[v.name] for node in self._model.graph for v in node.outputs if v.name in names}
-        shapes |= {value: names[value.name] for value in self._model.graph.inputs if value.name in names}
-        nodes = {node.name or "": node for node in self._model.graph}
+        shapes = {v: names[v.name] for node in self.model.graph for v in node.outputs if v.name in names}
+        shapes |= {value: names[value.name] for value in self.model.graph.inputs if value.name in names}
+        nodes = {node.name or "": node for node in self.model.graph}
         return [
             branch
-            for branch in branches(self._model, shapes)
+            for branch in branches(self.model, shapes)
             if not any(self._context.excludes(nodes[name]) for name in branch.nodes)
         ]
 
     def _measured_branches(self) -> list[float]:
-        context, model = self._context, self._model
+        context, model = self._context, self.model
         few = self._data.at_most(_FITTED_SAMPLES, context.seed + 1).loaded()  # mostly others than those that judge it
         alone = replace(context, data=None, progress=no_progress, cache={}, store=None, executor=None)
         executor, room = abroad(model, context)
@@ -233,11 +236,11 @@ class Appraisal:
     def _bytes_left(self, group: ChannelGroup, counts: Counts, touched: Set[str]) -> NDArray[np.float64]:
         """Share of their bytes that units have left without some channels of a group, by how many of them."""
         assert self._groups is not None
-        parameters = {cost.name: cost.parameters for cost in node_costs(self._model)}
+        parameters = {cost.name: cost.parameters for cost in node_costs(self.model)}
         whole = sum(self.forms[FLOAT].bytes.get(unit, 0) for unit in touched)
         found = []
         for count in counts.tolist():
-            cut = without(self._groups, {group: range(count)}) if count else self._model
+            cut = without(self._groups, {group: range(count)}) if count else self.model
             left = self.units.bytes(node_costs(cut), parameters)
             found.append(sum(left.get(unit, 0) for unit in touched) / max(whole, 1))
         return np.array(found)
@@ -250,7 +253,7 @@ class Appraisal:
         rows, refused = [], []
         failed: dict[str, list[str]] = defaultdict(list)
         try:
-            for option in technique.offered(self._model, context):
+            for option in technique.offered(self.model, context):
                 by_part[option.part].append(option)
         except OnnxcompError as failure:
             refused.append((technique.name, failure.fact))
@@ -293,7 +296,7 @@ class Appraisal:
         telling = [option for option in options if option.error >= _NOTHING * largest]
         probe = telling[len(telling) // 2]
         # On all data: what is fitted to few vectors gives those right, at any rank.
-        made = technique.drafted().taking([probe])(self._model, replace(self._context, data=self._data)).model
+        made = technique.drafted().taking([probe])(self.model, replace(self._context, data=self._data)).model
         lost = self.answers.error(made)
         errors = [lost * (option.error / probe.error if probe.error else 1.0) for option in options]
         whole = max(self.forms[FLOAT].bytes.get(self.units.of(probe.part), 0), 1)

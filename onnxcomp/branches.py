@@ -4,7 +4,7 @@ Residual networks keep working without some of their blocks (Veit et al. 2016, "
 of Relatively Shallow Networks"). Unlike narrower layers, a missing one saves its time whatever the kernels.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
 
@@ -90,24 +90,27 @@ def branches(model: ir.Model, shapes: Shapes) -> list[Branch]:
     return found
 
 
-def spared(model: ir.Model, known: Iterable[Branch], gone: Collection[Branch], reason: str) -> list[Skip]:
+def spared(
+    model: ir.Model, known: Iterable[Branch], gone: Collection[Branch], reason: str | Callable[[Branch], str]
+) -> list[Skip]:
     """Why sums keep operands that can go, and with them the layers that these hold.
 
     Args:
         model: with all of them.
         known: branches that can go.
         gone: those that do.
-        reason: why the others do not.
+        reason: why the others do not, or each of them.
     """
     lost = {name for branch in gone for name in branch.nodes}
     weighty = {layer.name for layer in layers(model)}
-    joins = {
-        name: branch.join
+    staying = {
+        name: branch
         for branch in known
         if branch.join not in lost
         for name in (branch.join, *sorted(branch.nodes & weighty - lost))
     }
-    return [Skip(name, f"the branch at '{join}' stays: {reason}") for name, join in joins.items()]
+    said = reason if callable(reason) else lambda _: reason
+    return [Skip(name, f"the branch at '{branch.join}' stays: {said(branch)}") for name, branch in staying.items()]
 
 
 def _only_for(join: ir.Node, operand: int, order: Mapping[ir.Node, int]) -> set[ir.Node]:

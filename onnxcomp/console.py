@@ -40,12 +40,14 @@ from onnxcomp.report import (
 from onnxcomp.tables import columns, heading, line, notes, some
 from onnxcomp.verification import Verification
 from onnxcomp.wording import (
+    alike,
     between,
     budget_in_words,
     byte_count,
     check_in_words,
     digits,
     grouped,
+    in_common,
     latency_of,
     loss,
     ratio,
@@ -53,7 +55,6 @@ from onnxcomp.wording import (
     seconds,
     signed,
     where,
-    without_names,
 )
 
 _PIPE_WIDTH = 10_000  # nothing wraps in a pipe
@@ -368,13 +369,12 @@ def _said(layer: LayerRow) -> tuple[str, ...]:
 
 
 def _alike(layers: Sequence[LayerRow]) -> Iterator[tuple[list[str], list[str]]]:
-    """What was said of layers, and of which, those of whom the same was said together, quoted names aside."""
+    """What was said of layers, and of which, those together of whom much the same was said."""
     groups: dict[tuple[str, ...], list[LayerRow]] = defaultdict(list)
     for layer in layers:
-        groups[tuple(map(without_names, _said(layer)))].append(layer)
-    for common, rows in groups.items():
-        each = zip(common, *map(_said, rows), strict=True)
-        yield [texts[0] if len(set(texts)) == 1 else text for text, *texts in each], [row.name for row in rows]
+        groups[tuple(map(alike, _said(layer)))].append(layer)
+    for rows in groups.values():
+        yield [in_common(texts) for texts in zip(*map(_said, rows), strict=True)], [row.name for row in rows]
 
 
 def _verification(verification: Verification) -> Iterator[RenderableType]:

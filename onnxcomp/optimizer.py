@@ -244,7 +244,7 @@ class _Proof:
             unmet=tuple(check_in_words(check, judges.gate.name) for check in broken),
             original=before,
             result=after,
-            steps=best.steps,
+            steps=self.search.explained(best),
             trials=trials,
             notes=(*judges.notes, *self._notes(best, before, after), *conflicts),
             command=self.command,
@@ -275,7 +275,7 @@ class _Proof:
         if not best.steps:
             return best.model
         trials = tuple(trial.trial() for trial in self.bench.trials)
-        record = Record(best.steps, trials, self.bench.judges.gate.name)
+        record = Record(self.search.explained(best), trials, self.bench.judges.gate.name)
         recipe = self.bench.recipe(best.passes)
         return stamped(best.model, self.bench.model, recipe, record, self.fingerprint, self.original.size)
 

@@ -7,7 +7,7 @@ tensor between two precisions is converted once, however many read it. What a pl
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from onnxcomp.appraisal import Appraisal
-from onnxcomp.branches import Operands
-from onnxcomp.core import Option, Pass
+from onnxcomp.branches import Operands, spared
+from onnxcomp.core import Option, Pass, Skip
 from onnxcomp.numerics.choice import Clash, Term
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
@@ -110,6 +110,7 @@ class Planner:
     """
 
     def __init__(self, known: Appraisal, crossing: Crossing | None) -> None:
+        self._model, self._makers = known.model, known.makers
         self._crossing, self._answers, self._units = crossing, known.answers, known.units
         self.forms, self._elements, self._total = known.forms, known.elements, known.total
         self.branches, self._branch_errors = known.branches, known.branch_errors
@@ -184,6 +185,27 @@ class Planner:
         return Plan(
             joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, size, tuple(found), in_float
         )
+
+    def left(self, plan: Plan, wide: Iterable[str]) -> list[Skip]:
+        """Why layers keep branches and channels that they could lose, by what each loses by itself.
+
+        Args:
+            plan: that leaves them.
+            wide: names of layers that keep all channels, which may have shown to save too little for a choice.
+        """
+        gone = [branch for branch in self.branches if (branch.join, branch.operand) in plan.branches]
+        lost, narrow = {name for branch in gone for name in branch.nodes}, dict(plan.widths)
+        errors = dict(zip(self.branches, self._branch_errors, strict=True))
+        rows = {maker: row for row in self._rows if row.technique is None for maker in self._makers[row.part]}
+        kept = dict.fromkeys(name for name, row in rows.items() if row.part not in narrow and name not in lost)
+        reasons = dict.fromkeys(wide, "fewer channels save too little of its time") | {
+            name: _too_much(
+                f"with {rows[name].settings[1]} of its {rows[name].settings[0]} channels", rows[name].errors[1]
+            )
+            for name in kept
+        }
+        stays = spared(self._model, self.branches, gone, lambda branch: _too_much("without it", errors[branch]))
+        return [*stays, *(Skip(name, reason) for name, reason in reasons.items())]
 
     def _program(self, counts: NDArray[np.float64] | float = 1.0) -> Program:
         """What can be chosen, by what is known of times and errors now; errors of each source count as given."""
@@ -378,3 +400,8 @@ class Planner:
     def origin(self, name: str) -> str:
         """The unit of a node of the model, or of what became of it."""
         return self._units.of(name)
+
+
+def _too_much(how: str, error: float) -> str:
+    """Why something stays that could go."""
+    return f"{how} the outputs have a relative squared error of {error:.2g}, for which more time is saved elsewhere"

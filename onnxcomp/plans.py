@@ -11,11 +11,12 @@ from onnxcomp import kernels, placement, registry
 from onnxcomp.appraisal import Appraisal
 from onnxcomp.budget import within
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
-from onnxcomp.core import Pass
+from onnxcomp.core import NOT_NAMED, Pass
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.planning import SOURCES, Plan, Planner
+from onnxcomp.report import Step
 from onnxcomp.scoring import FloatArray
 from onnxcomp.table import FLOAT
 from onnxcomp.weights import NEAREST
@@ -251,6 +252,20 @@ class Plans:
             return None
         promises = best is None or plan.time * (1 + NOISE) <= self._foretold(best)
         return self._made(plan) if promises or needed or not self._plans else None
+
+    def explained(self, made: Candidate) -> tuple[Step, ...]:
+        """What each pass did to a candidate, and why its plan left the rest, where passes only say that it did."""
+        plans = (plan for trial, plan in self._plans.items() if made.passes[: len(trial.passes)] == trial.passes)
+        if self._planner is None or (plan := next(plans, None)) is None:
+            return made.steps
+        steps = list(made.steps)
+        for place, technique in enumerate(made.passes, len(steps) - len(made.passes)):
+            if technique.name in PLANNED:
+                skips = steps[place].skips
+                left = self._planner.left(plan, [skip.node for skip in skips if skip.reason == NOT_NAMED])
+                others = [skip for skip in skips if not skip.reason.endswith(NOT_NAMED)]
+                steps[place] = replace(steps[place], skips=(*others, *left))
+        return tuple(steps)
 
     def _is_known(self, plan: Plan) -> bool:
         """Whether a candidate does the same."""

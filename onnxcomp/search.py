@@ -31,7 +31,7 @@ from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.plans import PLANNED, Plans, optional
-from onnxcomp.report import Figures
+from onnxcomp.report import Figures, Step
 from onnxcomp.sensitivity import ranking
 from onnxcomp.weights import NEAREST
 from onnxcomp.wording import several
@@ -260,6 +260,10 @@ class Search:
             trial.verdict = f"an error above {allowed}, and nothing tells what that means for accuracy"
             return False
         return True
+
+    def explained(self, made: Candidate) -> tuple[Step, ...]:
+        """What each pass did to a candidate, and why not more."""
+        return made.steps if self.plans is None else self.plans.explained(made)
 
     def others(self) -> list[Candidate]:
         """All candidates that run and were timed and judged, more of them made for a choice."""

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from onnxcomp.budget import Budget, Check
 from onnxcomp.report import Figures, Interval
 
+_QUOTED = re.compile("'[^']*'")
+_FRACTION = re.compile(r"\b\d+(?:\.\d+(?:e[+-]?\d+)?|e[+-]?\d+)\b")
+
 
 def printable(text: str) -> str:
     """The text with control characters escaped, line ends excepted."""
@@ -141,17 +144,24 @@ def where(environment: Mapping[str, str | int]) -> str:
 
 
 def grouped(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """(node, text) pairs by text, the most frequent first; texts that differ in a quoted name only count as one."""
+    """(node, text) pairs by text, the most frequent first; texts that are `alike` count as one."""
     groups: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for node, text in pairs:
-        groups[without_names(text)].append((node, text))
-    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return [
-        (items[0][1] if len({text for _, text in items}) == 1 else common, [node for node, _ in items])
-        for common, items in ordered
-    ]
+        groups[alike(text)].append((node, text))
+    ordered = sorted(groups.values(), key=lambda items: -len(items))
+    return [(in_common([text for _, text in items]), [node for node, _ in items]) for items in ordered]
 
 
-def without_names(text: str) -> str:
-    """A text in which all that is quoted reads alike."""
-    return re.sub(r"'[^']*'", "'...'", text)
+def alike(text: str) -> str:
+    """A text in which all that is quoted reads alike, and so do all fractions."""
+    return _FRACTION.sub("0.0", _QUOTED.sub("'...'", text))
+
+
+def in_common(texts: Sequence[str]) -> str:
+    """What texts that are `alike` say together: no names where they differ, of fractions the least and the most."""
+    if len(set(texts)) == 1:
+        return texts[0]
+    nameless = [_QUOTED.sub("'...'", text) for text in texts]
+    numbers = [sorted(set(found), key=float) for found in zip(*map(_FRACTION.findall, nameless), strict=True)]
+    ranges = iter([found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}" for found in numbers])
+    return _FRACTION.sub(lambda _: next(ranges), nameless[0])
