@@ -40,11 +40,11 @@ _RETREAT = 0.9
 """Share of the error at which a plan that lost too much would have lost just enough, for the next one to have at most:
 the same samples judge it."""
 _WORTH = 1.1
-"""How much faster a plan must be than the best before it, to be followed by one more than planned."""
+"""How much faster a plan must be than the best before it, to be followed by one more than planned..."""
 _FAR = 2.0
-"""Times the error foretold that a plan's outputs have, where it teaches so much that one more may follow..."""
+"""...or times the error foretold that its outputs have..."""
 _LESSONS = 2
-"""...and how often."""
+"""...and how often so where it lost too much."""
 _BEYOND = 1.25
 """How far a neighbour of a plan may go beyond the error that plans are to have: what it loses is measured."""
 _FILLED = 0.97
@@ -169,8 +169,8 @@ class Plans:
         Between them they are timed beside the best without a plan, and judged.
 
         Args:
-            most: plans, beside those that made `best` much faster and some that failed as their errors were foretold
-                far too low; fewer where the next one does not promise to be faster.
+            most: plans, beside those that made `best` much faster, and some that lost too much but are much faster, or
+                had errors foretold far too low; fewer where the next one does not promise to be faster.
             share: of the loss that is allowed, that a plan may have.
         """
         if self._planner is None:
@@ -186,9 +186,10 @@ class Plans:
                 failed = trial.speedup and not within(self._bench.drop(trial), self._loss)
             if failed:
                 self._failed.append(trial)
-            if failed and lessons and self._errors[trial].sum() > _FAR * self._plans[trial].error:
-                lessons -= 1
-                most += 1
+                far = self._errors[trial].sum() > _FAR * self._plans[trial].error
+                if lessons and (far or trial.speedup > self.best.speedup * _WORTH):
+                    lessons -= 1
+                    most += 1
             if self.best.speedup > before.speedup * _WORTH:
                 most += 1
 

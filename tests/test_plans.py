@@ -230,12 +230,13 @@ def test_plans_are_compared_before_they_are_quantized_too(
     assert seen[:2] == [(False, False), (True, True)]
 
 
-@pytest.mark.parametrize(("factor", "plans"), [(1.0, 1), (100.0, 3)])
-def test_a_plan_that_failed_by_an_error_foretold_far_too_low_is_followed_by_more(
-    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch, factor: float, plans: int
+@pytest.mark.parametrize(("factor", "much", "plans"), [(1.0, np.inf, 1), (100.0, np.inf, 3), (1.0, 1.1, 3)])
+def test_a_plan_that_failed_and_is_much_faster_or_had_an_error_foretold_far_too_low_is_followed_by_more(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch, factor: float, much: float, plans: int
 ) -> None:
     whole = models.tensor_bytes(Simplify()(model, context(64)).model)
     lab.latency = lambda made: float(models.tensor_bytes(made))
+    monkeypatch.setattr("onnxcomp.plans._WORTH", much)
     lab.loss = lambda made: 0.11 if models.tensor_bytes(made) < whole else 0.0
     monkeypatch.setattr(Planner, "compare", lambda self, plan, made, *, quantized=True: factor * plan.error)
     report = searched(lab, model, effort="quick", budget=Budget(max_drop=0.1)).report
