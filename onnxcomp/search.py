@@ -348,12 +348,25 @@ class Search:
         return self._back_off(min(tried, key=self._bench.drop)) if tried else None
 
     def _back_off(self, candidate: Candidate) -> Candidate | None:
-        """Return nodes to float, the most sensitive first: as few as keep the budget, by bisection."""
+        """Return nodes to float, as few as keep the budget."""
+        found = self._spared(candidate, "in float", ()) if _has_nodes(candidate.passes[-1]) else None
+        if found is not None:
+            self._bench.time(found)
+        return found
+
+    def _spared(self, candidate: Candidate, how: str, instead: tuple[Pass, ...]) -> Candidate | None:
+        """What a candidate's last pass did undone on nodes, the most sensitive first: as few as keep the budget.
+
+        By bisection.
+
+        Args:
+            candidate: over the budget.
+            how: these nodes are then.
+            instead: what is done to them.
+        """
         *before, last = candidate.passes
-        if not isinstance(last, QuantizeStatic | QuantizeDynamic):
-            return None
-        bench = self._bench
-        base, _ = bench.applied(tuple(before))
+        assert isinstance(last, QuantizeStatic | QuantizeDynamic | QuantizeWeights)
+        base, _ = self._bench.applied(tuple(before))
         order = self._order(base, candidate)
         low, high = 0, len(order)
         found: Candidate | None = None
@@ -361,13 +374,11 @@ class Search:
             middle = (low + high) // 2
             keep = tuple(sorted({*last.keep, *order[:middle]}))
             kept = several(middle, "most sensitive node", "most sensitive nodes")
-            trial = bench.make(f"{candidate.name}, {kept} in float", (*before, replace(last, keep=keep)))
-            if bench.works(trial) and self._within(trial):
+            trial = self._bench.make(f"{candidate.name}, {kept} {how}", (*before, replace(last, keep=keep), *instead))
+            if self._bench.works(trial) and self._within(trial):
                 found, high = trial, middle
             else:
                 low = middle
-        if found is not None:
-            bench.time(found)
         return found
 
     def _order(self, base: ir.Model, candidate: Candidate) -> list[str]:
@@ -407,15 +418,17 @@ class Search:
     def _smaller(self, best: Candidate) -> Iterator[Candidate]:
         """Weights stored in fewer bits, where that costs no budget; nor time, unless size has a limit.
 
-        What is still float becomes integers; then come the ways that the user asked for by name.
+        What is still float becomes integers, where a limit on size needs that of as few bits as accuracy allows for each
+        layer; then come the ways that the user asked for by name.
         """
         limit = self._budget.size_limit(self._original.size)
         if "quantize-weights" in self._allowed:
             limited = limit is not None or self._budget.memory_limit(self._original.memory or 0) is not None
             widths = _BITS[:1] if self._untold and not limited else _BITS
             storages = {f"remaining weights stored in {bits} bits": self._storage(bits) for bits in widths}
-            for smaller in self._stored(best, best, storages, limit, slower=False):
-                yield (best := smaller)
+            if best is not self.clean or limit is None or best.size <= limit:
+                for smaller in self._stored(best, best, storages, limit, slower=False):
+                    yield (best := smaller)
             if limit is not None and best.size > limit:
                 for smaller in self._stored(self.clean, best, storages, limit, slower=True):
                     if smaller.size > limit and self._budget.limits_time:
@@ -446,7 +459,10 @@ class Search:
                 trial.verdict = "not smaller"
                 continue
             if not self._within(trial):
-                continue
+                mixed = self._mixed(trial, limit) if fits and limit is not None else None
+                if mixed is None:
+                    continue
+                trial = mixed
             self._bench.time(best, trial)
             if not slower and trial.speedup < best.speedup * (1 - NOISE):
                 trial.verdict = "slower"
@@ -455,6 +471,17 @@ class Search:
             yield best
             if limit is None or fits:
                 return
+
+    def _mixed(self, coarse: Candidate, limit: int) -> Candidate | None:
+        """A candidate whose weights have too few bits, with more for the most sensitive, if that keeps both limits."""
+        technique = coarse.passes[-1]
+        if not isinstance(technique, QuantizeWeights) or technique.bits == max(_BITS):
+            return None
+        found = self._spared(coarse, f"in {max(_BITS)} bits", (replace(technique, bits=max(_BITS)),))
+        if found is not None and found.size > limit:
+            found.verdict = "above the limit on size"
+            return None
+        return found
 
     def _needs(self, trial: Candidate, size: int) -> bool:
         """Whether a limit needs a candidate, however slow, in place of something of that size."""

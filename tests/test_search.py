@@ -165,6 +165,25 @@ def test_four_bits_only_where_eight_do_not_suffice(lab: Lab) -> None:
     assert four.met
 
 
+@pytest.mark.parametrize(("share", "met"), [(0.9, True), (0.75, False)])
+def test_where_four_bits_lose_too_much_and_eight_are_too_many_the_most_sensitive_have_eight(
+    lab: Lab, share: float, met: bool
+) -> None:
+    def in_four_bits(model: ir.Model) -> set[str]:
+        found = [node for node in model.graph if node.op_type == "MatMulNBits"]
+        return {(node.name or "").removesuffix("_nbits") for node in found if node.attributes.get_int("bits") == 4}
+
+    given: dict[str, Any] = {"passes": ["simplify", "quantize-weights"], "best_effort": True}
+    lab.latency, lab.order = lambda model: 1.0, lambda name: float(name in {"g1", "g4"})
+    eight = lab.optimize(budget=Budget(max_size_share=0.5), **given).report.result.size
+    lab.loss = lambda model: float(bool(in_four_bits(model) & {"g1", "g4"}))
+    result = lab.optimize(budget=Budget(max_drop=0.1, max_size=int(share * eight)), **given)
+    assert result.report.met == met
+    assert in_four_bits(result.model) == ({"g0", "g2", "g3", "g5"} if met else set())
+    mixed = trial(result, "clean-up, remaining weights stored in 4 bits, 2 most sensitive nodes in 8 bits")
+    assert mixed.verdict == ("chosen" if met else "above the limit on size")
+
+
 @pytest.mark.parametrize("gain", [1.0, 0.5])
 def test_a_clean_up_that_makes_it_larger_is_not_kept_however_fast(lab: Lab, gain: float) -> None:
     lab.latency = lambda model: 1.0 if model.functions else gain
