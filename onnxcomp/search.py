@@ -8,8 +8,9 @@
 4. Time that again, where the fastest of several may have had luck. Plan which branches go, how wide layers are and
    what runs as integers, all together; measure, and plan again. With time for it, look at the best plan's neighbours
    too.
-5. What is still float is stored as integers where that costs neither time nor budget; then weights are shared, made
-   sparse or binary, where the user asked for it.
+5. What is still float is stored as integers where that costs neither time nor budget; where a limit on size needs
+   four bits and these lose too much, the most sensitive nodes have eight. Then weights are shared, made sparse or
+   binary, where the user asked for it.
 6. What shows no clear gain is timed at length, and gives way to what it was made of if it is slower than the original.
    Nothing larger than the original is kept unless a limit on size allows for that; at last there is the original.
 """
@@ -418,8 +419,7 @@ class Search:
     def _smaller(self, best: Candidate) -> Iterator[Candidate]:
         """Weights stored in fewer bits, where that costs no budget; nor time, unless size has a limit.
 
-        What is still float becomes integers, where a limit on size needs that of as few bits as accuracy allows for each
-        layer; then come the ways that the user asked for by name.
+        What is still float becomes integers; then come the ways that the user asked for by name.
         """
         limit = self._budget.size_limit(self._original.size)
         if "quantize-weights" in self._allowed:
