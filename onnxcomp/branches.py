@@ -19,6 +19,8 @@ from onnxcomp.settings import within
 
 Operands: TypeAlias = tuple[tuple[str, Annotated[int, within(0, 1)]], ...]
 """By the name of a sum, which of its operands goes."""
+STAYS = "stays: "
+"""What is said of a branch that could have gone, before the reason."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def spared(
         for name in (branch.join, *sorted(branch.nodes & weighty - lost))
     }
     said = reason if callable(reason) else lambda _: reason
-    return [Skip(name, f"the branch at '{branch.join}' stays: {said(branch)}") for name, branch in staying.items()]
+    return [Skip(name, f"the branch at '{branch.join}' {STAYS}{said(branch)}") for name, branch in staying.items()]
 
 
 def _only_for(join: ir.Node, operand: int, order: Mapping[ir.Node, int]) -> set[ir.Node]:

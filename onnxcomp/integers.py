@@ -146,7 +146,10 @@ def _connected(chosen: dict[str, ir.Node]) -> dict[str, ir.Node]:
             for name, node in result.items()
             if node.op_type not in ANCHORS
             and not (
-                all(_quantized_producer(value, result) or value in converted for value in data_inputs(node))
+                all(
+                    _quantized_producer(value, result) or (value in converted and node.op_type not in ACTIVATIONS)
+                    for value in data_inputs(node)
+                )
                 and any(use.node.name in result for output in node.outputs for use in output.uses())
             )
         ]

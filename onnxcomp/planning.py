@@ -7,7 +7,7 @@ tensor between two precisions is converted once, however many read it. What a pl
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -186,26 +186,32 @@ class Planner:
             joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, size, tuple(found), in_float
         )
 
-    def left(self, plan: Plan, wide: Iterable[str]) -> list[Skip]:
-        """Why layers keep branches and channels that they could lose, by what each loses by itself.
+    @property
+    def sources(self) -> NDArray[np.bool_]:
+        """(sources,) whether there is anything to choose."""
+        others = [row.technique is not None for row in self._rows]
+        return np.array([bool(self.branches), not all(others), any(others), True])
 
-        Args:
-            plan: that leaves them.
-            wide: names of layers that keep all channels, which may have shown to save too little for a choice.
-        """
+    def left(self, plan: Plan, technique: Pass) -> list[Skip]:
+        """What one of a plan's passes could have treated as well, and what the outputs lose by that alone."""
+        if not isinstance(technique, Prune | PruneDepth):
+            treated = {part for part, _ in technique.parts} if hasattr(technique, "parts") else set()
+            rows = [row for row in self._rows if row.technique is not None and row.technique.name == technique.name]
+            return [
+                Skip(row.part, _too_much(f"with '{row.settings[1]}'", row.errors[1]))
+                for row in rows
+                if row.part not in treated
+            ]
         gone = [branch for branch in self.branches if (branch.join, branch.operand) in plan.branches]
-        lost, narrow = {name for branch in gone for name in branch.nodes}, dict(plan.widths)
         errors = dict(zip(self.branches, self._branch_errors, strict=True))
-        rows = {maker: row for row in self._rows if row.technique is None for maker in self._makers[row.part]}
-        kept = dict.fromkeys(name for name, row in rows.items() if row.part not in narrow and name not in lost)
-        reasons = dict.fromkeys(wide, "fewer channels save too little of its time") | {
-            name: _too_much(
-                f"with {rows[name].settings[1]} of its {rows[name].settings[0]} channels", rows[name].errors[1]
-            )
-            for name in kept
-        }
-        stays = spared(self._model, self.branches, gone, lambda branch: _too_much("without it", errors[branch]))
-        return [*stays, *(Skip(name, reason) for name, reason in reasons.items())]
+        found = spared(self._model, self.branches, gone, lambda branch: _too_much("without it", errors[branch]))
+        narrow = {maker for part, _ in plan.widths for maker in self._makers[part]}
+        treated = narrow.union(*(branch.nodes for branch in gone))
+        for row in (row for row in self._rows if row.technique is None):
+            how = f"with {row.settings[1]} of {row.settings[0]} channels of '{row.part}'"
+            makers = [maker for maker in self._makers[row.part] if maker not in treated]
+            found += [Skip(maker, _too_much(how, row.errors[1])) for maker in makers]
+        return found
 
     def _program(self, counts: NDArray[np.float64] | float = 1.0) -> Program:
         """What can be chosen, by what is known of times and errors now; errors of each source count as given."""
@@ -404,4 +410,4 @@ class Planner:
 
 def _too_much(how: str, error: float) -> str:
     """Why something stays that could go."""
-    return f"{how} the outputs have a relative squared error of {error:.2g}, for which more time is saved elsewhere"
+    return f"{how} the outputs have a relative squared error of {error:.2g}, too much or for too little time"

@@ -5,10 +5,12 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import least_squares
 
 from onnxcomp import kernels, placement, registry
 from onnxcomp.appraisal import Appraisal
+from onnxcomp.branches import STAYS
 from onnxcomp.budget import within
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import NOT_NAMED, Pass
@@ -40,11 +42,11 @@ _RETREAT = 0.9
 """Share of the error at which a plan that lost too much would have lost just enough, for the next one to have at most:
 the same samples judge it."""
 _WORTH = 1.1
-"""How much faster a plan must be than the best before it, to be followed by one more than planned..."""
+"""How much faster a plan must be than the best, to be followed by one more than planned, even if it lost too much."""
 _FAR = 2.0
-"""...or times the error foretold that its outputs have..."""
+"""Times the error foretold that the outputs of a plan that lost too much must have, to be followed by one more, too."""
 _LESSONS = 2
-"""...and how often so where it lost too much."""
+"""How often plans that lost too much are."""
 _BEYOND = 1.25
 """How far a neighbour of a plan may go beyond the error that plans are to have: what it loses is measured."""
 _FILLED = 0.97
@@ -60,11 +62,13 @@ _PRIOR = 0.5 + 0.5 * np.eye(len(SOURCES))
 """Covariance of the logarithms of what errors of each source lose, as long as nothing is known: half of the variance is
 the model's, half the source's. A MiniLM lost a third as much to some branches as to widths, a ResNet-56 as much."""
 _FAIR = 0.25
-"""Share of the largest error of any source, that one must have had in some plan to have been tried."""
+"""Share of the largest error of any other source but precision, that one must have had in a plan to have been tried."""
 _OPTIONAL = np.array([source != "precision" for source in SOURCES])
-"""Sources that a plan can leave alone..."""
+"""Sources that a plan can leave alone."""
 _NOT = 1000.0
-"""...where their errors count so many times."""
+"""Times that errors count of sources which a plan is to leave alone."""
+_NO_CHOICE = "nothing was worth measuring here: too little would be saved, or it cannot be done"
+"""Why a plan could not take what a pass could have."""
 
 
 class Plans:
@@ -104,6 +108,7 @@ class Plans:
         self._errors: dict[Candidate, FloatArray] = {}
         self._plans: dict[Candidate, Plan] = {}
         self._failed: list[Candidate] = []
+        self._tried = np.zeros(len(SOURCES), bool)
         try:
             self._planner = self._measured(best, allowed)
         except OnnxcompError as failure:
@@ -129,8 +134,8 @@ class Plans:
         self._errors[trial] = errors
 
     def _slopes(self) -> tuple[FloatArray, FloatArray]:
-        """(sources,) what is lost for each unit of error, and what it may be by the standard error of its logarithm."""
-        if not self._loss:
+        """(sources,) what is lost for each unit of error, and the least that it may be."""
+        if self._loss <= 0:
             return np.ones(len(SOURCES)), np.ones(len(SOURCES))
         usual = 1.0 if self._is_root else (_USUAL_LOSS if self._has_labels else self._loss) / _USUAL_ERROR
         return losses_per_error(self._known, self._linear(self._loss), usual)
@@ -196,18 +201,32 @@ class Plans:
     def _next(self, share: float, best: Candidate) -> Iterator[Candidate] | None:
         """A plan for most of a share of the loss that is allowed, and for less than those had that lost too much.
 
-        Of sources that were not tried alone, if that promises to be faster where they lose no more than they may. What
+        Of sources that were not tried alone, once, if that promises to be faster where they lose the least they may: what
         they lose can be told then, and what else was tried is worth as well.
         """
+        assert self._planner is not None
         slopes, hoped = self._slopes()
-        most = np.max([lost.errors for lost in self._known], axis=0)
-        new = _OPTIONAL & (most < _FAIR * most[_OPTIONAL].max())
-        if new.any() and not self._is_root:
+        new = self._untried()
+        if new.any() and share == 1 and best.size <= (self._most or np.inf):
             alone = np.where(new, hoped, np.where(_OPTIONAL, _NOT * slopes, slopes))
-            if found := self._at(self._aim(share), alone, best):
-                return found
+            plan = self._promising(self._aim(), alone, best)
+            if plan is not None and self._planner.errors(plan)[new].any():
+                self._tried |= new
+                return self._made(plan)
         losses = [self._aim(share), *(_RETREAT * self._enough(failed, slopes) for failed in self._failed)]
-        return self._at(min(losses), slopes, best)
+        plan = self._promising(min(losses), slopes, best)
+        return None if plan is None else self._made(plan)
+
+    def _untried(self) -> NDArray[np.bool_]:
+        """(sources,) whether there is something to choose of which no plan had a fair error.
+
+        Where errors themselves are what may be lost, all sources lose as much by them, and there is nothing to learn.
+        """
+        if self._planner is None or self._is_root:
+            return np.zeros(len(SOURCES), bool)
+        most = np.max([lost.errors for lost in self._known], axis=0)
+        rare: NDArray[np.bool_] = most < _FAIR * most[_OPTIONAL].max()
+        return _OPTIONAL & self._planner.sources & ~self._tried & rare
 
     def _enough(self, failed: Candidate, slopes: FloatArray) -> float:
         """The loss, foretold as that of a plan that lost too much is now, at which it would have lost just enough."""
@@ -235,10 +254,11 @@ class Plans:
     def beyond(self, errors: Sequence[float]) -> Iterator[Candidate]:
         """Candidates whose outputs have about these errors, for a choice between loss and time."""
         for error in errors:
-            yield from self._at(error, np.ones(len(SOURCES))) or ()
+            if (plan := self._promising(error, np.ones(len(SOURCES)))) is not None:
+                yield from self._made(plan)
 
-    def _at(self, loss: float, slopes: FloatArray, best: Candidate | None = None) -> Iterator[Candidate] | None:
-        """The fastest plan for a loss by some slopes, as a candidate, if it promises to be faster than the best so far.
+    def _promising(self, loss: float, slopes: FloatArray, best: Candidate | None = None) -> Plan | None:
+        """The fastest plan for a loss by some slopes, if it promises to be faster than the best so far.
 
         The first one is made in any case: by what fitting makes up for in it, the next ones are planned. Under a limit
         on size, one that keeps it if there is any. Where the best does not, that need not be faster, and may have a
@@ -252,7 +272,7 @@ class Plans:
         if plan is None or not plan.decides or self._is_known(plan):
             return None
         promises = best is None or plan.time * (1 + NOISE) <= self._foretold(best)
-        return self._made(plan) if promises or needed or not self._plans else None
+        return plan if promises or needed or not self._plans else None
 
     def explained(self, made: Candidate) -> tuple[Step, ...]:
         """What each pass did to a candidate, and why its plan left the rest, where passes only say that it did."""
@@ -261,11 +281,13 @@ class Plans:
             return made.steps
         steps = list(made.steps)
         for place, technique in enumerate(made.passes, len(steps) - len(made.passes)):
-            if technique.name in PLANNED:
-                skips = steps[place].skips
-                left = self._planner.left(plan, [skip.node for skip in skips if skip.reason == NOT_NAMED])
-                others = [skip for skip in skips if not skip.reason.endswith(NOT_NAMED)]
-                steps[place] = replace(steps[place], skips=(*others, *left))
+            left = self._planner.left(plan, technique)
+            known = {(skip.node, STAYS in skip.reason) for skip in left}
+            unnamed = [skip for skip in steps[place].skips if skip.reason.endswith(NOT_NAMED)]
+            told = {skip for skip in unnamed if (skip.node, STAYS in skip.reason) in known}
+            others = [skip for skip in steps[place].skips if skip not in told]
+            others = [replace(skip, reason=_NO_CHOICE) if skip.reason == NOT_NAMED else skip for skip in others]
+            steps[place] = replace(steps[place], skips=(*others, *left))
         return tuple(steps)
 
     def _is_known(self, plan: Plan) -> bool:
@@ -304,8 +326,8 @@ class Plans:
             if behind:
                 self._planner.compare(plan, self._bench.applied(passes)[0], quantized=False)
             error = self._planner.compare(plan, trial.model)
-            shares = self._planner.errors(plan)
-            self._learn_loss(trial, error * shares / shares.sum())
+            foretold = self._planner.errors(plan)
+            self._learn_loss(trial, error * foretold / foretold.sum() if foretold.any() else foretold)
 
     def _predicted(self, plan: Plan) -> float:
         """The speed-up that a plan promises, from that of the best without one, which is timed beside it.

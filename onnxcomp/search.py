@@ -350,12 +350,12 @@ class Search:
 
     def _back_off(self, candidate: Candidate) -> Candidate | None:
         """Return nodes to float, as few as keep the budget."""
-        found = self._spared(candidate, "in float", ()) if _has_nodes(candidate.passes[-1]) else None
+        found = self._undone(candidate, "in float", ()) if _has_nodes(candidate.passes[-1]) else None
         if found is not None:
             self._bench.time(found)
         return found
 
-    def _spared(self, candidate: Candidate, how: str, instead: tuple[Pass, ...]) -> Candidate | None:
+    def _undone(self, candidate: Candidate, how: str, instead: tuple[Pass, ...]) -> Candidate | None:
         """What a candidate's last pass did undone on nodes, the most sensitive first: as few as keep the budget.
 
         By bisection.
@@ -431,7 +431,8 @@ class Search:
                     yield (best := smaller)
             if limit is not None and best.size > limit:
                 for smaller in self._stored(self.clean, best, storages, limit, slower=True):
-                    if smaller.size > limit and self._budget.limits_time:
+                    slower = smaller.speedup < best.speedup * (1 - NOISE)
+                    if smaller.size > limit and self._budget.limits_time and slower:
                         smaller.verdict = "slower, and still above the limit on size"
                         continue
                     yield (best := smaller)
@@ -448,6 +449,7 @@ class Search:
         self, base: Candidate, best: Candidate, storages: Mapping[str, Pass], limit: int | None, *, slower: bool
     ) -> Iterator[Candidate]:
         """Ever smaller forms of `base` with its weights stored in one of several ways, as small as a limit asks."""
+        held = False
         for how, technique in storages.items():
             name = f"{base.name}, {how}"
             trial = self._bench.make(name, (*base.passes, technique))
@@ -459,10 +461,12 @@ class Search:
                 trial.verdict = "not smaller"
                 continue
             if not self._within(trial):
-                mixed = self._mixed(trial, limit) if fits and limit is not None else None
+                needed = held and limit is not None and trial.size <= limit < best.size
+                mixed = self._mixed(trial, limit or 0) if needed else None
                 if mixed is None:
                     continue
                 trial = mixed
+            held = True
             self._bench.time(best, trial)
             if not slower and trial.speedup < best.speedup * (1 - NOISE):
                 trial.verdict = "slower"
@@ -475,9 +479,9 @@ class Search:
     def _mixed(self, coarse: Candidate, limit: int) -> Candidate | None:
         """A candidate whose weights have too few bits, with more for the most sensitive, if that keeps both limits."""
         technique = coarse.passes[-1]
-        if not isinstance(technique, QuantizeWeights) or technique.bits == max(_BITS):
+        if not isinstance(technique, QuantizeWeights):
             return None
-        found = self._spared(coarse, f"in {max(_BITS)} bits", (replace(technique, bits=max(_BITS)),))
+        found = self._undone(coarse, f"in {max(_BITS)} bits", (replace(technique, bits=max(_BITS)),))
         if found is not None and found.size > limit:
             found.verdict = "above the limit on size"
             return None

@@ -124,7 +124,7 @@ class QuantizeWeights(Pass):
         if any(context.excludes(node) for node in weight.nodes):
             return "excluded by the user, or shares its weight with an excluded node"
         if any(node.name in self.keep for node in weight.nodes):
-            return "kept in float: faster or more accurate so"
+            return "left out: faster or more accurate so"
         if weight.value.is_graph_output():
             return "its weight is an output of the graph"
         if not np.isfinite(weight.array).all():
