@@ -201,8 +201,8 @@ class Plans:
     def _next(self, share: float, best: Candidate) -> Iterator[Candidate] | None:
         """A plan for most of a share of the loss that is allowed, and for less than those had that lost too much.
 
-        Of sources that were not tried alone, once, if that promises to be faster where they lose the least they may: what
-        they lose can be told then, and what else was tried is worth as well.
+        Of sources that were not tried alone, once, if that promises to be faster where they lose the least they may.
+        What they lose can be told then, and what else was tried is worth as well.
         """
         assert self._planner is not None
         slopes, hoped = self._slopes()
