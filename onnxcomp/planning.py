@@ -38,6 +38,8 @@ _TRUST = 0.1
 """How much that counts beside what was measured: 1 as much as one plan."""
 _NEAR = 0.3
 """Difference of the logarithms of two times at which one tells half as much of the other as of itself."""
+_FLAT = (0.015 / 0.2) ** 2
+"""Standard error of a timing's logarithm beside how it may change with that of the time, squared."""
 _FARTHEST = np.log(1000.0)
 """Of a weight's logarithm from the usual one's, at most: an error of nothing at all says that little for others."""
 
@@ -329,13 +331,17 @@ class Planner:
     def _scale(self, parts: float) -> float:
         """By how much a time is off that was added up from parts.
 
-        The mean over all that was timed, as each timing is off by several percent. What took about as long counts most.
+        By a line through all that was timed, in logarithms: parts that take their time whatever is done weigh more the
+        faster the rest is. What took about as long counts most, and the line is flat where little says otherwise.
         """
         if not self._timed or not parts:
             return 1.0
         others, ratios = np.log(np.array(self._timed)).T
-        weights = 1 / (1 + ((np.log(parts) - others) / _NEAR) ** 2)
-        return float(np.exp(np.average(ratios, weights=weights)))
+        away = others - np.log(parts)
+        weights = 1 / (1 + (away / _NEAR) ** 2)
+        mean, ratio = np.average([away, ratios], axis=1, weights=weights)
+        slope = np.sum(weights * (away - mean) * (ratios - ratio)) / (np.sum(weights * (away - mean) ** 2) + _FLAT)
+        return float(np.exp(ratio - slope * mean))
 
     def learn(self, plan: Plan, taken: float) -> None:
         """Rescale times by what a plan took, as a share of the float model's time."""

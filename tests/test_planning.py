@@ -236,6 +236,17 @@ def test_what_took_about_as_long_tells_most(model: ir.Model) -> None:
     assert 1 < scales[0] < 2**0.5 < scales[1] < 2
 
 
+def test_what_takes_its_time_whatever_is_done_is_foretold_to_weigh_more_in_what_is_faster(model: ir.Model) -> None:
+    found = planner(model)
+    *known, fastest = [plan for error in (1e-5, 2e-5, 5e-5, 2e-4) if (plan := found.plan(error)) is not None]
+    assert [plan.time for plan in (*known, fastest)] == sorted({plan.time for plan in (*known, fastest)}, reverse=True)
+    for plan in known:
+        found.learn(plan, 0.05 + 0.9 * plan.time)
+    taken = 0.05 + 0.9 * fastest.time
+    mean = np.mean([0.05 / plan.time + 0.9 for plan in known]) * fastest.time
+    assert abs(found.again(fastest).time - taken) < 0.4 * abs(mean - taken)
+
+
 def test_a_sum_of_two_branches_loses_one_at_most() -> None:
     """The second sum of the small network has a convolution on both sides."""
     plan = planner(network(), prune=False).plan(10.0)
