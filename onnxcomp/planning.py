@@ -332,7 +332,8 @@ class Planner:
         """By how much a time is off that was added up from parts.
 
         By a line through all that was timed, in logarithms: parts that take their time whatever is done weigh more the
-        faster the rest is. What took about as long counts most, and the line is flat where little says otherwise.
+        faster the rest is, never less. What took about as long counts most, and the line is flat where little says
+        otherwise.
         """
         if not self._timed or not parts:
             return 1.0
@@ -341,7 +342,7 @@ class Planner:
         weights = 1 / (1 + (away / _NEAR) ** 2)
         mean, ratio = np.average([away, ratios], axis=1, weights=weights)
         slope = np.sum(weights * (away - mean) * (ratios - ratio)) / (np.sum(weights * (away - mean) ** 2) + _FLAT)
-        return float(np.exp(ratio - slope * mean))
+        return float(np.exp(ratio - min(slope, 0.0) * mean))
 
     def learn(self, plan: Plan, taken: float) -> None:
         """Rescale times by what a plan took, as a share of the float model's time."""

@@ -12,9 +12,6 @@ from numpy.typing import NDArray
 from onnxcomp.core import Option, Pass, Setting
 from onnxcomp.numerics.choice import Clash, Term, choose_together
 
-_GAP = 5e-3
-"""Of a plan's time, that is given away for a quick answer: times are not known better."""
-
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -55,7 +52,7 @@ class Program:
             size: bytes that units may take.
         """
         options, limits = [len(own) for own in self.errors], np.array([error, size])
-        return choose_together(options, self.terms, self.clashes, limits, apart=self.apart, gap=_GAP)
+        return choose_together(options, self.terms, self.clashes, limits, apart=self.apart)
 
     def allows(self, found: Sequence[int]) -> bool:
         """Whether no two choices exclude each other."""

@@ -84,7 +84,6 @@ def choose_together(
     limits: Floats,
     *,
     apart: Iterable[tuple[int, int]] = (),
-    gap: float = _GAP,
 ) -> list[int] | None:
     """The options to take, by branch and bound (HiGHS; Huangfu and Hall 2018).
 
@@ -94,10 +93,9 @@ def choose_together(
         clashes: what is added to them.
         limits: (sums - 1,) infinite for none.
         apart: two parts each, one of which takes its first option.
-        gap: share of the least sum that the answer's may be above it.
 
     Returns:
-        For each part the number of its option; None where no choice keeps the limits.
+        For each part the number of its option, within 1e-4 of the least sum; None where no choice keeps the limits.
     """
     bounds = np.asarray(limits, np.float64)
     if not options:
@@ -125,7 +123,7 @@ def choose_together(
             integrality=whole,
             bounds=Bounds(0, np.where(whole, 1, np.inf)),
             constraints=constraints,
-            options={"mip_rel_gap": gap, "time_limit": _SECONDS},
+            options={"mip_rel_gap": _GAP, "time_limit": _SECONDS},
         )
     if found.x is None:
         return None
