@@ -1,6 +1,7 @@
 """Plans made into candidates by a search, on made-up times and losses."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,14 +35,14 @@ def searched(lab: Lab, model: ir.Model, count: int = 121, **options: Any) -> Res
     return lab.optimize(model, calib=[batch.feeds for batch in data], **given)
 
 
-def labelled(lab: Lab, model: ir.Model) -> Result:
+def labelled(lab: Lab, model: ir.Model, passes: Sequence[str] = ("simplify", "prune", "prune-depth")) -> Result:
     """The same with labels, where the smaller is the faster and nothing is lost."""
     lab.latency = lambda made: float(models.tensor_bytes(made))
     data = context(121).data
     assert data is not None
     feeds = next(iter(data.batches(121))).feeds | {"label": np.zeros(121, np.int64)}
-    options: dict[str, Any] = {"passes": ["simplify", "prune", "prune-depth"], "effort": "default"}
-    return lab.optimize(model, calib=feeds, metric="accuracy", budget=Budget(max_drop=0.0002), **options)
+    options: dict[str, Any] = {"passes": list(passes), "effort": "default", "budget": Budget(max_drop=0.0002)}
+    return lab.optimize(model, calib=feeds, metric="accuracy", **options)
 
 
 @pytest.mark.parametrize(
@@ -249,6 +250,30 @@ def test_what_no_plan_did_yet_is_tried_alone_where_it_may_lose_less(lab: Lab, mo
     assert ("narrower" in first, "gone" in first) == (True, False)
     assert ("narrower" in alone, "gone" in alone) == (False, True)
     assert ("narrower" in both, "gone" in both) == (True, True)
+
+
+@pytest.mark.parametrize("passes", [["prune"], ["prune", "prune-depth"]])
+def test_only_what_there_is_to_choose_is_tried_alone(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch, passes: list[str]
+) -> None:
+    asked: list[bool] = []
+    promised = Planner.plan
+
+    def noted(self: Planner, *limits: float, counts: Any = 1.0) -> Plan | None:
+        asked.append(bool(np.max(counts) > 100 * np.min(counts)))  # some sources count a thousand times
+        return promised(self, *limits, counts=counts)
+
+    monkeypatch.setattr(Planner, "plan", noted)
+    labelled(lab, model, ["simplify", *passes])
+    assert any(asked) == (len(passes) == 2)
+
+
+def test_a_plan_that_changes_no_output_teaches_nothing_and_ends_nothing(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planner, "errors", lambda self, plan: np.zeros(len(SOURCES)))
+    monkeypatch.setattr(Planner, "compare", lambda self, plan, made, *, quantized=True: 1e-12)
+    assert any(trial.verdict == "chosen" for trial in labelled(lab, model).report.trials)
 
 
 USUAL = 0.005 / 0.012

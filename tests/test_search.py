@@ -184,6 +184,23 @@ def test_where_four_bits_lose_too_much_and_eight_are_too_many_the_most_sensitive
     assert mixed.verdict == ("chosen" if met else "above the limit on size")
 
 
+def test_bits_are_mixed_only_where_eight_would_do(lab: Lab) -> None:
+    lab.latency, lab.loss = lambda model: 1.0, lambda model: float("MatMulNBits" in operators(model))
+    given: dict[str, Any] = {"passes": ["simplify", "quantize-weights"], "best_effort": True}
+    report = lab.optimize(budget=Budget(max_drop=0.1, max_size_share=0.3), **given).report
+    assert any("4 bits" in trial.name and trial.verdict == "over the budget" for trial in report.trials)
+    assert not any("most sensitive" in trial.name for trial in report.trials)
+
+
+def test_a_limit_on_time_beside_one_on_size_allows_what_costs_no_time(lab: Lab) -> None:
+    lab.latency = lambda model: 1.0
+    budget = Budget(max_drop=0.1, max_size=100, min_speedup=0.5)
+    given: dict[str, Any] = {"passes": ["simplify", "quantize-weights"], "best_effort": True}
+    report = lab.optimize(budget=budget, **given).report
+    assert "bits=4" in report.steps[-1].recipe
+    assert not any("slower" in trial.verdict for trial in report.trials)
+
+
 @pytest.mark.parametrize("gain", [1.0, 0.5])
 def test_a_clean_up_that_makes_it_larger_is_not_kept_however_fast(lab: Lab, gain: float) -> None:
     lab.latency = lambda model: 1.0 if model.functions else gain

@@ -197,6 +197,22 @@ def test_residual_sums_stay_in_integers_behind_a_layer_in_float(tmp_path: Path) 
     assert (counts["Conv"], counts["QLinearConv"], counts["QLinearAdd"], counts["Add"]) == (1, 7, 3, 0)
 
 
+def test_an_activation_function_of_a_float_that_a_layer_reads_too_stays_in_float(tmp_path: Path) -> None:
+    net = Net(17)
+    x = net.op("Erf", net.input("x", ["batch", 8, 8, 8]))  # has no integer kernel
+    total = net.op("Concat", net.conv(x, 8, 8), net.conv(net.relu(x), 8, 8), axis=1)
+    net.output("y", net.conv(total, 16, 4), ["batch", 4, "height", "width"])
+    images = np.random.default_rng(0).normal(size=(16, 8, 8, 8)).astype(np.float32)
+    model, context = with_context(net, {"x": images})
+    made = FAST(model, context).model
+    (relu,) = (node for node in made.graph if node.op_type == "Relu")
+    assert relu.inputs[0] is not None
+    producer = relu.inputs[0].producer()
+    assert producer is not None
+    assert producer.op_type == "Erf"
+    assert operators(executed(made, tmp_path))["QLinearConv"] == 3
+
+
 @pytest.mark.parametrize("operator", ["Pad", "Slice", "Concat", "Split", "Transpose", "MaxPool", "Resize"])
 def test_what_moves_data_moves_integers(operator: str, tmp_path: Path) -> None:
     net = Net(17)
