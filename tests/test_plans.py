@@ -259,9 +259,9 @@ def test_only_what_there_is_to_choose_is_tried_alone(
     asked: list[bool] = []
     promised = Planner.plan
 
-    def noted(self: Planner, *limits: float, counts: Any = 1.0) -> Plan | None:
+    def noted(self: Planner, error: float, size: float = np.inf, counts: Any = 1.0) -> Plan | None:
         asked.append(bool(np.max(counts) > 100 * np.min(counts)))  # some sources count a thousand times
-        return promised(self, *limits, counts=counts)
+        return promised(self, error, size, counts)
 
     monkeypatch.setattr(Planner, "plan", noted)
     labelled(lab, model, ["simplify", *passes])
