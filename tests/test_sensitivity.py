@@ -5,8 +5,12 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
+from onnxcomp.core import Context
+from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.runtime import Target
 from onnxcomp.sensitivity import output_errors, ranking
+from onnxcomp.weights import NEAREST
+from tests.lab import LAYERS, WIDTH, network
 
 FEEDS = {"x": np.random.default_rng(0).standard_normal((8, 16)).astype("f4")}
 TARGET = Target(threads=1)
@@ -88,3 +92,16 @@ def test_tensors_of_another_shape_or_as_integers_are_not_compared() -> None:
     errors = output_errors(original, candidate, tensors, TARGET, FEEDS)
     assert set(errors) == set(tensors) - {"b_act_out", "c_act_out"}
     assert errors["a_out"] == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("culprit", ["g0", "g3", "g5"])
+def test_layers_that_multiply_packed_weights_are_ranked_too(culprit: str) -> None:
+    original = network()
+    weight = original.graph.initializers[f"{culprit}_w"]
+    assert weight.const_value is not None
+    array = weight.const_value.numpy().copy()
+    array[0] *= 30  # four bits hardly reach the others then
+    weight.const_value = ir.tensor(array, name=weight.name)
+    packed = QuantizeWeights(bits=4, rounding=NEAREST)(original, Context()).model
+    feeds = {"x": np.random.default_rng(0).standard_normal((8, WIDTH)).astype("f4")}
+    assert ranking(original, packed, LAYERS, TARGET, feeds)[0] == culprit
