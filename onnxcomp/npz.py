@@ -3,6 +3,7 @@
 import shutil
 import struct
 import tempfile
+import threading
 import weakref
 import zipfile
 import zlib
@@ -18,6 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxcomp.errors import DataError
+
+_one_at_a_time = threading.Lock()
+"""Headers are parsed as Python, and where garbage is collected meanwhile, threads that both do that get a SystemError from
+Python 3.11 ("AST constructor recursion depth mismatch")."""
 
 
 class Column(Protocol):
@@ -119,7 +124,7 @@ def npy_column(path: Path, offset: int = 0, scratch: Scratch | None = None) -> C
         ValueError: there is no such header, or it announces pickled objects.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as stream:
+    with path.open("rb") as stream, _one_at_a_time:
         stream.seek(offset)
         version = np.lib.format.read_magic(stream)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -184,5 +189,5 @@ def load_npy(path: Path) -> NDArray[Any]:
 
 
 def _load_npy(stream: IO[bytes]) -> NDArray[Any]:
-    with stream:
+    with stream, _one_at_a_time:
         return np.lib.format.read_array(stream, allow_pickle=False)

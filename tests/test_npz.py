@@ -1,7 +1,9 @@
 """Slices of .npz members, and files that are broken or hostile."""
 
 import io
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +89,21 @@ def test_an_array_shorter_than_its_header_says(tmp_path: Path) -> None:
 def test_objects_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="allow_pickle"):
         write_npz(tmp_path / "a.npz", {"x": np.array([{}], object)})
+
+
+def test_threads_parse_one_header_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros(3), y=np.ones(3))
+    read, inside, most = np.lib.format.read_array, [0], [0]
+
+    def slow(stream: Any, **options: Any) -> Any:
+        inside[0] += 1
+        most[0] = max(most[0], inside[0])
+        time.sleep(0.02)
+        inside[0] -= 1
+        return read(stream, **options)
+
+    monkeypatch.setattr(np.lib.format, "read_array", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(load_npz, [tmp_path / "a.npz"] * 4))
+    assert [each["y"].sum() for each in found] == [3.0] * 4
+    assert most == [1]
