@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from onnxcomp.errors import DataError
 
 _one_at_a_time = threading.Lock()
-"""Headers are parsed as Python, and where garbage is collected meanwhile, threads that both do that get a SystemError from
-Python 3.11 ("AST constructor recursion depth mismatch")."""
+"""Headers are parsed as Python. Threads that both do that while garbage is collected get a SystemError from Python 3.11
+("AST constructor recursion depth mismatch")."""
 
 
 class Column(Protocol):
