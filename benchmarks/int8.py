@@ -36,7 +36,7 @@ def main() -> None:
             start = time.perf_counter()
             result = optimize(
                 original, output=ours, target=Target("cpu", 1), effort=arguments.effort, batch=arguments.batch,
-                best_effort=True, passes=["simplify", "quantize"], **case.optimize,
+                best_effort=True, passes=["clean-up", "quantize"], **case.optimize,
             )  # fmt: skip
             seconds = time.perf_counter() - start
             versions = {"fp32": original, "onnxcomp simplify": clean}

@@ -29,13 +29,14 @@ from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.simplify import Simplify
+from onnxcomp.passes.unfuse import Unfuse
 from onnxcomp.report import Report
 from onnxcomp.runtime import Session, Target
 
 ALONE = {
-    "INT8 alone": ["simplify", "quantize"],
-    "channels alone": ["simplify", "prune"],
-    "branches alone": ["simplify", "prune-depth"],
+    "INT8 alone": ["clean-up", "quantize"],
+    "channels alone": ["clean-up", "prune"],
+    "branches alone": ["clean-up", "prune-depth"],
 }
 """One technique each, with clean-up."""
 
@@ -60,8 +61,8 @@ def orders(share: float, quantize: Pass) -> Mapping[str, Sequence[Pass]]:
     result: dict[str, Sequence[Pass]] = {}
     for name, passes in floats.items():
         if len(passes) > 1:
-            result[name] = (Simplify(), *passes)
-        result[f"{name}, INT8"] = (Simplify(), *passes, quantize)
+            result[name] = (Simplify(), Unfuse(), *passes)
+        result[f"{name}, INT8"] = (Simplify(), Unfuse(), *passes, quantize)
     return result
 
 
@@ -132,7 +133,7 @@ def built(name: str, folder: Path) -> Case:
 
     return Case(
         name, calib.name, agreement, "1 - relative error", lambda rows: {tensor: unseen[tensor][:rows]}, (1,),
-        {"calib": calib, "passes": ["simplify", "quantize", "prune", "prune-depth"]},
+        {"calib": calib, "passes": ["clean-up", "quantize", "prune", "prune-depth"]},
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def main() -> None:
                 seconds.append(f"{name}: {time.perf_counter() - start:.0f} s")
                 versions[name] = folder / f"{criterion}-{share}.onnx"
                 models.save(pruned, versions[name])
-            for passes in (["simplify", "quantize"], ["simplify", "prune", "quantize"]) if arguments.int8 else ():
+            for passes in (["clean-up", "quantize"], ["clean-up", "prune", "quantize"]) if arguments.int8 else ():
                 name = f"optimize --passes {','.join(passes)}"
                 versions[name] = folder / f"{len(passes)}.onnx"
                 start = time.perf_counter()

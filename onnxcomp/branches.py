@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxcomp.core import Change, Skip
 from onnxcomp.errors import OptionError
-from onnxcomp.graph import constant_of, remove_unused
+from onnxcomp.graph import constant_of, is_sum, remove_unused
 from onnxcomp.layers import layer_of, layers
 from onnxcomp.relations import Shapes
 from onnxcomp.settings import within
@@ -28,9 +28,9 @@ class Branch:
     """One operand of a sum that can go.
 
     Attributes:
-        join: name of the Add.
+        join: name of the sum.
         operand: which of its operands goes, 0 or 1.
-        nodes: names of the nodes that only this operand needs, and of the Add.
+        nodes: names of the nodes that only this operand needs, and of the sum.
     """
 
     join: str
@@ -79,7 +79,7 @@ def branches(model: ir.Model, shapes: Shapes) -> list[Branch]:
     order = {node: number for number, node in enumerate(model.graph)}
     found = []
     for join in model.graph:
-        if join.op_type != "Add" or join.domain or join.outputs[0].is_graph_output():
+        if not is_sum(join) or join.outputs[0].is_graph_output():
             continue
         for operand in (0, 1):
             other, whole = join.inputs[1 - operand], shapes.get(join.outputs[0])

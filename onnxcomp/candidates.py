@@ -223,6 +223,10 @@ class Workbench:
         self.trials.append(candidate)
         return candidate
 
+    def begin_with(self, technique: Pass) -> None:
+        """Let all candidates that are made from now on begin with one more pass."""
+        self._prefix = (*self._prefix, technique)
+
     def _written(self, model: ir.Model, passes: tuple[Pass, ...]) -> int:
         """Bytes of a result's file with its recipe; what came of it is said besides where there is room."""
         return models.file_bytes(signed(model, self.model, self.recipe(passes), _FINGERPRINT))

@@ -21,7 +21,9 @@ Recipe = tuple[str, tuple[Pass, ...]]
 _FP16 = {"cuda", "tensorrt", "nvtensorrtrtx", "rocm", "migraphx", "dml"}
 """Providers that compute in half precision; the CPU's converts to float32 and back."""
 
-_PART_OF_DRAFTS = {"simplify", "prune", "prune-depth", "quantize-static", "quantize-dynamic", "quantize-weights"}
+_PART_OF_DRAFTS = {
+    *("simplify", "unfuse", "prune", "prune-depth", "quantize-static", "quantize-dynamic", "quantize-weights"),
+}
 """Passes that the search applies in its own way."""
 
 _NO_INT8 = {"cuda", "rocm"}

@@ -100,6 +100,11 @@ def single_consumer(value: ir.Value) -> ir.Node | None:
     return next(iter(uses)).node if len(uses) == 1 and not value.is_graph_output() else None
 
 
+def is_sum(node: ir.Node) -> bool:
+    """Whether it adds two tensors."""
+    return not node.domain and (node.op_type == "Add" or (node.op_type == "Sum" and len(node.inputs) == 2))
+
+
 def replace(node: ir.Node, result: ir.Value) -> None:
     """Put a value in the place of a node's only output, its name included, and remove the node."""
     graph, output = node.graph, node.outputs[0]

@@ -1,18 +1,57 @@
-"""Which integer kernels compute convolutions: the direct ones, or matrix products over gathered patches, by time."""
+"""Which kernels of ONNX Runtime compute a node, where there are several, by time."""
 
 from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.core import Context
+from onnxcomp.core import Context, name_nodes
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_static import QuantizeStatic
+from onnxcomp.passes.unfuse import Unfuse
+from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Feeds
 from onnxcomp.timing import for_timing, profiles
 
 _CLEARLY = 0.9
 """Share of a node's time that another kernel must not exceed to be taken."""
+
+
+_ROUNDS = 2
+"""Of profiles of sums that are fused and of the same apart: the difference is a multiple, or there is none."""
+
+
+def unfused(model: ir.Model, context: Context, feeds: Feeds) -> Unfuse | None:
+    """The pass that keeps sums apart from normalizations, where that clearly takes less time than to fuse them.
+
+    Args:
+        model: in float.
+        context: target.
+        feeds: one run at the batch size that counts.
+
+    Returns:
+        With the names of all such sums; None where fusing them is as good, or there are none.
+    """
+    if context.target.short != "cpu":
+        return None  # the others' fused kernels compute many numbers at once
+    context.progress(0, 0, "timing fused kernels")
+    try:
+        outcome = Unfuse()(model, context)
+        if not outcome.modified:
+            return None
+        named = model.clone()
+        name_nodes(named)
+        fused, apart = profiles([named, outcome.model], context, feeds, _ROUNDS)
+    except OnnxcompError:  # what fails here fails, and is told, where it is to be the result
+        return None
+    if _apart(apart, fused) >= _CLEARLY * _apart(fused, apart):
+        return None
+    return Unfuse(parts=tuple(change.node for change in outcome.changes))
+
+
+def _apart(profile: Profile, other: Profile) -> float:
+    """Microseconds of the nodes that only one of two models has: kernels that several were fused into lead to none."""
+    return profile.untraced + sum(time for name, time in profile.times.items() if name not in other.times)
 
 
 def with_fastest(model: ir.Model, technique: QuantizeStatic, context: Context, feeds: Feeds) -> QuantizeStatic:

@@ -139,7 +139,7 @@ def optimize(
         if not dry_run:
             family.check_folder(pareto, overwrite=overwrite)
     about = circumstances(target, batch)
-    names = ["simplify", *GROUPS] if passes is None else list(passes)
+    names = [*GROUPS] if passes is None else list(passes)
     if not names:
         raise OptionError("no pass was named", remedy="name one or more: `onnxcomp passes` lists them")
     allowed = resolve(names)

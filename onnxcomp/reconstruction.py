@@ -23,7 +23,7 @@ from onnxcomp.chains import chains
 from onnxcomp.core import Change, Context, Skip
 from onnxcomp.errors import DataError
 from onnxcomp.executors import ahead, beside
-from onnxcomp.graph import Builder, constant_of
+from onnxcomp.graph import Builder, constant_of, is_sum
 from onnxcomp.layers import Layer, layers
 from onnxcomp.numerics.blas import as_pays, one_thread
 from onnxcomp.numerics.moments import Spread
@@ -165,7 +165,7 @@ def _untouched(original: ir.Model, changed: ir.Model) -> set[str]:
 
     found = set()
     for node in changed.graph:
-        sums = [use.node.outputs[0] for value in node.outputs for use in value.uses() if use.node.op_type == "Add"]
+        sums = [use.node.outputs[0] for value in node.outputs for use in value.uses() if is_sum(use.node)]
         if all(settled(value) for value in (*node.outputs, *sums)):
             found.add(node.name or "")
     return found

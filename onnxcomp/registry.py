@@ -22,7 +22,8 @@ from onnxcomp.errors import OptionError, did_you_mean
 from onnxcomp.settings import Settings
 
 GROUPS = {
-    "quantize": ("equalize", "smooth", "quantize-static", "quantize-dynamic", "quantize-weights", "convert-float")
+    "clean-up": ("simplify", "unfuse"),
+    "quantize": ("equalize", "smooth", "quantize-static", "quantize-dynamic", "quantize-weights", "convert-float"),
 }
 """Names that stand for several passes."""
 

@@ -1,6 +1,6 @@
 """Finds the fastest candidate within the budget, then makes it smaller.
 
-1. Clean up.
+1. Clean up; keep sums apart from normalizations where the kernel that both would be fused into is slower.
 2. Draft every quantization that the target has kernels for, weights rounded to the nearest, with
    those nodes in INT8 that a minimum cut over measured times puts there. All drafts are timed side by side.
 3. Refine the fastest: weights rounded with error feedback, judged on the metric. Over budget, nodes return to float,
@@ -22,7 +22,7 @@ from itertools import chain, pairwise, product
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import registry
+from onnxcomp import kernels, registry
 from onnxcomp.budget import Budget, Check, within
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
 from onnxcomp.core import Pass
@@ -87,13 +87,22 @@ class Search:
         self.asked = replace(budget, max_drop=self._max_drop)
         self._original = original
         self._has_data = bench.context.data is not None
-        self.best = self.clean = bench.make("clean-up", ())
+        self.best = self.clean = self._cleaned()
         self.plans: Plans | None = None
         self._unplanned: Candidate | None = None
         self._allowed_to_plans = self._max_drop
         self._sound: list[Candidate] = []  # faster than clean-up, and within all limits by the judging data
-        self.drafted, self.allows_more = False, bool(allowed - {"simplify"})
+        self.drafted, self.allows_more = False, bool(allowed - {*registry.GROUPS["clean-up"]})
         self.allows_integers = not allowed.isdisjoint(registry.GROUPS["quantize"])
+
+    def _cleaned(self) -> Candidate:
+        """The model cleaned up, where the target's kernels want it with sums apart from normalizations."""
+        bench, clean = self._bench, self._bench.make("clean-up", ())
+        if "unfuse" in self._allowed and (apart := kernels.unfused(clean.model, bench.context, bench.batch.feeds)):
+            bench.trials.remove(clean)
+            bench.begin_with(apart)
+            clean = bench.make("clean-up", ())
+        return clean
 
     def run(self) -> Candidate:
         """The best candidate that the time allows."""

@@ -11,7 +11,9 @@ Dimension = int | str
 
 _SAME_CONTENT = {"Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"}
 _MOST_ELEMENTS = 64
-_BROADCASTING = {"Add", "Sub", "Mul", "Div", "Where", "Softmax", "Identity", "Cast", "Relu", "Erf", "Sigmoid", "Tanh"}
+_BROADCASTING = {
+    *("Add", "Sub", "Sum", "Mul", "Div", "Where", "Softmax", "Identity", "Cast", "Relu", "Erf", "Sigmoid", "Tanh"),
+}
 
 
 def dimensions(value: ir.Value) -> tuple[Dimension, ...] | None:

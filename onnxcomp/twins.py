@@ -9,7 +9,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from onnxcomp.executors import ahead
-from onnxcomp.graph import constant_of, single_consumer
+from onnxcomp.graph import constant_of, is_sum, single_consumer
 from onnxcomp.layers import Layer
 from onnxcomp.prefix import Prefix
 from onnxcomp.samples import Batch
@@ -118,7 +118,7 @@ class Twins:
             twin = self.nodes.get(use.node.name or "")
             read = twin.inputs[use.idx] if twin is not None and use.idx < len(twin.inputs) else None
             maker = None if read is None else read.producer()
-            if maker is not None and maker.op_type == "Add" and maker.name not in self.left:
+            if maker is not None and is_sum(maker) and maker.name not in self.left:
                 return read
         return None
 
@@ -139,7 +139,7 @@ def _as_output(added: NDArray[Any], last: Pair, original: list[NDArray[Any]]) ->
 def _term(layer: Layer) -> tuple[ir.Node, ir.Value] | None:
     """The sum that alone reads the layer's output, and what else goes into it, where that is computed."""
     reader = single_consumer(layer.node.outputs[0])
-    if reader is None or reader.op_type != "Add":
+    if reader is None or not is_sum(reader):
         return None
     other = next((value for value in reader.inputs if value is not None and value is not layer.node.outputs[0]), None)
     return None if other is None or constant_of(other) is not None or other.producer() is None else (reader, other)

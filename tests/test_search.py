@@ -22,6 +22,7 @@ from onnxcomp.judges import Judges
 from onnxcomp.measure import paced
 from onnxcomp.metrics import METRICS
 from onnxcomp.passes.quantize_static import QuantizeStatic
+from onnxcomp.passes.unfuse import Unfuse
 from onnxcomp.runtime import Protocol, Session, Target, Timing
 from onnxcomp.search import Search, accepted_drop
 from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial, wasteful
@@ -571,3 +572,23 @@ def test_faster_means_beyond_noise_and_in_three_of_four_rounds() -> None:
     assert not timed(1.02, 1.01).faster(reference)
     assert not timed(1.5, 0.9).faster(reference)  # the wild figures of a model of microseconds
     assert not Candidate("c", (), network(), ()).faster(reference)
+
+
+def test_sums_stay_apart_from_normalizations_in_all_candidates(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    x, first = model.graph.inputs[0], model.graph[0]
+    scale = ir.val("scale", const_value=ir.tensor(np.ones(x.shape[1], np.float32), name="scale"))  # type: ignore[index]
+    model.graph.register_initializer(scale)
+    joined = ir.node("Add", [x, x], name="join")
+    norm = ir.node("LayerNormalization", [joined.outputs[0], scale], name="norm")
+    joined.outputs[0].name, norm.outputs[0].name = "joined", "normed"
+    first.replace_input_with(0, norm.outputs[0])
+    model.graph.insert_before(first, [joined, norm])
+    monkeypatch.setattr(kernels, "unfused", lambda *_: Unfuse(parts=("join",)))
+    result = lab.optimize(model)
+    assert integers(result.model) == set(LAYERS)
+    assert {"Sum"} == operators(result.model) & {"Add", "Sum"}
+    assert "- unfuse:\n    parts: [join]\n" in result.report.recipe
+    assert [t.name for t in result.report.trials].count("clean-up") == 1
+    kept = lab.optimize(model, passes=["simplify", "quantize-static"])
+    assert {"Add"} == operators(kept.model) & {"Add", "Sum"}
