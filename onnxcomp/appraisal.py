@@ -35,9 +35,9 @@ from onnxcomp.runtime import Feeds
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset
 from onnxcomp.surgery import without
-from onnxcomp.table import FLOAT, LEAST, MULTIPLE, best_form, form_times
+from onnxcomp.table import FLOAT, best_form, form_times, worth_timing
 from onnxcomp.units import Units
-from onnxcomp.widths import Counts, may_go
+from onnxcomp.widths import Counts
 
 _SAVES = 0.08
 """Share of a unit's time that a width must save to be worth measuring its loss: less is noise."""
@@ -210,10 +210,7 @@ class Appraisal:
             How many channels may go, what is then left of the time of the units that the group touches, by precision,
             and these units. Precisions that are not timed do as the first of those that are.
         """
-        cuttable = [
-            may_go(group.size, LEAST, MULTIPLE) if group in pruner.cuttable else np.zeros(1, np.int64)
-            for group in groups
-        ]
+        cuttable = [worth_timing(group) if group in pruner.cuttable else np.zeros(1, np.int64) for group in groups]
         self._context.progress(0, 0, "timing widths")
         known = replace(self._context, data=data)
         clocks = {

@@ -73,6 +73,12 @@ class ChannelGroup:
     crossing: tuple[str, ...] = ()
     made_by: tuple[str, ...] = ()
 
+    @property
+    def block(self) -> int:
+        """Neighbouring positions that each channel takes in all weights: the size of a head, 1 for most others."""
+        weights = [slot.positions for slot in self.slots if slot.value.const_value is not None]
+        return min((each.shape[1] if (np.diff(each) == 1).all() else 1 for each in weights), default=1)
+
 
 @dataclass(frozen=True)
 class Frozen:

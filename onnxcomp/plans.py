@@ -201,8 +201,9 @@ class Plans:
     def _next(self, share: float, best: Candidate) -> Iterator[Candidate] | None:
         """A plan for most of a share of the loss that is allowed, and for less than those had that lost too much.
 
-        Of sources that were not tried alone, once, if that promises to be faster where they lose the least they may.
-        What they lose can be told then, and what else was tried is worth as well.
+        Where none for that much is faster than the best, one for as much as those may have had. Of sources that were
+        not tried alone, once, if that promises to be faster where they lose the least they may. What they lose can be told
+        then, and what else was tried is worth as well.
         """
         assert self._planner is not None
         slopes, hoped = self._slopes()
@@ -213,8 +214,10 @@ class Plans:
             if plan is not None and self._planner.errors(plan)[new].any():
                 self._tried |= new
                 return self._made(plan)
-        losses = [self._aim(share), *(_RETREAT * self._enough(failed, slopes) for failed in self._failed)]
-        plan = self._promising(min(losses), slopes, best)
+        enough = min((_RETREAT * self._enough(failed, slopes) for failed in self._failed), default=np.inf)
+        plan = self._promising(min(self._aim(share), enough), slopes, best)
+        if plan is None and share == 1 and self._aim() < enough < np.inf:
+            plan = self._promising(enough, slopes, best)
         return None if plan is None else self._made(plan)
 
     def _untried(self) -> NDArray[np.bool_]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.channels import ChannelGroups
+from onnxcomp.channels import ChannelGroup, ChannelGroups
 from onnxcomp.core import Context
 from onnxcomp.cost import node_costs
 from onnxcomp.facts import observe, sized
@@ -27,13 +27,13 @@ from onnxcomp.report import CrossingRow, LatencyRow, LatencyTable, WidthRow
 from onnxcomp.runtime import Feeds
 from onnxcomp.timing import for_timing, profiles
 from onnxcomp.units import Units
-from onnxcomp.widths import may_go
+from onnxcomp.widths import Counts, may_go
 
 FLOAT = "float"
-LEAST = 0.25
+_LEAST = 0.25
 """Share of its channels that every group keeps: fewer lose too much for what they save."""
-MULTIPLE = 4
-"""Widths are multiples of this."""
+_MULTIPLE = 4
+"""Widths are multiples of this many positions of a tensor."""
 
 Technique = QuantizeStatic | QuantizeDynamic
 
@@ -148,7 +148,7 @@ def _widths(
     groups: ChannelGroups, forms: Mapping[str, FormTimes], context: Context, feeds: Feeds
 ) -> Iterator[WidthRow]:
     """What is left of the time of a group's chains at each of its widths, an entry for each kind of group."""
-    cuttable = [may_go(group.size, LEAST, MULTIPLE) for group in groups]
+    cuttable = [worth_timing(group) for group in groups]
     clocks = {}
     for place, (name, form) in enumerate(forms.items()):
         context.progress(place, len(forms), f"timing widths in {name}")
@@ -166,6 +166,11 @@ def _widths(
 def _crossings(costs: Crossing) -> Iterator[CrossingRow]:
     for size, into, out in zip(costs.sizes, costs.quantize, costs.dequantize, strict=True):
         yield CrossingRow(size, into, out)
+
+
+def worth_timing(group: ChannelGroup) -> Counts:
+    """How many of a group's channels may go, ascending from 0, so that kernels still work in blocks."""
+    return may_go(group.size, _LEAST, -(-_MULTIPLE // group.block))
 
 
 def best_form(forms: Mapping[str, FormTimes]) -> str:

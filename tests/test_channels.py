@@ -91,6 +91,12 @@ def test_attention_has_heads_and_head_dimensions() -> None:
     )  # q, k and v in one matrix
 
 
+def test_channels_of_heads_are_blocks() -> None:
+    blocks = {(group.size, group.block) for group in case("bert").groups}
+    assert {(4, 16), (16, 1)} <= blocks  # a head's channels lie side by side, those of one dimension do not
+    assert {group.block for group in case("resnet").groups} == {1}  # though the classifier may read several of each
+
+
 def test_residual_streams_are_one_group() -> None:
     spine = next(group for group in case("resnet").groups if group.name == "Conv_1")
     consumers = [slot for slot in spine.slots if slot.axis == 1 and slot.value.const_value is not None]

@@ -17,7 +17,7 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.explanation import explain
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.planning import SOURCES, Plan, Planner
-from onnxcomp.plans import Lost, losses_per_error
+from onnxcomp.plans import Lost, Plans, losses_per_error
 from onnxcomp.report import Result
 from tests.lab import Lab, lab
 from tests.lab import network as chain
@@ -122,6 +122,20 @@ def test_a_plan_that_lost_too_much_at_next_to_no_error_is_followed_by_one_that_t
     assert plans[0].verdict == "over the budget"
     drops = [trial.figures.drop for trial in plans]
     assert drops[1] < drops[0]  # type: ignore[operator]
+
+
+def test_between_the_best_and_one_that_lost_too_much_there_may_be_another(
+    lab: Lab, model: ir.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = models.tensor_bytes(Simplify()(model, context(64)).model)
+    lab.latency = lambda made: float(models.tensor_bytes(made))
+    lab.loss = lambda made: max(0.0, 2 * (1 - models.tensor_bytes(made) / whole))
+    monkeypatch.setattr(Plans, "_aim", lambda self, share=1.0: 0.0 if self._failed else 0.3)
+    report = searched(lab, model, budget=Budget(max_drop=0.3)).report
+    failed, *others = [trial for trial in report.trials if trial.name.startswith("plan ")]
+    assert failed.verdict == "over the budget"
+    assert others
+    assert others[0].figures.drop < failed.figures.drop  # type: ignore[operator]
 
 
 def test_a_plan_is_made_even_if_none_promises_anything_before_it_is_known_what_fitting_makes_up_for(

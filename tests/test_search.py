@@ -25,7 +25,7 @@ from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.unfuse import Unfuse
 from onnxcomp.runtime import Protocol, Session, Target, Timing
 from onnxcomp.search import Search, accepted_drop
-from tests.lab import LAYERS, Lab, integers, lab, network, operators, samples, trial, wasteful
+from tests.lab import LAYERS, WIDTH, Lab, integers, lab, network, operators, samples, trial, wasteful
 
 __all__ = ["lab"]
 
@@ -577,7 +577,7 @@ def test_faster_means_beyond_noise_and_in_three_of_four_rounds() -> None:
 def test_sums_stay_apart_from_normalizations_in_all_candidates(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     x, first = model.graph.inputs[0], model.graph[0]
-    scale = ir.val("scale", const_value=ir.tensor(np.ones(x.shape[1], np.float32), name="scale"))  # type: ignore[index]
+    scale = ir.val("scale", const_value=ir.tensor(np.ones(WIDTH, np.float32), name="scale"))
     model.graph.register_initializer(scale)
     joined = ir.node("Add", [x, x], name="join")
     norm = ir.node("LayerNormalization", [joined.outputs[0], scale], name="norm")

@@ -10,11 +10,15 @@ import onnx_ir as ir
 import pytest
 from rich.console import Console
 
+from models import zoo
 from onnxcomp import inspection, latency, placement, table
+from onnxcomp import model as models
+from onnxcomp.channels import channel_groups
 from onnxcomp.inspection import inspect
 from onnxcomp.placement import Crossing
 from onnxcomp.profiling import Profile
 from onnxcomp.runtime import Target
+from onnxcomp.table import worth_timing
 from tests.commands import mlp, run
 from tests.passes.test_prune_depth import residual
 from tests.planned import STRENGTHS, made_up
@@ -90,3 +94,11 @@ def test_what_is_known_is_not_timed_again(profiled: list[int], tmp_path: Any) ->
     again = inspect(residual(*STRENGTHS), **options)
     assert again.latency == first.latency
     assert len(profiled) - timed <= 2, "the model as it is, and its forms: the store knows all widths"
+
+
+def test_kernels_work_in_blocks_but_heads_are_blocks_themselves() -> None:
+    groups = channel_groups(models.load(zoo.build("bert")))
+    heads = next(group for group in groups if group.block > 1)
+    wide = next(group for group in groups if group.size > 16)
+    assert worth_timing(heads).tolist() == list(range(heads.size - heads.size // 4 + 1))
+    assert all((wide.size - worth_timing(wide)) % 4 == 0)

@@ -103,8 +103,8 @@ def test_sums_that_are_apart_are_sums_to_other_passes() -> None:
     gone = PruneDepth(parts=((found[1].join, found[1].operand),))
     made, expected = (gone(each, Context()) for each in (apart, model))
     assert [change.node for change in made.changes] == [change.node for change in expected.changes]
-    outputs = [Session(each.model).run(FEEDS)["y"] for each in (made, expected)]
-    np.testing.assert_allclose(*outputs, atol=1e-4)
+    outputs = [np.asarray(Session(each.model).run(FEEDS)["y"]) for each in (made, expected)]
+    np.testing.assert_allclose(outputs[0], outputs[1], atol=1e-4)
 
 
 @pytest.mark.parametrize(
