@@ -202,8 +202,8 @@ class Plans:
         """A plan for most of a share of the loss that is allowed, and for less than those had that lost too much.
 
         Where none for that much is faster than the best, one for as much as those may have had. Of sources that were
-        not tried alone, once, if that promises to be faster where they lose the least they may. What they lose can be told
-        then, and what else was tried is worth as well.
+        not tried alone, once, if that promises to be faster where they lose the least they may: what they lose can be
+        told then, and what else was tried is worth as well.
         """
         assert self._planner is not None
         slopes, hoped = self._slopes()
