@@ -4,6 +4,7 @@ Residual networks keep working without some of their blocks (Veit et al. 2016, "
 of Relatively Shallow Networks"). Unlike narrower layers, a missing one saves its time whatever the kernels.
 """
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, TypeAlias
@@ -105,14 +106,15 @@ def spared(
     """
     lost = {name for branch in gone for name in branch.nodes}
     weighty = {layer.name for layer in layers(model)}
-    staying = {
-        name: branch
-        for branch in known
-        if branch.join not in lost
-        for name in (branch.join, *sorted(branch.nodes & weighty - lost))
-    }
+    staying = [branch for branch in known if branch.join not in lost]
+    joins = Counter(branch.join for branch in staying)
+    inside = {name: branch for branch in staying for name in sorted(branch.nodes & weighty - lost)}
     said = reason if callable(reason) else lambda _: reason
-    return [Skip(name, f"the branch at '{branch.join}' {STAYS}{said(branch)}") for name, branch in staying.items()]
+    found = []
+    for name, branch in [*((branch.join, branch) for branch in staying), *inside.items()]:
+        which = f" (operand {branch.operand})" if joins[branch.join] > 1 else ""
+        found.append(Skip(name, f"the branch at '{branch.join}'{which} {STAYS}{said(branch)}"))
+    return found
 
 
 def _only_for(join: ir.Node, operand: int, order: Mapping[ir.Node, int]) -> set[ir.Node]:

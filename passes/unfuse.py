@@ -42,9 +42,10 @@ class Unfuse(Pass):
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Find the sums, and write them otherwise."""
-        with declared_outputs(model):
-            common.ShapeInferencePass()(model)
         found = {node.name or "": node for node in normalized_sums(model)}
+        if any(node.outputs[0].dtype is None for node in found.values()):
+            with declared_outputs(model):
+                common.ShapeInferencePass()(model)
         if unknown := [name for name in self.parts if name not in found]:
             raise OptionError(
                 f"there is no sum '{unknown[0]}' in front of a normalization",

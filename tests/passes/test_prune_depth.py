@@ -9,7 +9,7 @@ import pytest
 from models.net import Net
 from onnxcomp import model as models
 from onnxcomp import reconstruction
-from onnxcomp.branches import branches, without_branches
+from onnxcomp.branches import branches, spared, without_branches
 from onnxcomp.core import Context, Outcome, node_pattern
 from onnxcomp.errors import OptionError
 from onnxcomp.facts import observe
@@ -61,6 +61,18 @@ def test_both_operands_of_a_sum_may_go_but_not_one_that_others_read() -> None:
     found = branches(network(), observe(network(), feeds).shapes)
     first, second = joins(network())
     assert [branch.join for branch in found] == [first, second, second]  # the second one has a convolution as shortcut
+
+
+def test_of_a_sum_that_may_lose_either_operand_both_are_told() -> None:
+    feeds = next(iter(context(2).examples(network())))
+    found = branches(network(), observe(network(), feeds).shapes)
+    first, second = joins(network())
+    said = [(skip.node, skip.reason) for skip in spared(network(), found, [], lambda branch: f"{branch.operand}")]
+    assert [each for each in said if each[0] in {first, second}] == [
+        (first, f"the branch at '{first}' stays: 0"),
+        (second, f"the branch at '{second}' (operand 0) stays: 0"),
+        (second, f"the branch at '{second}' (operand 1) stays: 1"),
+    ]
 
 
 @pytest.mark.parametrize("cost", list(Cost))
