@@ -31,6 +31,7 @@ from onnxcomp.metrics import Metric
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.quantize_weights import QuantizeWeights
+from onnxcomp.passes.unfuse import Unfuse
 from onnxcomp.plans import PLANNED, Plans, optional
 from onnxcomp.report import Figures, Step
 from onnxcomp.sensitivity import ranking
@@ -98,9 +99,9 @@ class Search:
     def _cleaned(self) -> Candidate:
         """The model cleaned up, where the target's kernels want it with sums apart from normalizations."""
         bench, clean = self._bench, self._bench.make("clean-up", ())
-        if "unfuse" in self._allowed and (apart := kernels.unfused(clean.model, bench.context, bench.batch.feeds)):
+        if "unfuse" in self._allowed and kernels.fuses_slowly(clean.model, bench.context, bench.batch.feeds):
             bench.trials.remove(clean)
-            bench.begin_with(apart)
+            bench.begin_with(Unfuse())
             clean = bench.make("clean-up", ())
         return clean
 

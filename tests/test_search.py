@@ -22,7 +22,6 @@ from onnxcomp.judges import Judges
 from onnxcomp.measure import paced
 from onnxcomp.metrics import METRICS
 from onnxcomp.passes.quantize_static import QuantizeStatic
-from onnxcomp.passes.unfuse import Unfuse
 from onnxcomp.runtime import Protocol, Session, Target, Timing
 from onnxcomp.search import Search, accepted_drop
 from tests.lab import LAYERS, WIDTH, Lab, integers, lab, network, operators, samples, trial, wasteful
@@ -584,11 +583,11 @@ def test_sums_stay_apart_from_normalizations_in_all_candidates(lab: Lab, monkeyp
     joined.outputs[0].name, norm.outputs[0].name = "joined", "normed"
     first.replace_input_with(0, norm.outputs[0])
     model.graph.insert_before(first, [joined, norm])
-    monkeypatch.setattr(kernels, "unfused", lambda *_: Unfuse(parts=("join",)))
+    monkeypatch.setattr(kernels, "fuses_slowly", lambda *_: True)
     result = lab.optimize(model)
     assert integers(result.model) == set(LAYERS)
     assert {"Sum"} == operators(result.model) & {"Add", "Sum"}
-    assert "- unfuse:\n    parts: [join]\n" in result.report.recipe
+    assert "- unfuse: {parts: []}\n" in result.report.recipe
     assert [t.name for t in result.report.trials].count("clean-up") == 1
     kept = lab.optimize(model, passes=["simplify", "quantize-static"])
     assert {"Add"} == operators(kept.model) & {"Add", "Sum"}

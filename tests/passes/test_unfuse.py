@@ -123,9 +123,8 @@ def test_they_are_kept_apart_where_that_takes_clearly_less(
         return [fused, apart]
 
     monkeypatch.setattr(kernels, "profiles", made_up)
-    expected = Unfuse(parts=tuple(sums(Unfuse()(encoder()).model))) if better else None
-    assert kernels.unfused(encoder(), Context(), FEEDS) == expected
-    assert kernels.unfused(encoder(), Context(target=Target("cuda")), FEEDS) is None
+    assert kernels.fuses_slowly(encoder(), Context(), FEEDS) == better
+    assert not kernels.fuses_slowly(encoder(), Context(target=Target("cuda")), FEEDS)
 
 
 def test_what_cannot_be_profiled_or_has_no_such_sums_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +132,8 @@ def test_what_cannot_be_profiled_or_has_no_such_sums_stays(monkeypatch: pytest.M
         raise OnnxcompError("it does not run", "", "")
 
     monkeypatch.setattr(kernels, "profiles", failing)
-    assert kernels.unfused(encoder(), Context(), FEEDS) is None
+    assert not kernels.fuses_slowly(encoder(), Context(), FEEDS)
     net = Net(17)
     net.output("y", net.relu(net.input("x", SHAPE)), SHAPE)
     monkeypatch.setattr(kernels, "profiles", lambda *_: pytest.fail("there is nothing to time"))
-    assert kernels.unfused(net.model(), Context(), FEEDS) is None
+    assert not kernels.fuses_slowly(net.model(), Context(), FEEDS)
