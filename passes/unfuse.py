@@ -52,6 +52,8 @@ class Unfuse(Pass):
                 remedy=f"those there are: {', '.join(found) or 'none'}",
                 setting=("parts", unknown[0]),
             )
+        if not found:
+            return Outcome(model, (), (Skip("model", "no layer normalization in it reads a sum"),))
         changes, skips = [], []
         for name, node in found.items():
             if self.parts and name not in self.parts:

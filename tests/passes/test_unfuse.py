@@ -136,4 +136,5 @@ def test_what_cannot_be_profiled_or_has_no_such_sums_stays(monkeypatch: pytest.M
     net = Net(17)
     net.output("y", net.relu(net.input("x", SHAPE)), SHAPE)
     monkeypatch.setattr(kernels, "profiles", lambda *_: pytest.fail("there is nothing to time"))
+    assert [skip.reason for skip in Unfuse()(net.model()).skips] == ["no layer normalization in it reads a sum"]
     assert not kernels.fuses_slowly(net.model(), Context(), FEEDS)
