@@ -88,7 +88,7 @@ class Search:
         self.asked = replace(budget, max_drop=self._max_drop)
         self._original = original
         self._has_data = bench.context.data is not None
-        self.best = self.clean = self._cleaned()
+        self.best = self.clean = bench.make("clean-up", ())
         self.plans: Plans | None = None
         self._unplanned: Candidate | None = None
         self._allowed_to_plans = self._max_drop
@@ -96,18 +96,10 @@ class Search:
         self.drafted, self.allows_more = False, bool(allowed - {*registry.GROUPS["clean-up"]})
         self.allows_integers = not allowed.isdisjoint(registry.GROUPS["quantize"])
 
-    def _cleaned(self) -> Candidate:
-        """The model cleaned up, where the target's kernels want it with sums apart from normalizations."""
-        bench, clean = self._bench, self._bench.make("clean-up", ())
-        if "unfuse" in self._allowed and kernels.fuses_slowly(clean.model, bench.context, bench.batch.feeds):
-            bench.trials.remove(clean)
-            bench.begin_with(Unfuse())
-            clean = bench.make("clean-up", ())
-        return clean
-
     def run(self) -> Candidate:
         """The best candidate that the time allows."""
         with self._bench.deadline:
+            self._unfuse()
             self._draft()
             self._plan()
             made = [self.clean, self.best]
@@ -202,6 +194,14 @@ class Search:
         found = self._back_off(known or self._bench.make("before what followed", before))
         if found is not None:
             yield found
+
+    def _unfuse(self) -> None:
+        """Clean up with sums apart from normalizations, where the target's kernels are faster so."""
+        bench = self._bench
+        if "unfuse" in self._allowed and kernels.fuses_slowly(self.clean.model, bench.context, bench.batch.feeds):
+            bench.trials.remove(self.clean)
+            bench.begin_with(Unfuse())
+            self.best = self.clean = bench.make("clean-up", ())
 
     def _draft(self) -> None:
         """Every quantization as a draft, and the fastest refined."""

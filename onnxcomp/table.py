@@ -6,6 +6,7 @@ what enters and leaves integers, and what ONNX Runtime puts in to change layouts
 in the context's store by the content of the models that were timed.
 """
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Set
@@ -170,7 +171,7 @@ def _crossings(costs: Crossing) -> Iterator[CrossingRow]:
 
 def worth_timing(group: ChannelGroup) -> Counts:
     """How many of a group's channels may go, ascending from 0, so that kernels still work in blocks."""
-    return may_go(group.size, _LEAST, -(-_MULTIPLE // group.block))
+    return may_go(group.size, _LEAST, _MULTIPLE // math.gcd(_MULTIPLE, group.block))
 
 
 def best_form(forms: Mapping[str, FormTimes]) -> str:

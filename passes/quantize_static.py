@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.calibration import calibrate
 from onnxcomp.core import Change, Choice, Context, Outcome, Pass, Skip, name_nodes
-from onnxcomp.graph import Builder, constant_of, prepared, remove_unused, single_consumer
+from onnxcomp.graph import Builder, constant_of, is_sum, prepared, remove_unused, single_consumer
 from onnxcomp.integers import MOVING, data_inputs, folds, pad_value, quantizable, shared_scales
 from onnxcomp.layers import Layer, layer_of
 from onnxcomp.numerics import ranges
@@ -118,11 +118,16 @@ class QuantizeStatic(Pass):
         if isinstance(converted, str):
             return Outcome(model, (), (Skip("model", converted),))
         name_nodes(converted)
+        sums = [node for node in converted.graph if node.op_type == "Sum" and is_sum(node)]
+        for node in sums:
+            node.op_type = "Add"  # which has a kernel for integers, and is not fused between them
         chosen, skips = quantizable(converted, context, frozenset(self.keep))
         if self.inputs_only:
             chosen = {
                 name: node for name, node in chosen.items() if layer_of(node) or node.op_type in {"Add", "MatMul"}
             }
+        for node in sums:
+            node.op_type = "Add" if node.name in chosen else "Sum"
         surgery = _Surgery(converted, chosen, self.settled(context), context)
         grams = [layer for layer in surgery.layers if self.rounding.needs_gram]
         statistics = calibrate(converted, context.data, context, surgery.observed(), grams)
