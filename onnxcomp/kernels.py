@@ -15,8 +15,6 @@ from onnxcomp.timing import for_timing, profiles
 
 _CLEARLY = 0.9
 """Share of a node's time that another kernel must not exceed to be taken."""
-
-
 _ROUNDS = 2
 """Of profiles of sums that are fused and of the same apart: the difference is a multiple, or there is none."""
 
