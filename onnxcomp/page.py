@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import PurePath
 from string import Template
 
-from onnxcomp import plots
+from onnxcomp import plots, registry
 from onnxcomp.core import Width
 from onnxcomp.plots import SERIES, Bars, Point
 from onnxcomp.report import Figures, LayerRow, Report, Step, Trial
@@ -28,6 +28,7 @@ from onnxcomp.wording import (
     ratio,
     score,
     seconds,
+    several,
     signed,
 )
 
@@ -346,7 +347,7 @@ def _layers(rows: Sequence[LayerRow]) -> str:
         _legend({"before": "before"} | {f"after: {kind}": colours[kind] for kind in kinds}),
         f'<div class="panels">{"".join(panels)}</div>',
         _paragraph(words),
-        _details(f"All {named} layers as a table", table + (_paragraph(rest) if rest else "")),
+        _details(f"{several(named, 'layer')} as a table", table + (_paragraph(rest) if rest else "")),
     )
 
 
@@ -377,7 +378,8 @@ def _largest(rows: Sequence[LayerRow]) -> list[LayerRow]:
 def _kind(row: LayerRow) -> str:
     """The techniques of a layer in few words; a clean-up is only worth one where it is all."""
     names = list(dict.fromkeys(technique.partition(":")[0] for technique in row.techniques))
-    others = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names if name != "Simplify"]
+    cleaning = {registry.passes()[name].__name__ for name in registry.GROUPS["clean-up"]}
+    others = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower() for name in names if name not in cleaning]
     return " + ".join(others) or ("clean-up" if names else _UNTOUCHED)
 
 
@@ -471,7 +473,7 @@ def _saliency(widths: Sequence[Width]) -> str:
         heading,
         f'<div class="panels">{"".join(parts)}</div>',
         _paragraph(words),
-        _details(f"All {len(ordered)} groups as a table", table),
+        _details(f"{several(len(ordered), 'group')} as a table", table),
     )
 
 
@@ -541,8 +543,9 @@ def _again(report: Report) -> str:
         command,
         _paragraph(
             "The search goes by measured time, so another machine may choose otherwise. What it chose is the recipe, "
-            "which the result also carries in its metadata: `onnxcomp apply INPUT --recipe FILE` gives the same again."
+            "which the result also carries in its metadata. This gives the same again:"
         ),
+        "<pre>onnxcomp apply INPUT --recipe FILE</pre>",
         f"<h3>Recipe</h3><pre>{_text(report.recipe)}</pre>" if report.recipe else _paragraph("The recipe is empty."),
     )
 

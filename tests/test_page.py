@@ -248,7 +248,7 @@ def test_empty_sections_say_so_in_a_sentence() -> None:
 
 def test_what_is_unknown_is_a_dash_and_no_zero() -> None:
     unknown = LayerRow("gone", "Conv", 10.0, None, 100, None)
-    table = html_of(dataclasses.replace(FULL, layers=(unknown,))).partition("All 1 layers")[2]
+    table = html_of(dataclasses.replace(FULL, layers=(unknown,))).partition("1 layer as a table")[2]
     row = re.search(r"<tr><td[^>]*>gone</td>.*?</tr>", table, re.DOTALL)
     assert row is not None
     cells = re.findall(r"<td[^>]*>(.*?)</td>", row[0])
@@ -273,6 +273,15 @@ def test_layers_that_were_fitted_again_or_went_are_not_as_they_were() -> None:
     assert text.count(f"PruneDepth: gone with the branch at '{joins(model)[0]}'") == 2
     assert "after: prune depth" in text
     assert "after: as it was" not in text
+
+
+def test_layers_that_were_only_cleaned_up_say_so_and_others_do_not() -> None:
+    cleaned = LayerRow("a", "Add", 2.0, 1.0, 10, 10, ("Simplify: folded", "Unfuse: written as a Sum"))
+    other = LayerRow("b", "Conv", 2.0, 1.0, 10, 5, ("Unfuse: written as a Sum", "QuantizeStatic: uint8"))
+    text = Reader(alone(layers=(cleaned, other))).text
+    assert "after: clean-up" in text
+    assert "after: quantize static" in text
+    assert "2 layers as a table" in text
 
 
 def test_commands_break_at_options_only() -> None:
