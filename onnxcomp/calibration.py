@@ -119,7 +119,7 @@ def _pass(
     most = int(np.clip(memory // (4 * max(sample, 1)), 1, _SHARD))
     room = memory // (sum(map(_kept_bytes, requests.all)) + most * sample) if reader.session.travels else 1
     done = 0
-    for samples, part in mapped(work, shards(data.batches(size), most), context.executor, room):
+    for samples, part in mapped(work, shards(data.unpadded.batches(size), most), context.executor, room):
         yield part
         del part  # the next shard needs the room
         done += samples

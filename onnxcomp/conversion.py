@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -21,6 +22,7 @@ from onnxcomp.graph import prepared
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import circumstances, file_size, paced, side_by_side, usual_metric
 from onnxcomp.model import ModelSource
+from onnxcomp.padding import noted, notes_on
 from onnxcomp.recipe import Recipe
 from onnxcomp.record import Origin, Record, stamped
 from onnxcomp.report import Figures, Report, Result, Step, source_name
@@ -151,8 +153,10 @@ def convert(
     read = (calib, evaluation, origin.source if origin else None)
     work = _Conversion(source, output, target, batch, overwrite, dry_run, read)
     specs = models.input_specs(work.model) if calib is not None or evaluation is not None else ()
-    learn = None if calib is None else open_dataset(calib, specs, images)
-    proof = None if evaluation is None else open_dataset(evaluation, specs, images)
+    original = cache(lambda: Session(work.model, target))
+    learn, proof = (
+        None if given is None else noted(open_dataset(given, specs, images), original) for given in (calib, evaluation)
+    )
     wanted = metrics.parse_metric(metric) if metric else None
     assert not isinstance(executor, str), "opened by `opening`"
     context = Context(learn, target, batch, seed, memory, node_pattern(exclude), progress, executor=executor)
@@ -309,7 +313,7 @@ class _Conversion:
             original=first,
             result=after,
             steps=tuple(steps),
-            notes=(*notes, *remarks),
+            notes=(*notes, *notes_on(context.data, proof), *remarks),
             recipe=recipe.to_yaml(),
         )
         result = Result(made, report)

@@ -51,7 +51,7 @@ class Answers:
         numbers = sum(array.size for array in _floats(session.run(first.feeds)).values())
         many = numbers >= _MANY * (first.valid + first.padding)
         samples = data.at_most(_ENOUGH if many else _SAMPLES, context.seed)
-        self._pairs = [(batch.feeds, _floats(session.run(batch.feeds))) for batch in samples.batches(_BATCH)]
+        self._pairs = [(batch.feeds, _floats(session.run(batch.feeds))) for batch in samples.unpadded.batches(_BATCH)]
 
     def error(self, model: ir.Model | bytes) -> float:
         """Relative squared error of another model's outputs; 1 where it is not finite or there is nothing to lose."""

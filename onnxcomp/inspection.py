@@ -13,11 +13,12 @@ from onnxcomp import registry
 from onnxcomp.channels import ChannelGroup, ChannelGroups, channel_groups
 from onnxcomp.core import Context, Pass, name_nodes, no_progress
 from onnxcomp.cost import NodeCost, Totals, node_costs
-from onnxcomp.data import ImageOptions, open_dataset
+from onnxcomp.data import ImageOptions
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.measure import Progress, circumstances, file_size, inputs_for
 from onnxcomp.members import readers
 from onnxcomp.model import ModelSource
+from onnxcomp.padding import noted
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.report import (
     FrozenRow,
@@ -95,8 +96,7 @@ def inspect(
         store = None if cache is None else Store(cache)
         context = Context(None, target, batch, seed, progress=progress, store=store)
         if weights or techniques:
-            learn = None if calib is None else open_dataset(calib, models.input_specs(model), images)
-            context = replace(context, data=learn)
+            context = replace(context, data=None if calib is None else noted(data, lambda: Session(model, target)))
             try:
                 borne = tuple(weight_rows(model, context)) if weights else ()
                 offered = tuple(_offered(model, context, techniques, notes))

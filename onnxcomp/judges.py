@@ -16,6 +16,7 @@ from onnxcomp.core import Context
 from onnxcomp.data import ImageOptions, Split, divisible, open_dataset, split
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.measure import SCORING_ROWS, evaluated, rows_of, usual_metric
+from onnxcomp.padding import noted, notes_on
 from onnxcomp.runtime import Session
 from onnxcomp.samples import Batch, Dataset, Feeds
 from onnxcomp.scoring import FloatArray
@@ -90,9 +91,11 @@ class Judges:
         """
         chosen = metrics.parse_metric(metric) if metric else None
         specs = models.input_specs(model)
-        learn = None if calib is None else open_dataset(calib, specs, images)
-        proof = None if evaluation is None else open_dataset(evaluation, specs, images)
-        notes: list[str] = []
+        learn, proof = (
+            None if given is None else noted(open_dataset(given, specs, images), lambda: original)
+            for given in (calib, evaluation)
+        )
+        notes = notes_on(learn, proof)
         tune: Dataset | None
         if learn is None and proof is None:
             judge = final = synthetic(specs, SCORING_ROWS, seed, models.vocabularies(model))

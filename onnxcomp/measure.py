@@ -23,6 +23,7 @@ from onnxcomp.executors import mapped
 from onnxcomp.footprint import Footprint, footprint
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.model import ModelSource
+from onnxcomp.padding import noted
 from onnxcomp.report import Benchmark, Evaluation, Figures, Quality, Speed, Spread, environment, source_name
 from onnxcomp.runtime import Feeds, Protocol, Session, Target, Timing
 from onnxcomp.samples import Batch, Dataset, Shard, shards
@@ -188,19 +189,22 @@ def evaluate(
     about = circumstances(target, batch)
     loaded = _load_alike(sources)
     chosen = metrics.parse_metric(metric) if metric else None
-    data = open_dataset(evaluation, models.input_specs(_strictest(loaded)), images)
+    given = open_dataset(evaluation, models.input_specs(_strictest(loaded)), images)
     with _files(sources, loaded) as paths:
         reference = Session(paths[0], target)
-        reason = "as asked"
+        data, reason = noted(given, lambda: reference), "as asked"
         if chosen is None:
             chosen, reason = usual_metric(reference, data)
         fidelity = _fidelity(reference, data)
         qualities, baseline = [], None
         for place, path in enumerate(paths):
             session = Session(path, target)
-            counted = _Counted(data, progress, f"scoring {place + 1} of {len(paths)}")
             measured = [chosen] if baseline is None else [chosen, *fidelity]
-            score, *faith = metrics.evaluate_all(measured, session.run, counted, reference.run, batch)
+            scores: dict[metrics.Metric, metrics.Score] = {}
+            for part, samples in _apart(measured, data):
+                counted = _Counted(samples, progress, f"scoring {place + 1} of {len(paths)}")
+                scores |= zip(part, metrics.evaluate_all(part, session.run, counted, reference.run, batch), strict=True)
+            score, *faith = (scores[each] for each in measured)
             baseline = baseline or score
             drop = None if score is baseline else metrics.compare(baseline, score)
             error, agreement = (*(item.value for item in faith), None, None)[:2]
@@ -216,6 +220,15 @@ def evaluate(
                 )
             )
     return Evaluation(tuple(qualities), about, chosen.name, f"{reason}; {data.samples} samples of {data.origin}")
+
+
+def _apart(wanted: list[metrics.Metric], data: Dataset) -> list[tuple[list[metrics.Metric], Dataset]]:
+    """The metrics that are measured in one pass, and the data: outputs are compared without padding."""
+    if data.padding is None:
+        return [(wanted, data)]
+    compared = [metric for metric in wanted if metric.needs == "reference"]
+    others = [metric for metric in wanted if metric.needs != "reference"]
+    return [(part, own) for part, own in ((others, data), (compared, data.unpadded)) if part]
 
 
 def _fidelity(reference: Session, data: Dataset) -> list[metrics.Metric]:
@@ -336,10 +349,13 @@ def evaluated(
 ) -> metrics.Score:
     """Measure a metric as `metrics.evaluate` does, on shards of the data where the context has an executor.
 
+    What is compared with the reference is so without padding.
+
     Raises:
         DataError, OptionError: as for `metrics.evaluate_all`.
         OnnxcompError: the model fails on the data.
     """
+    data = data.unpadded if metric.needs == "reference" else data
     if context.executor is None or not isinstance(metric, metrics.StreamedMetric):
         return metrics.evaluate(metric, session.run, data, reference.run, SCORING_ROWS)
     return metrics.scored(metric, rows_of([metric], session, data, reference, context)[0])

@@ -26,7 +26,7 @@ class Prefix:
     """
 
     def __init__(self, model: ir.Model, data: Dataset, context: Context) -> None:
-        self._model, self._data, self._context = model, data, context
+        self._model, self._data, self._context = model, data.unpadded, context
         self._known: list[Feeds] = []
         self._outlines: list[Batch] = []
 

@@ -46,6 +46,37 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Where entries are padded, so that nothing depends on it.
+
+    Attributes:
+        mask: the input that says so.
+        axes: of inputs, by name and number, that run along the positions.
+        spans: of each entry, its first position that counts, the one behind the last, and how many there are.
+    """
+
+    mask: str
+    axes: tuple[tuple[str, int], ...]
+    spans: tuple[tuple[int, int, int], ...]
+
+    @property
+    def share(self) -> float:
+        """Of all positions."""
+        return 1 - sum(stop - start for start, stop, _ in self.spans) / sum(length for _, _, length in self.spans)
+
+    def select(self, entries: Iterable[int]) -> "Padding":
+        """That of some entries."""
+        return replace(self, spans=tuple(self.spans[entry] for entry in entries))
+
+    def cut(self, feeds: Feeds, entry: int) -> Feeds:
+        """An entry without it."""
+        found = dict(feeds)
+        for name, axis in self.axes:
+            found[name] = found[name][(slice(None),) * axis + (slice(*self.spans[entry][:2]),)]
+        return found
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A finite set of samples that can be read again and again, one at a time.
 
@@ -57,6 +88,7 @@ class Dataset:
         stackable: whether samples of one row may share a run. False where the source says what a run is.
         constants: keys of the source that do not run along the samples, whole.
         origin: what error messages call the source.
+        padding: where entries are padded, if that is known.
     """
 
     specs: tuple[TensorSpec, ...]
@@ -66,6 +98,7 @@ class Dataset:
     stackable: bool = True
     constants: Mapping[str, NDArray[Any]] = field(default_factory=dict, repr=False)
     origin: str = "the data"
+    padding: Padding | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return self.size
@@ -107,8 +140,34 @@ class Dataset:
     def select(self, indices: Iterable[int]) -> "Dataset":
         """A view on some of the entries, in ascending order."""
         chosen = sorted(indices)
-        rows = None if self.rows is None else tuple(self.rows[index] for index in chosen)
-        return replace(self, size=len(chosen), read=lambda index: self.read(chosen[index]), rows=rows)
+        return self._ordered(chosen)
+
+    def _ordered(self, entries: Sequence[int]) -> "Dataset":
+        rows = None if self.rows is None else tuple(self.rows[entry] for entry in entries)
+        padding = self.padding and self.padding.select(entries)
+        read = self.read
+        return replace(self, size=len(entries), read=lambda index: read(entries[index]), rows=rows, padding=padding)
+
+    @property
+    def unpadded(self) -> "Dataset":
+        """The same entries without padding, or these data where none is known.
+
+        What is learnt and compared is read so: what nothing depends on says nothing. Those of one length follow each
+        other, to share runs; lengths come in random order. Targets stay as they are.
+        """
+        if self.padding is None:
+            return self
+        lengths = np.array([stop - start for start, stop, _ in self.padding.spans])
+        ranks = np.random.default_rng(0).permutation(int(lengths.max()) + 1)[lengths]
+        ordered = self._ordered(np.argsort(ranks, kind="stable").tolist())
+        read, padding = ordered.read, ordered.padding
+        assert padding is not None
+
+        def cut(index: int) -> Batch:
+            entry = read(index)
+            return replace(entry, feeds=padding.cut(entry.feeds, index))
+
+        return replace(ordered, read=cut, padding=None)
 
     def at_most(self, samples: int, seed: int = 0) -> "Dataset":
         """A random part of about that many samples, or all if there are no more."""
@@ -122,12 +181,14 @@ class Dataset:
         return replace(self, read=list(self).__getitem__)
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over names, dtypes, shapes and values of every sample; reads them all."""
+        """SHA-256 (hex) over names, dtypes, shapes, values and padding of every sample; reads them all."""
         digest = hashlib.sha256()
         for sample in self:
             _digest(digest.update, "feed", sample.feeds)
             _digest(digest.update, "target", sample.targets)
         _digest(digest.update, "constant", self.constants)
+        if self.padding is not None:
+            digest.update(repr(self.padding).encode())
         return digest.hexdigest()
 
 

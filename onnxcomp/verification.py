@@ -19,6 +19,7 @@ from onnxcomp.judges import gate_of, must_run, one_run
 from onnxcomp.layers import refuse_broken_weights
 from onnxcomp.measure import Progress, circumstances, file_size, paced, side_by_side, usual_metric
 from onnxcomp.model import ModelSource, TensorSpec
+from onnxcomp.padding import noted, notes_on
 from onnxcomp.report import Document, Figures, source_name
 from onnxcomp.runtime import Protocol, Session, Target
 from onnxcomp.wording import check_in_words
@@ -102,8 +103,8 @@ def verify(
     names = source_name(against), source_name(source)
     for what, given in (("takes", models.free_inputs), ("gives", lambda model: list(model.graph.outputs))):
         _refuse_unlike(what, names, given(original), given(made))
-    data = open_dataset(evaluation, models.input_specs(original), images)
     sessions = Session(original, target), Session(made, target)
+    data = noted(open_dataset(evaluation, models.input_specs(original), images), lambda: sessions[0])
     run = one_run(data, batch)
     must_run(sessions[0], run.feeds, invented=False)
     reason, notes = "as asked", []
@@ -112,6 +113,7 @@ def verify(
     gate = gate_of(wanted)
     if gate is not wanted:
         notes.append(f"The limit is on the {gate.name}: {wanted.name} of the original is infinite.")
+    notes += notes_on(data) if gate.needs == "reference" else []
     rows = run.valid + run.padding
     if rows != batch:
         notes.append(f"Runs have {rows} rows: the model or its data fix that.")

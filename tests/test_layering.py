@@ -15,7 +15,7 @@ LAYERS = (
     {"protos", "files", "model", "graph", "layers", "symbolic", "cost", "scoring", "user_metric", "metrics", "budget",
      "samples", "npz", "images", "synthetic", "data"},
     {"machine", "runtime", "executors", "fresh", "footprint", "stopwatch", "profiling", "store",
-     "deadline"},
+     "deadline", "padding"},
     {"settings", "core"},
     {"observations", "probe", "calibration", "equivalence", "weights", "decode", "rescale", "integers",
      "constants", "unpacking", "encodings", "compression",
