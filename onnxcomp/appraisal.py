@@ -34,6 +34,7 @@ from onnxcomp.reconstruction import reconstruct
 from onnxcomp.runtime import Feeds
 from onnxcomp.saliency import Aggregate, Criterion
 from onnxcomp.samples import Dataset
+from onnxcomp.storage import Stored, stored_weights
 from onnxcomp.surgery import without
 from onnxcomp.table import FLOAT, best_form, form_times, worth_timing
 from onnxcomp.units import Units
@@ -70,6 +71,7 @@ class Appraisal:
         prune: whether channels may go.
         prune_depth: whether branches may go.
         others: passes whose options for parts of the model are choices too.
+        storing: passes whose options for what weights take are, where bytes count.
         sized: whether bytes count beside time.
         unseen: samples on which outputs are compared, as what is fitted to `data` does better on it; `data` if none.
 
@@ -100,11 +102,13 @@ class Appraisal:
         prune: bool,
         prune_depth: bool,
         others: Sequence[Pass] = (),
+        storing: Sequence[Pass] = (),
         sized: bool = False,
         unseen: Dataset | None = None,
     ) -> None:
         self.model, self._context, self._data, self._sized = model, context, data, sized
-        self.answers = Answers(model, unseen or data, context)
+        self._unseen = unseen or data
+        self.answers = Answers(model, self._unseen, context)
         self.units = Units(model)
         self.untraced = ""
         known = replace(context, data=data)
@@ -126,11 +130,12 @@ class Appraisal:
                 lambda: list(self._measured_widths(data, feeds, timed)),
             )
         self.refused: list[tuple[str, str]] = []
-        for technique in others:
+        measured = [("options", technique, self._measured_options) for technique in others]
+        measured += [("stored", technique, self._measured_storage) for technique in storing if sized]
+        best = self.forms[best_form(self.forms)].technique
+        for what, technique, measure in measured:
             rows, refused = context.recall(
-                "options",
-                (technique, model, known, unseen, [*self.forms], sized),
-                partial(self._measured_options, technique),
+                what, (technique, model, known, unseen, [*self.forms], best, sized), partial(measure, technique)
             )
             self.rows += rows
             self.refused += refused
@@ -199,7 +204,7 @@ class Appraisal:
             counts, shares, touched = useful[group]
             left = self._bytes_left(group, counts, touched) if self._sized else np.ones(len(counts))
             settings = tuple((group.size - counts).tolist())
-            yield Row(group.name, settings, curve.errors[counts], shares, left, touched)
+            yield Row(group.name, settings, curve.errors[counts], shares, dict.fromkeys(self.forms, left), touched)
 
     def _timed_widths(
         self, groups: ChannelGroups, pruner: Pruner, data: Dataset, feeds: Feeds, timed: Sequence[str]
@@ -302,8 +307,68 @@ class Appraisal:
             (0, *(option.setting for option in options)),
             np.array([0.0, *errors]),
             dict.fromkeys(self.forms, np.array([1.0, *(option.latency for option in options)])),
-            np.array([1.0, *(option.bytes / whole for option in options)]),
+            dict.fromkeys(self.forms, np.array([1.0, *(option.bytes / whole for option in options)])),
             {self.units.of(probe.part)},
+            technique,
+        )
+
+    def _measured_storage(self, technique: Pass) -> tuple[list[Row], list[tuple[str, str]]]:
+        """In how few bytes a pass can store each unit's weights, in the best precision; and what it cannot, and why."""
+        context, base = replace(self._context, data=self._data), self.forms[best_form(self.forms)]
+        model = self.model if base.technique is None else base.technique(self.model, context).model
+        context.progress(0, 0, f"looking for what {technique.name} can store")
+        by_part: dict[str, list[Option]] = defaultdict(list)
+        try:
+            for option in technique.offered(model, context):
+                by_part[option.part].append(option)
+        except OnnxcompError as failure:
+            return [], [(technique.name, failure.fact)]
+        answers = self.answers if model is self.model else Answers(model, self._unseen, context)
+        rows: list[Row] = []
+        refused = []
+        weights = [(unit, own[0]) for unit, own in stored_weights(model, self.units).items() if len(own) == 1]
+        for place, (unit, weight) in enumerate(weights):
+            context.progress(place, len(weights), f"measuring what {technique.name} loses")
+            small = [option for option in by_part[weight.part] if option.bytes < weight.bytes * (1 - _SAVES)]
+            if not small:
+                continue
+            costs = np.array([[option.bytes] for option in small])
+            useful = [small[number] for number in undominated(np.array([option.error for option in small]), costs)]
+            try:
+                with technique.answering():
+                    rows += self._stored(technique, model, answers, unit, weight, useful)
+            except OnnxcompError as failure:
+                refused.append((f"{technique.name} on {weight.part}", failure.fact))
+        return rows, refused
+
+    def _stored(
+        self,
+        technique: Pass,
+        model: ir.Model,
+        answers: Answers,
+        unit: str,
+        weight: Stored,
+        options: Sequence[Option],
+    ) -> Iterator[Row]:
+        """What outputs lose beside the model's, by one option and in proportion; nothing where that changes nothing."""
+        probe = options[len(options) // 2]
+        few = replace(self._context, data=self._data.at_most(_FITTED_SAMPLES, self._context.seed + 1))
+        outcome = technique.drafted().taking([probe])(model, few)
+        if not outcome.modified:
+            return
+        lost = answers.error(outcome.model)
+        left = {}
+        for name, form in self.forms.items():
+            whole = max(form.bytes.get(unit, 0), 1)
+            others = whole - whole // weight.elements * weight.elements  # of biases and scales
+            left[name] = np.array([1.0, *((others + option.bytes) / whole for option in options)])
+        yield Row(
+            unit,
+            (0, *(option.setting for option in options)),
+            np.array([0.0, *(lost * option.error / probe.error for option in options)]),
+            dict.fromkeys(self.forms, np.ones(len(options) + 1)),
+            left,
+            {unit},
             technique,
         )
 

@@ -86,6 +86,11 @@ class Budget:
         return self.max_latency is not None or self.min_speedup is not None
 
     @property
+    def limits_size(self) -> bool:
+        """Whether bytes of the file count."""
+        return self.max_size is not None or self.max_size_share is not None
+
+    @property
     def limits_memory(self) -> bool:
         """Whether memory must be measured."""
         return self.max_memory is not None or self.max_memory_share is not None

@@ -239,6 +239,8 @@ class Pass(ABC):
     """Whether outputs stay equal up to float rounding."""
     needs_data: ClassVar[bool] = False
     """Whether it can do nothing without calibration data."""
+    stores: ClassVar[bool] = False
+    """Whether it only stores weights in fewer bytes, upon whatever else was done: sessions decode them as they load."""
     remark: ClassVar[str] = ""
     """What users of any result of it should know."""
 

@@ -11,7 +11,7 @@ from onnxcomp.passes.equalize import Equalize
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic, Range
 from onnxcomp.passes.smooth import Smooth
-from onnxcomp.registry import STORING, passes
+from onnxcomp.registry import passes, storing
 from onnxcomp.timing import profiles
 from onnxcomp.weights import NEAREST
 from onnxcomp.wording import several
@@ -55,7 +55,7 @@ def drafts(
     tried = {draft.passes for draft in made}
     for name in named:
         technique = passes()[name]()
-        if name not in _PART_OF_DRAFTS | STORING and (*base.passes, technique) not in tried:
+        if name not in _PART_OF_DRAFTS | storing() and (*base.passes, technique) not in tried:
             made.append(_upon(bench, base, name, technique))
     return [draft for draft in made if bench.works(draft)]
 

@@ -23,6 +23,8 @@ from onnxcomp.scoring import FloatArray
 from onnxcomp.synthetic import synthetic
 
 _TEMPERATURES = tuple(np.geomspace(0.25, 16, 25).tolist())
+_COMPARED = 8
+"""Part of the samples, one in so many, on which outputs are compared where nothing else is scored on them."""
 _ROOM = 8
 """Part of the memory cap, one in so many, that likelihoods may take."""
 
@@ -105,12 +107,13 @@ class Judges:
                 "techniques that need data stay off. Give --calib and --eval."
             )
         else:
-            parts = _deal(learn, proof, seed)
+            parts = _deal(learn, proof, seed, scored=not isinstance(chosen, metrics.UserMetric))
             tune, judge, final = parts.tune, parts.judge, parts.final
             if parts.shared:
                 notes.append("Errors are measured on the samples that techniques learn from, and flattered: give more.")
             elif learn is None:
-                notes.append("Half of the evaluation data is used to calibrate, as there is no --calib.")
+                part = "Most" if isinstance(chosen, metrics.UserMetric) else "Half"
+                notes.append(f"{part} of the evaluation data is used to calibrate, as there is no --calib.")
         for batch in islice(final.batches(SCORING_ROWS), None if tune is None else 1):
             if not must_run(original, batch.feeds, invented=tune is None):
                 notes.append("The original's outputs are not all finite: where they are not, no error is measured.")
@@ -231,8 +234,16 @@ def must_run(original: Session, feeds: Feeds, *, invented: bool) -> bool:
     return all(bool(np.isfinite(array).all()) for array in arrays)
 
 
-def _deal(learn: Dataset | None, proof: Dataset | None, seed: int) -> Split:
-    """Deal out one dataset, or keep one to learn from and halve the other; what is too small serves in every role."""
+def _deal(learn: Dataset | None, proof: Dataset | None, seed: int, *, scored: bool) -> Split:
+    """Deal out one dataset, or keep one to learn from and halve the other; what is too small serves in every role.
+
+    Args:
+        learn: the data to learn from.
+        proof: those to judge on; one of both is enough.
+        seed: of who gets which.
+        scored: whether they are what is scored. A user's metric has data of its own, so that a few samples are enough
+            on which outputs are compared.
+    """
     if learn is not None and proof is not None:
         if not divisible(proof, 2):
             return Split(learn, proof, proof)
@@ -241,4 +252,8 @@ def _deal(learn: Dataset | None, proof: Dataset | None, seed: int) -> Split:
         return Split(learn, proof.select(order[half:]), proof.select(order[:half]))
     only = proof if learn is None else learn
     assert only is not None
-    return split(only, seed)
+    if scored or not divisible(only, _COMPARED):
+        return split(only, seed)
+    order = np.random.default_rng(seed).permutation(len(only)).tolist()
+    few = only.select(order[: len(order) // _COMPARED])
+    return Split(only.select(order[len(order) // _COMPARED :]), few, few)

@@ -152,7 +152,7 @@ def optimize(
     assert not isinstance(executor, str), "opened by `opening`"
     context = Context(judges.tune, target, batch, seed, memory, pattern, progress, store=store, executor=executor)
     if passes is None and judges.tell_accuracy and context.data is not None and context.data.samples >= _ENOUGH:
-        allowed |= {*PLANNED}
+        allowed |= {*PLANNED, *(registry.storing() if budget.limits_size else ())}
         if effort is Effort.EXTENSIVE:
             allowed |= {technique.name for technique in optional(frozenset(registry.passes()))}
     prefix: tuple[Pass, ...] = (Simplify(keep_overridable),) if "simplify" in allowed else ()
@@ -277,7 +277,9 @@ class _Proof:
         trials = tuple(trial.trial() for trial in self.bench.trials)
         record = Record(self.search.explained(best), trials, self.bench.judges.gate.name)
         recipe = self.bench.recipe(best.passes)
-        return stamped(best.model, self.bench.model, recipe, record, self.fingerprint, self.original.size)
+        limit = self.budget.size_limit(self.original.size)
+        room = self.original.size if limit is None or best.size > limit else min(limit, self.original.size)
+        return stamped(best.model, self.bench.model, recipe, record, self.fingerprint, room)
 
     def _protocol(self) -> Protocol:
         return paced(_PROOF, self.bench.original, self.bench.batch.feeds)

@@ -18,13 +18,14 @@ from scipy.optimize import least_squares
 
 from onnxcomp.appraisal import Appraisal
 from onnxcomp.branches import Operands, spared
-from onnxcomp.core import Option, Pass, Skip
+from onnxcomp.core import Option, Parts, Pass, Setting, Skip
 from onnxcomp.numerics.choice import Clash, Term
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.placement import Crossing
-from onnxcomp.program import Program
+from onnxcomp.program import Program, Row
+from onnxcomp.storage import stored_weights
 from onnxcomp.table import FLOAT, best_form
 
 _LAYOUT = 2.0
@@ -52,6 +53,7 @@ class Plan:
         branches: sums that lose an operand, and which.
         widths: channels left by group.
         others: what other passes do, and where.
+        stored: by pass, how weights are stored at last, by unit.
         forms: the precision of each unit that is left.
         error: predicted relative squared error of the outputs.
         sources: what of it, as it was measured part by part, comes from each of `SOURCES`.
@@ -65,6 +67,7 @@ class Plan:
     branches: Operands
     widths: tuple[tuple[str, int], ...]
     others: tuple[Pass, ...]
+    stored: tuple[tuple[Pass, Parts], ...]
     forms: Mapping[str, str]
     error: float
     sources: tuple[float, ...]
@@ -76,7 +79,7 @@ class Plan:
     @property
     def decides(self) -> bool:
         """Whether anything but precision is decided."""
-        return bool(self.branches or self.widths or self.others)
+        return bool(self.branches or self.widths or self.others or self.stored)
 
     def same(self, other: "Plan") -> bool:
         """Whether it does the same, whatever was predicted."""
@@ -84,7 +87,7 @@ class Plan:
 
     @property
     def _done(self) -> tuple[object, ...]:
-        return self.branches, self.widths, self.others, self.forms
+        return self.branches, self.widths, self.others, self.stored, self.forms
 
     def passes(self, *, jointly: bool) -> tuple[Pass, ...]:
         """That make the model shallower and narrower, and do what else is to be done before it is quantized.
@@ -122,6 +125,7 @@ class Planner:
         self._timed: list[tuple[float, float]] = []
         self._seen: list[tuple[tuple[float, ...], float]] = []
         self._weights = _USUAL
+        self._more = 0
 
     # -- the program ------------------------------------------------------------------------------------------------
 
@@ -167,8 +171,11 @@ class Planner:
         forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items() if unit not in lost}
         narrow = tuple((row.part, int(row.settings[number])) for row, number in chosen if row.technique is None)
         others: dict[Pass, list[Option]] = defaultdict(list)
+        stored: dict[Pass, list[tuple[str, Setting]]] = defaultdict(list)
         for row, number in chosen:
-            if row.technique is not None:
+            if row.technique is not None and row.stores:
+                stored[row.technique].append((row.part, row.settings[number]))
+            elif row.technique is not None:
                 others[row.technique].append(row.option(number))
         errors = enumerate(zip(program.errors, found, strict=True))
         losses = [0.0 if place in idle else float(own[number]) for place, (own, number) in errors]
@@ -184,23 +191,35 @@ class Planner:
         time, size = self._rescaled(self._parts(*times)), round(taken) + self._rest()
         joins = tuple((branch.join, branch.operand) for branch in gone)
         passes = tuple(technique.taken(options) for technique, options in others.items())
+        at_last = tuple((technique, tuple(parts)) for technique, parts in stored.items())
         return Plan(
-            joins, narrow, passes, forms, sum(losses), tuple(sources.tolist()), time, size, tuple(found), in_float
+            joins,
+            narrow,
+            passes,
+            at_last,
+            forms,
+            sum(losses),
+            tuple(sources.tolist()),
+            time,
+            size,
+            tuple(found),
+            in_float,
         )
 
     @property
     def sources(self) -> NDArray[np.bool_]:
         """(sources,) whether there is anything to choose."""
-        others = [row.technique is not None for row in self._rows]
-        return np.array([bool(self.branches), not all(others), any(others), True])
+        kinds = {_source(row) for row in self._rows}
+        return np.array([bool(self.branches), *(SOURCES.index(name) in kinds for name in SOURCES[1:3]), True])
 
     def left(self, plan: Plan, technique: Pass) -> list[Skip]:
         """What one of a plan's passes could have treated as well, and what the outputs lose by that alone."""
         if not isinstance(technique, Prune | PruneDepth):
-            treated = {part for part, _ in technique.parts} if hasattr(technique, "parts") else set()
+            treated = {part for part, _ in getattr(technique, "parts", ())}
+            treated |= {part for own, parts in plan.stored for part, _ in parts if own.name == technique.name}
             rows = [row for row in self._rows if row.technique is not None and row.technique.name == technique.name]
             return [
-                Skip(row.part, _too_much(f"with '{row.settings[1]}'", row.errors[1]))
+                Skip(row.part, _too_much(f"with '{row.settings[1]}'", row.errors[1], "bytes" if row.stores else "time"))
                 for row in rows
                 if row.part not in treated
             ]
@@ -218,7 +237,7 @@ class Planner:
     def _program(self, counts: NDArray[np.float64] | float = 1.0) -> Program:
         """What can be chosen, by what is known of times and errors now; errors of each source count as given."""
         raw = [np.array([0.0, lost]) for lost in self._branch_errors] + [row.errors for row in self._rows]
-        sources = [0] * len(self.branches) + [1 if row.technique is None else 2 for row in self._rows]
+        sources = [0] * len(self.branches) + [_source(row) for row in self._rows]
         rows = dict(enumerate(self._rows, len(self.branches)))
         units: dict[str, int] = {}
         options: dict[str, list[str]] = {}
@@ -247,7 +266,8 @@ class Planner:
             )
             for unit, place in units.items()
         ]
-        return Program(errors, sources, units, options, terms, self._clashes(units, options), apart)
+        storing = [place for place, row in rows.items() if row.stores]
+        return Program(errors, sources, units, options, terms, self._clashes(units, options), apart, storing)
 
     def _gone_with(self) -> dict[str, list[int]]:
         """Numbers of the branches that take a unit with them."""
@@ -265,16 +285,16 @@ class Planner:
             times, errors, sizes = (costs[..., None] * np.array([1.0, 0.0]) for costs in (times, errors, sizes))
         for row in self._rows:
             if unit in row.touched:
-                shares = np.stack([row.shares[name] for name in options])
-                shares = shares.reshape(len(options), *(1,) * (times.ndim - 1), -1)
-                times, sizes = times[..., None] * shares, sizes[..., None] * row.left
-                errors = errors[..., None] * np.ones(len(row.left))
+                axes = len(options), *(1,) * (times.ndim - 1), -1
+                share, left = (np.stack([each[name] for name in options]) for each in (row.shares, row.left))
+                times, sizes = times[..., None] * share.reshape(axes), sizes[..., None] * left.reshape(axes)
+                errors = errors[..., None] * np.ones(len(row.settings))
         return np.stack([times, errors, sizes], axis=-1)
 
     def _rest(self) -> int:
         """Bytes of the file that no unit's constants take."""
         form = self.forms[best_form(self.forms)]
-        return form.size - sum(form.bytes.values())
+        return form.size - sum(form.bytes.values()) + self._more
 
     def _clashes(self, units: Mapping[str, int], options: Mapping[str, list[str]]) -> list[Clash]:
         """Conversions between static INT8 and the rest; other precisions convert within their nodes."""
@@ -353,6 +373,11 @@ class Planner:
         if parts:
             self._timed.append((parts, taken / parts))
 
+    def learn_size(self, plan: Plan, size: int) -> None:
+        """Learn what it takes to say in a file how weights are stored, by the bytes of one."""
+        if plan.stored:
+            self._more += max(size - self.again(plan).bytes, 0)
+
     def learn_form(self, form: str, taken: float) -> None:
         """Rescale times by what the model takes in one precision, as a share of the float model's, and nothing else."""
         self._timed = []
@@ -410,11 +435,21 @@ class Planner:
         self._weights = np.exp(least_squares(residuals, start, bounds=(start - _FARTHEST, start + _FARTHEST)).x)
         return measured
 
+    def stored_in(self, made: ir.Model) -> Mapping[str, str]:
+        """By unit, the names by which passes know its weight in what became of the model."""
+        return {unit: own[0].part for unit, own in stored_weights(made, self._units).items() if len(own) == 1}
+
     def origin(self, name: str) -> str:
         """The unit of a node of the model, or of what became of it."""
         return self._units.of(name)
 
 
-def _too_much(how: str, error: float) -> str:
+def _source(row: Row) -> int:
+    """The number of its source of errors: weights in few bytes lose as precision does."""
+    return SOURCES.index("widths" if row.technique is None else "precision" if row.stores else "other passes")
+
+
+def _too_much(how: str, error: float, what: str = "time") -> str:
     """Why something stays that could go."""
-    return f"{how} the outputs have a relative squared error of {error:.2g}, too much or for too little time"
+    few = "few" if what == "bytes" else "little"
+    return f"{how} the outputs have a relative squared error of {error:.2g}, too much or for too {few} {what}"

@@ -13,7 +13,7 @@ from onnxcomp.appraisal import Appraisal
 from onnxcomp.branches import STAYS
 from onnxcomp.budget import within
 from onnxcomp.candidates import NOISE, Candidate, Effort, Workbench
-from onnxcomp.core import NOT_NAMED, Pass
+from onnxcomp.core import NOT_NAMED, Option, Pass
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
@@ -321,14 +321,16 @@ class Plans:
         passes = plan.passes(jointly=self._effort is not Effort.QUICK)
         behind = self._quantized(plan, passes)
         self._count += 1
-        trial = self._bench.make(f"plan {self._count}: {_in_words(plan)}", (*passes, *behind))
+        stored = self._stored(plan, (*passes, *behind))
+        trial = self._bench.make(f"plan {self._count}: {_in_words(plan)}", (*passes, *behind, *stored))
         trial.predicted = self._predicted(plan)
         self._plans[trial] = plan
+        self._planner.learn_size(plan, trial.size)
         yield trial
         if trial.speedup:
             trial.predicted = self._predicted(plan)
             self._planner.learn(plan, self._share * self._base.speedup / trial.speedup)
-            if behind:
+            if behind or stored:
                 self._planner.compare(plan, self._bench.applied(passes)[0], quantized=False)
             error = self._planner.compare(plan, trial.model)
             foretold = self._planner.errors(plan)
@@ -361,12 +363,22 @@ class Plans:
                 last = kernels.with_fastest(narrow, last, self._bench.context, self._bench.batch.feeds)
         return (*before, last)
 
+    def _stored(self, plan: Plan, passes: tuple[Pass, ...]) -> Iterator[Pass]:
+        """How weights are stored at last, by the names that they have in what other passes made."""
+        assert self._planner is not None
+        with contextlib.suppress(OnnxcompError):  # `make` says why
+            names = self._planner.stored_in(self._bench.applied(passes)[0]) if plan.stored else {}
+            for technique, parts in plan.stored:
+                options = [Option(names[unit], setting, 0.0, 0) for unit, setting in parts if unit in names]
+                yield technique.taken(options)
+
     def _measured(self, best: Candidate, allowed: Set[str]) -> Planner | None:
         """What can be planned with, if there is anything to choose."""
-        context = self._bench.context
+        context, sized = self._bench.context, self._most is not None
         ways = {name: name in allowed for name in PLANNED}
         others = [technique() for technique in optional(allowed - {technique.name for technique in best.passes})]
-        if context.data is None or not (any(ways.values()) or others) or best.speedup <= 0:
+        storing = [registry.named(name)() for name in sorted(allowed & registry.storing()) if sized]
+        if context.data is None or not (any(ways.values()) or others or storing) or best.speedup <= 0:
             return None
         last = best.passes[-1] if best.passes else None
         quantizers: dict[str, QuantizeStatic | QuantizeDynamic] = {}
@@ -374,8 +386,8 @@ class Plans:
             quantizers["INT8"] = replace(last, rounding=NEAREST)
         known = Appraisal(
             self._clean.model, quantizers, context.data, context, self._bench.batch.feeds,
-            prune=ways["prune"], prune_depth=ways["prune-depth"], others=others,
-            sized=self._most is not None, unseen=self._bench.judges.judge,
+            prune=ways["prune"], prune_depth=ways["prune-depth"], others=others, storing=storing,
+            sized=sized, unseen=self._bench.judges.judge,
         )  # fmt: skip
         untraced = [("plans", f"channels cannot be traced: {known.untraced}")] if known.untraced else []
         for name, reason in [*untraced, *known.refused]:
@@ -385,7 +397,7 @@ class Plans:
 
 def optional(names: Set[str]) -> list[type[Pass]]:
     """The passes of some names that offer options for parts of a model, and may save time by them."""
-    able = names - {*PLANNED} - registry.STORING
+    able = names - {*PLANNED} - registry.storing()
     return [kind for name, kind in registry.passes().items() if name in able and kind.offers_options()]
 
 
@@ -397,6 +409,7 @@ def _in_words(plan: Plan) -> str:
     for technique in plan.others:
         parts = len(getattr(technique, "parts", ()))
         said.append(f"{technique.name} on {several(parts, 'part')}")
+    said += [f"{technique.name} of {several(len(parts), 'weight')}" for technique, parts in plan.stored]
     return ", ".join(said)
 
 

@@ -12,6 +12,10 @@ from numpy.typing import NDArray
 from onnxcomp.core import Option, Pass, Setting
 from onnxcomp.numerics.choice import Clash, Term, choose_together
 
+_PRICE, _EACH = 1e-2, 2e-4
+"""Shares of the model's time that all of the error counts that may be, and each weight that is stored in few bytes,
+where any may be so: that takes no time, and of all ways to keep a limit on size the one with least error is wanted."""
+
 
 @dataclass(frozen=True, eq=False)
 class Program:
@@ -24,6 +28,7 @@ class Program:
         options: precisions by unit.
         terms, clashes: what choices cost, in microseconds and error.
         apart: numbers of two choices each, one of which leaves things as they are.
+        storing: numbers of the choices that are about bytes alone.
     """
 
     errors: Sequence[NDArray[np.float64]]
@@ -33,6 +38,7 @@ class Program:
     terms: Sequence[Term]
     clashes: Sequence[Clash]
     apart: Sequence[tuple[int, int]]
+    storing: Sequence[int] = ()
 
     def taken(self, found: Sequence[int]) -> tuple[float, float, float]:
         """Microseconds of units, and of conversions between them; bytes of units."""
@@ -52,7 +58,14 @@ class Program:
             size: bytes that units may take.
         """
         options, limits = [len(own) for own in self.errors], np.array([error, size])
-        return choose_together(options, self.terms, self.clashes, limits, apart=self.apart)
+        terms = [*self.terms]
+        if self.storing:
+            whole, priced = self.taken([0] * len(options))[0], np.eye(3)
+            priced[1, 0] = _PRICE * whole / (min(error, sum(float(own.max()) for own in self.errors)) or 1.0)
+            each = np.array([_EACH * whole, 0.0, 0.0])
+            terms = [Term(term.parts, term.costs @ priced) for term in self.terms]
+            terms += [Term((part,), np.outer(np.arange(options[part]) > 0, each)) for part in self.storing]
+        return choose_together(options, terms, self.clashes, limits, apart=self.apart)
 
     def allows(self, found: Sequence[int]) -> bool:
         """Whether no two choices exclude each other."""
@@ -68,7 +81,7 @@ class Row:
         settings: (options,) what the pass takes for it: channels left, for a group.
         errors: (options,) of the outputs.
         shares: by precision (options,) of the time of the units that it touches.
-        left: (options,) of their bytes; not measured where those do not count.
+        left: by precision (options,) of their bytes; not measured where those do not count.
         touched: these.
         technique: the pass; None for channels, which go together with branches.
     """
@@ -77,13 +90,24 @@ class Row:
     settings: tuple[Setting, ...]
     errors: NDArray[np.float64]
     shares: Mapping[str, NDArray[np.float64]]
-    left: NDArray[np.float64]
+    left: Mapping[str, NDArray[np.float64]]
     touched: set[str]
     technique: Pass | None = None
 
+    @property
+    def stores(self) -> bool:
+        """Whether it is only about how weights are stored, whatever becomes of the layer."""
+        return self.technique is not None and self.technique.stores
+
     def excludes(self, other: "Row") -> bool:
-        """Whether only one of both may be: what an option is worth holds for layers that nothing else has changed."""
-        return not (self.technique is None and other.technique is None) and bool(self.touched & other.touched)
+        """Whether only one of both may be: what an option is worth holds for layers that nothing else has changed.
+
+        But for fewer channels, upon which weights are stored as on all.
+        """
+        plain = [row.technique is None for row in (self, other)]
+        stored = [row.stores for row in (self, other)]
+        apart = not all(plain) and not (any(plain) and any(stored))
+        return apart and bool(self.touched & other.touched)
 
     def option(self, number: int) -> Option:
         """As the pass takes it, which goes by part and setting; its latency is the same in all precisions."""

@@ -139,12 +139,12 @@ def stamped(
     recipe: Recipe,
     record: Record,
     fingerprint: str,
-    original_bytes: int,
+    room: int,
     growth: float = 0.0,
 ) -> ir.Model:
     """A clone that says in its metadata what made it, and what came of that.
 
-    The record is left out where the model would end up larger than the input for it.
+    The record is left out where there is no room for it.
 
     Args:
         model: the result.
@@ -152,14 +152,14 @@ def stamped(
         recipe: what made it.
         record: what came of each pass.
         fingerprint: of the input.
-        original_bytes: of the input's file.
+        room: bytes that the file may take with the record, as the input does, or a limit allows.
         growth: share of the result's tensors that the record may take even so.
     """
     clone = signed(model, source, recipe, fingerprint)
     text = record.packed()
     clone.metadata_props[f"{_PREFIX}record"] = text
     little = len(text) <= growth * models.tensor_bytes(clone)
-    if not little and models.file_bytes(clone) > original_bytes:
+    if not little and models.file_bytes(clone) > room:
         del clone.metadata_props[f"{_PREFIX}record"]
     return clone
 

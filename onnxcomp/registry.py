@@ -27,9 +27,6 @@ GROUPS = {
 }
 """Names that stand for several passes."""
 
-STORING = frozenset({"binarize", "share", "sparsify"})
-"""Passes that only store weights in fewer bits, upon whatever else was done."""
-
 ENTRY_POINTS = "onnxcomp.passes"
 """The group by which other distributions offer theirs."""
 
@@ -37,6 +34,11 @@ ENTRY_POINTS = "onnxcomp.passes"
 def passes() -> Mapping[str, type[Pass]]:
     """The passes by name, in alphabetical order."""
     return _found()[0]
+
+
+def storing() -> frozenset[str]:
+    """Names of those that only store weights in fewer bytes."""
+    return frozenset(name for name, kind in passes().items() if kind.stores)
 
 
 def unusable() -> Sequence[str]:

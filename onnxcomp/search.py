@@ -223,12 +223,13 @@ class Search:
 
     def _plan(self) -> None:
         """Branches, widths and precision together."""
+        limit = self._budget.size_limit(self._original.size)
         planned = {*PLANNED, *(technique.name for technique in optional(self._allowed))}
+        planned |= set() if limit is None else registry.storing()
         most = max(self._effort.plans, any(way in self._named for way in planned))
         if not most or not self._allowed & planned:
             return
         unplanned = self._again(self.best)
-        limit = self._budget.size_limit(self._original.size)
         if self._untold:
             self._allowed_to_plans = min(self._max_drop, float(np.hypot(self._bench.drop(unplanned), _UNTOLD)))
         self.plans = Plans(
@@ -413,7 +414,7 @@ class Search:
         """
         made = list(dict.fromkeys(made))
         for before, trial in reversed(list(pairwise(made))):
-            if trial.passes[-1].name in registry.STORING or self._needs(trial, before.size) or not self._slower(trial):
+            if trial.passes[-1].stores or self._needs(trial, before.size) or not self._slower(trial):
                 return
             yield before
         self._slower(made[0])
@@ -446,7 +447,7 @@ class Search:
                         smaller.verdict = "slower, and still above the limit on size"
                         continue
                     yield (best := smaller)
-        for name in (name for name in self._named if name in registry.STORING):
+        for name in (name for name in self._named if name in registry.storing()):
             technique = registry.passes()[name]()
             # Sessions decode what these store, and then run the same kernels: a difference in time is noise.
             for smaller in self._stored(best, best, {name: technique}, limit, slower=True):

@@ -47,6 +47,7 @@ class Binarize(Pass):
 
     name: ClassVar[str] = "binarize"
     summary: ClassVar[str] = "binary or ternary weights, decoded when a session loads: smaller, not faster"
+    stores: ClassVar[bool] = True
     remark: ClassVar[str] = (
         "Binary and ternary weights save bytes in the file on every provider and change neither latency "
         "nor memory: sessions decode them as they load."
@@ -66,6 +67,9 @@ class Binarize(Pass):
                 remedy="give 1 base, or signs alone",
                 setting=("bases",),
             )
+
+    def drafted(self) -> "Binarize":  # noqa: D102
+        return replace(self, reconstruct=False)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Encode what becomes smaller."""

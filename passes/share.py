@@ -62,6 +62,7 @@ class Share(Pass):
 
     name: ClassVar[str] = "share"
     summary: ClassVar[str] = "weight sharing: codebooks or hashes, decoded when a session loads: smaller, not faster"
+    stores: ClassVar[bool] = True
     remark: ClassVar[str] = (
         "Shared weights save bytes in the file on every provider and change neither latency nor memory: "
         "sessions decode them as they load."
@@ -79,6 +80,9 @@ class Share(Pass):
             raise OptionError(
                 "codebooks by channels need the method kmeans", remedy="leave them out", setting=("channels",)
             )
+
+    def drafted(self) -> "Share":  # noqa: D102
+        return replace(self, reconstruct=False)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Encode what becomes smaller."""

@@ -57,6 +57,7 @@ class Sparsify(Pass):
 
     name: ClassVar[str] = "sparsify"
     summary: ClassVar[str] = "sparse weights, stored without their zeros: smaller; faster only as 2:4 on TensorRT"
+    stores: ClassVar[bool] = True
     remark: ClassVar[str] = (
         "Sparse weights save bytes in the file on every provider; none runs them faster, but TensorRT "
         "where they are 2:4, on NVIDIA GPUs from Ampere on."
@@ -79,6 +80,9 @@ class Sparsify(Pass):
                     "give a share N/M of every M, or no M",
                     setting,
                 )
+
+    def drafted(self) -> "Sparsify":  # noqa: D102
+        return replace(self, choose=Choose.WANDA, reconstruct=False)
 
     def apply(self, model: ir.Model, context: Context) -> Outcome:
         """Encode what becomes smaller."""

@@ -107,8 +107,13 @@ def test_a_users_metric_is_called_whole(judges: Any, tmp_path: Path) -> None:
     file.write_text(
         "import numpy as np\ndef evaluate(predict): return predict({'x': np.ones((2, 8), 'f4')})['y'].size\n"
     )
-    made = judges(data(300), metric=f"{file}:evaluate")
+    made = judges(data(304), metric=f"{file}:evaluate")
     assert made.description == f"{file}:evaluate, called whole (judge = final)"
+    assert made.tune is not None
+    assert (len(made.tune), len(made.judge)) == (266, 38)  # what is not scored is there to learn from
+    assert made.final is made.judge
+    rows = {float(sample.feeds["x"][0, 0]) for part in (made.tune, made.judge) for sample in part}
+    assert len(rows) == 304
     model = models.load(mlp(tmp_path / "m.onnx"))
     session = Session(model, TARGET)
     assert made.score(session, session).value == 8.0

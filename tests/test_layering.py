@@ -20,7 +20,7 @@ LAYERS = (
     {"observations", "probe", "calibration", "equivalence", "weights", "decode", "rescale", "integers",
      "constants", "unpacking", "encodings", "compression",
      "relations", "movement", "facts", "channels", "members", "saliency", "surgery", "widths", "timing",
-     "effects", "branches", "splitting", "latency", "chains", "prefix", "twins", "units", "together",
+     "effects", "branches", "splitting", "latency", "chains", "prefix", "twins", "units", "storage", "together",
      "reconstruction", "pruning"},
     {"passes"},
     {"registry", "recipe", "record", "explanation", "verification",

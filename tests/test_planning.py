@@ -20,8 +20,10 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.executors import Processes
 from onnxcomp.layers import layers
 from onnxcomp.model import free_inputs, spec_of
+from onnxcomp.passes.binarize import Binarize
 from onnxcomp.passes.prune import Prune
 from onnxcomp.passes.prune_depth import PruneDepth
+from onnxcomp.passes.share import Share
 from onnxcomp.passes.simplify import Simplify
 from onnxcomp.placement import Crossing
 from onnxcomp.planning import Planner
@@ -483,6 +485,61 @@ def test_a_limit_on_size_is_kept_at_the_price_of_time(model: ir.Model, monkeypat
     nodes = models.file_bytes(model) - models.tensor_bytes(model)  # in the float model, without those that convert
     assert models.tensor_bytes(made) == pytest.approx(limited.bytes - nodes - unread, rel=0.01)
     assert found.plan(0.2, size=100) is None
+
+
+def storing(model: ir.Model, *, prune: bool = False, quantize: bool = True) -> Planner:
+    given = context(64)
+    assert given.data is not None
+    feeds = next(iter(given.data.batches(1))).feeds
+    quantizers = {"INT8": INT8} if quantize else {}
+    known = Appraisal(
+        model, quantizers, given.data, given, feeds, prune=prune, prune_depth=False, storing=[Share(), Binarize()],
+        sized=True,
+    )  # fmt: skip
+    return Planner(known, CROSSING)
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_a_limit_on_size_has_weights_stored_in_few_bytes(model: ir.Model, quantize: bool) -> None:
+    model = Simplify()(model, context(64)).model
+    found = storing(model, quantize=quantize)
+    free = found.plan(0.3)
+    assert free is not None
+    assert free.stored == ()
+    limited = found.plan(0.3, size=0.7 * free.bytes)
+    assert limited is not None
+    assert limited.decides
+    assert limited.bytes <= 0.7 * free.bytes
+    assert limited.time == pytest.approx(free.time)
+    made = INT8(model, context(64)).model if quantize else model
+    before, names = models.tensor_bytes(made), found.stored_in(made)
+    for technique, parts in limited.stored:
+        options = [Option(names[unit], own, 0.0, 0) for unit, own in parts]
+        made = technique.drafted().taken(options)(made, context(64)).model
+    assert before - models.tensor_bytes(made) == pytest.approx(free.bytes - limited.bytes, rel=0.1)
+    assert limited.error / 10 < found.compare(limited, made) < 10 * limited.error  # one bit was told from four
+    treated = [unit for _, parts in limited.stored for unit, _ in parts]
+    assert len(treated) == len(set(treated))
+    tighter = found.plan(0.3, size=0.95 * limited.bytes)
+    assert tighter is None or tighter.error > limited.error or tighter.time >= limited.time
+
+
+def test_few_channels_and_few_bytes_of_each_go_together(model: ir.Model) -> None:
+    found = storing(Simplify()(model, context(64)).model, prune=True)
+    free = found.plan(np.inf)
+    assert free is not None
+    limit = (found._rest() + free.bytes) / 2  # half of what the weights take
+    plan = found.plan(np.inf, size=limit)
+    assert plan is not None
+    assert plan.bytes < limit < free.bytes
+    narrow = {found.origin(maker) for part, _ in plan.widths for maker in found._makers[part]}
+    assert narrow & {unit for _, parts in plan.stored for unit, _ in parts}
+    told = [skip.reason for technique, _ in plan.stored for skip in found.left(plan, technique)]
+    assert all("too much or for too few bytes" in reason for reason in told)
+    found.learn_size(plan, round(limit) + 100)
+    assert found.again(plan).bytes == round(limit) + 100
+    smaller = found.plan(np.inf, size=limit)
+    assert smaller is None or not smaller.same(plan)
 
 
 def test_neighbours_of_a_plan_decide_otherwise_once(model: ir.Model) -> None:

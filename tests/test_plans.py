@@ -185,6 +185,26 @@ def test_what_was_only_lucky_to_be_fast_is_not_what_plans_start_from(lab: Lab, m
     assert any("QuantizeStatic" in step.recipe for step in report.steps) != lucky
 
 
+@pytest.mark.parametrize("limit", [23_000, 17_500])
+def test_under_a_limit_on_size_weights_are_stored_in_as_many_bytes_as_it_allows(
+    lab: Lab, model: ir.Model, limit: int
+) -> None:
+    """Here static INT8 takes 26,000 bytes, and is as fast whatever its weights are stored in."""
+    lab.latency = lambda made: 0.5 if any(node.op_type == "DequantizeLinear" for node in made.graph) else 1.0
+    budget, passes = Budget(max_drop=0.5, max_size=limit), ["simplify", "quantize-static", "share"]
+    result = searched(lab, model, passes=passes, budget=budget)
+    assert result.report.met
+    assert result.report.result.size <= limit
+    first = next(trial for trial in result.report.trials if trial.name.startswith("plan "))
+    assert re.search(r"share of \d weights", first.name)
+    assert first.figures.size > 0.8 * limit
+    (stored,) = [
+        step for step in result.report.steps if step.recipe.startswith("Share(") and "parts=((" in step.recipe
+    ][:1]
+    bits = {change.what for change in stored.changes}
+    assert len(bits) > 1  # by what each layer can bear
+
+
 @pytest.mark.parametrize("share", [0.9, 0.5])
 def test_what_is_clearly_fastest_is_not_timed_again(lab: Lab, model: ir.Model, share: float) -> None:
     smallest: dict[int, int] = {}  # of the models timed side by side, each time
