@@ -17,7 +17,7 @@ from onnxcomp.constants import Weight, decode_weights, stored_bytes, weights_of
 from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Setting, Skip, name_nodes
 from onnxcomp.encodings import Encoded
 from onnxcomp.graph import Builder, prepared, remove_unused
-from onnxcomp.layers import Layer
+from onnxcomp.layers import Layer, layers
 from onnxcomp.model import file_bytes
 from onnxcomp.numerics.feedback import grouped_error
 from onnxcomp.numerics.sparse import refit_on
@@ -213,12 +213,45 @@ def _moments(
     original: ir.Model, weights: Sequence[Weight], context: Context
 ) -> Iterator[tuple[Weight, Matrix, Matrix]]:
     """Each weight as a matrix, and the second moment of its inputs; the identity where that cannot be had."""
-    layers = [layer for weight in weights if (layer := weight.layer) and layer.node.graph is original.graph]
-    grams = calibrate(original, context.data, context, layers=layers).grams if context.data and layers else {}
+    model, names = _in_floats(original, weights) if context.data else (original, {})
+    known = {layer.name: layer for layer in layers(model) if layer.node.graph is model.graph}
+    wanted = {weight: known[name] for weight, name in names.items() if name in known}
+    grams = calibrate(model, context.data, context, layers=[*wanted.values()]).grams if context.data and wanted else {}
     for weight in weights:
         matrix = weight.view.matrix(weight.array).astype(np.float64)
-        gram = grams.get(weight.layer.name) if weight.layer else None
-        yield weight, matrix, np.eye(matrix.shape[1])[None] if gram is None else gram.second_moment
+        gram = grams[wanted[weight].name] if weight in wanted else None
+        fits = gram is not None and gram.second_moment.shape[1] == matrix.shape[1]
+        yield weight, matrix, gram.second_moment if gram is not None and fits else np.eye(matrix.shape[1])[None]
+
+
+def _in_floats(original: ir.Model, weights: Sequence[Weight]) -> tuple[ir.Model, dict[Weight, str]]:
+    """A model of which statistics can be had, and in it the name of the layer that multiplies by each weight.
+
+    That is the model itself, unless weights are integers: then layers that multiply by floats stand beside those that
+    multiply by them. What these give is not used.
+    """
+    names = {weight: weight.layer.name for weight in weights if weight.layer is not None}
+    integers = [weight for weight in weights if weight.array.dtype.kind in "iu" and len(weight.uses) == 1]
+    if not integers:
+        return original, names
+    model = original.clone()
+    nodes, builder = {node.name: node for node in model.graph}, Builder(model.graph)
+    for weight in integers:
+        reader, multiplied = nodes.get(weight.nodes[0].name), nodes.get(weight.product[0].name)
+        if reader is None or multiplied is None:  # in a body
+            continue
+        data, attributes = multiplied.inputs[0], {name: own.value for name, own in multiplied.attributes.items()}
+        operator = multiplied.op_type
+        if operator == "MatMulInteger":
+            maker = None if data is None else data.producer()
+            if maker is None or maker.op_type != "DynamicQuantizeLinear":
+                continue
+            operator, data = "MatMul", maker.inputs[0]
+        if weight.product[1] == 1 and operator in {"Conv", "ConvTranspose", "Gemm", "MatMul"}:
+            floats = builder.constant(weight.array.astype(np.float32), f"{weight.value.name}_floats")
+            beside = builder.node(operator, [data, floats], f"{reader.name}_floats", before=multiplied, **attributes)
+            names[weight] = beside.producer().name or ""  # type: ignore[union-attr]
+    return model, names
 
 
 def _emit(model: ir.Model, encodings: Mapping[Weight, Encoded]) -> None:

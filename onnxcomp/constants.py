@@ -55,8 +55,16 @@ class Weight:
     @property
     def view(self) -> View:
         """The matrix that is rounded: the table where there are lookups, else as the first reader multiplies by it."""
-        uses = [use for use in self.uses if use[0] in self.lookups] or self.uses
-        return matrix_view(*uses[0], _shape(self.value))
+        lookups = [use for use in self.uses if use[0] in self.lookups]
+        return matrix_view(*(lookups[0] if lookups else self.product), _shape(self.value))
+
+    @property
+    def product(self) -> tuple[ir.Node, int]:
+        """What first multiplies by it, or by the floats that its integers are for it alone; and as which input."""
+        reader, index = self.uses[0]
+        if reader.op_type == "DequantizeLinear" and len(uses := list(reader.outputs[0].uses())) == 1:
+            return uses[0].node, uses[0].idx
+        return reader, index
 
     @property
     def layer(self) -> Layer | None:
@@ -175,9 +183,9 @@ def matrix_view(node: ir.Node, index: int, shape: tuple[int, ...]) -> View:
             return View(shape, (groups, shape[0] // groups, int(np.prod(shape[1:]))), (0, 2, 1))
         case "Gemm":
             return View(shape, shape, (0, 1) if node.attributes.get_int("transB", 0) else (1, 0))
-        case "MatMul":
+        case "MatMul" | "MatMulInteger" | "QLinearMatMul":
             split = (int(np.prod(shape[:-2])), *shape[-2:])
-            return View(shape, split, (0, 2, 1) if index == 1 else (0, 1, 2))
+            return View(shape, split, (0, 1, 2) if index == 0 else (0, 2, 1))
         case "LSTM" | "GRU" | "RNN":
             return View(shape, (int(np.prod(shape[:-1])), shape[-1]), (0, 1))
         case _:

@@ -1,8 +1,10 @@
 """Shared weights: what they cost in accuracy, what they take in the file, and that any kind of weight can be shared."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
@@ -11,12 +13,18 @@ import pytest
 from models import zoo
 from onnxcomp import model as models
 from onnxcomp.core import Context, Pass, node_pattern
+from onnxcomp.data import open_dataset
+from onnxcomp.effects import Answers
 from onnxcomp.errors import OptionError
 from onnxcomp.layers import layers
 from onnxcomp.passes.binarize import Binarize
+from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.passes.quantize_static import QuantizeStatic
 from onnxcomp.passes.share import Method, Share
 from onnxcomp.passes.sparsify import Choose, Sparsify
+from onnxcomp.runtime import Target
+from tests.lab import WIDTH
+from tests.lab import network as chain
 from tests.passes.small import context, error, network
 
 
@@ -106,6 +114,20 @@ def test_integers_share_values_too(tmp_path: Path) -> None:
     assert models.file_bytes(shared) < 0.75 * models.file_bytes(quantized)
     assert error(network(), shared) < 0.05
     assert optimized(shared, tmp_path).count("QLinearConv") == optimized(quantized, tmp_path).count("QLinearConv")
+
+
+@pytest.mark.parametrize("quantize", [QuantizeStatic(), QuantizeDynamic()], ids=["static", "dynamic"])
+def test_integers_share_what_their_inputs_need(quantize: Pass) -> None:
+    """By the inputs of the layer that multiplies by them, whatever they are read by."""
+    model = chain(("a", "b", "c"))
+    random = np.random.default_rng(2)
+    x = random.standard_normal((256, 4)) @ random.standard_normal((4, WIDTH))  # much alike
+    data = open_dataset({"x": x.astype(np.float32)}, models.input_specs(model))
+    known = Context(data, Target(threads=1))
+    quantized, answers = quantize(model, known).model, Answers(model, data, known)
+    aware, plain = (answers.error(Share(2)(quantized, own).model) for own in (known, replace(known, data=None)))
+    assert aware < 0.4 * plain
+    assert aware < 10 * answers.error(quantized) + 0.05
 
 
 def test_what_gains_nothing_is_left() -> None:
