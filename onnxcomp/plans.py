@@ -41,8 +41,9 @@ _AIM = 0.85
 _AIM_COUNTED = 0.6
 """The same where labels are counted: on other samples that loss is a third of a point more or less."""
 _RETREAT = 0.9
-"""Share of the error at which a plan that lost too much would have lost just enough, for the next one to have at most:
-the same samples judge it."""
+"""Share of what a plan that lost too much could have lost, for the next one to lose: the same samples judge it."""
+_LEAST_LOSS = 1e-12
+"""Of what lost too much, where even a gain was asked for."""
 _WORTH = 1.1
 """How much faster a plan must be than the best, to be followed by one more than planned, even if it lost too much."""
 _FAR = 2.0
@@ -216,7 +217,7 @@ class Plans:
             if plan is not None and self._planner.errors(plan)[new].any():
                 self._tried |= new
                 return self._made(plan)
-        enough = min((_RETREAT * self._enough(failed, slopes) for failed in self._failed), default=np.inf)
+        enough = min((self._enough(failed, slopes) for failed in self._failed), default=np.inf)
         plan = self._promising(min(self._aim(share), enough), slopes, best)
         if plan is None and share == 1 and self._aim() < enough < np.inf:
             plan = self._promising(enough, slopes, best)
@@ -234,10 +235,23 @@ class Plans:
         return _OPTIONAL & self._planner.sources & ~self._tried & rare
 
     def _enough(self, failed: Candidate, slopes: FloatArray) -> float:
-        """The loss, foretold as that of a plan that lost too much is now, at which it would have lost just enough."""
+        """The loss, foretold as that of a plan that lost too much is now, that may be: a little less than just enough.
+
+        On a line from no loss to what that plan lost or, where that allows for more, from what the best one lost.
+        """
+        allowed, lost = self._linear(self._loss), max(self._linear(self._bench.drop(failed)), _LEAST_LOSS)
+        end = self._again(failed, slopes)
+        enough = _RETREAT * max(allowed / lost, 1 / _STEP) * end
+        if self.best in self._plans:
+            begin, kept = self._again(self.best, slopes), self._linear(max(self._bench.drop(self.best), 0.0))
+            if begin < end and kept < lost:
+                enough = max(enough, begin + (end - begin) * (_RETREAT * allowed - kept) / (lost - kept))
+        return enough
+
+    def _again(self, trial: Candidate, slopes: FloatArray) -> float:
+        """The loss of a plan, foretold by what is known now."""
         assert self._planner is not None
-        share = max(self._linear(self._loss) / self._linear(self._bench.drop(failed)), 1 / _STEP)
-        return float(share * (slopes @ self._planner.errors(self._planner.again(self._plans[failed]))))
+        return float(slopes @ self._planner.errors(self._planner.again(self._plans[trial])))
 
     def polished(self, most: int) -> Iterator[Candidate]:
         """Neighbours of the best plan that promise to be faster within the loss: local search, as far as it helps.

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from onnxcomp import appraisal
 from onnxcomp import model as models
 from onnxcomp.budget import Budget
+from onnxcomp.candidates import Candidate
 from onnxcomp.core import NOT_NAMED
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.explanation import explain
@@ -167,6 +169,29 @@ def test_the_result_says_what_each_part_that_was_left_would_have_lost(lab: Lab, 
     assert not any(NOT_NAMED in reason for reason in reasons)
     read = [text for row in explain(result.model).layers for text in row.left]
     assert all(any(text.endswith(reason) for text in read) for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("best", "failed", "share"),
+    [
+        ((0.1, 0.004), (0.4, 0.012), 0.9 * 10 / 12),  # as much by either line, or more by that from nothing
+        ((0.2, 0.001), (0.4, 0.012), 0.5 + 0.5 * 8 / 11),  # little at first, and then much
+        ((0.5, 0.004), (0.4, 0.012), 0.9 * 10 / 12),  # another kind of plan, which had more error
+        ((0.2, 0.001), (0.4, np.inf), 0.5),  # it cannot be said how much too much
+        ((0.0, 0.001), (0.4, 0.1), 0.9 * 0.25),
+    ],
+)
+def test_after_a_plan_that_lost_too_much_the_next_one_goes_by_what_that_and_the_best_lost(
+    best: tuple[float, float], failed: tuple[float, float], share: float
+) -> None:
+    """Errors, and losses where 0.01 is allowed; what may be is told as a share of the error of what failed."""
+    plans: Any = Plans.__new__(Plans)
+    kept, over = (Candidate("", (), chain(), (), drop=loss) for _, loss in (best, failed))
+    plans._loss, plans._is_root, plans.best = 0.01, False, kept
+    plans._plans = {kept: best[0], over: failed[0]}
+    plans._bench = SimpleNamespace(drop=lambda trial: trial.drop)
+    plans._planner = SimpleNamespace(again=lambda plan: plan, errors=lambda plan: np.array([plan]))
+    assert plans._enough(over, np.ones(1)) == pytest.approx(share * failed[0])
 
 
 @pytest.mark.parametrize("again", [0.9, 1.0])
