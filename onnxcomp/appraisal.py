@@ -130,13 +130,11 @@ class Appraisal:
                 lambda: list(self._measured_widths(data, feeds, timed)),
             )
         self.refused: list[tuple[str, str]] = []
-        measured = [("options", technique, self._measured_options) for technique in others]
-        measured += [("stored", technique, self._measured_storage) for technique in storing if sized]
         best = self.forms[best_form(self.forms)].technique
-        for what, technique, measure in measured:
-            rows, refused = context.recall(
-                what, (technique, model, known, unseen, [*self.forms], best, sized), partial(measure, technique)
-            )
+        measured = [("options", [technique], partial(self._measured_options, technique)) for technique in others]
+        measured += [("stored", [*storing], partial(self._measured_storage, storing))] if storing and sized else []
+        for what, how, measure in measured:
+            rows, refused = context.recall(what, (how, model, known, unseen, [*self.forms], best, sized), measure)
             self.rows += rows
             self.refused += refused
 
@@ -294,13 +292,10 @@ class Appraisal:
 
     def _row(self, technique: Pass, options: Sequence[Option]) -> Row:
         """Of what the outputs lose: measured for one option in the middle, and in proportion for the others."""
-        largest = max(option.error for option in options)
-        telling = [option for option in options if option.error >= _NOTHING * largest]
-        probe = telling[len(telling) // 2]
+        probe = _telling(options)
         # On all data: what is fitted to few vectors gives those right, at any rank.
         made = technique.drafted().taking([probe])(self.model, replace(self._context, data=self._data)).model
-        lost = self.answers.error(made)
-        errors = [lost * (option.error / probe.error if probe.error else 1.0) for option in options]
+        errors = _in_proportion(self.answers.error(made), probe, options)
         whole = max(self.forms[FLOAT].bytes.get(self.units.of(probe.part), 0), 1)
         return Row(
             probe.part,
@@ -312,65 +307,71 @@ class Appraisal:
             technique,
         )
 
-    def _measured_storage(self, technique: Pass) -> tuple[list[Row], list[tuple[str, str]]]:
-        """In how few bytes a pass can store each unit's weights, in the best precision; and what it cannot, and why."""
+    def _measured_storage(self, techniques: Sequence[Pass]) -> tuple[list[Row], list[tuple[str, str]]]:
+        """In how few bytes passes can store each unit's weight, in the best precision; what they cannot, and why."""
         context, base = replace(self._context, data=self._data), self.forms[best_form(self.forms)]
         model = self.model if base.technique is None else base.technique(self.model, context).model
-        context.progress(0, 0, f"looking for what {technique.name} can store")
-        by_part: dict[str, list[Option]] = defaultdict(list)
-        try:
-            for option in technique.offered(model, context):
-                by_part[option.part].append(option)
-        except OnnxcompError as failure:
-            return [], [(technique.name, failure.fact)]
+        few = replace(context, data=self._data.at_most(_FITTED_SAMPLES, context.seed + 1))
         answers = self.answers if model is self.model else Answers(model, self._unseen, context)
-        rows: list[Row] = []
+        weights = {unit: own[0] for unit, own in stored_weights(model, self.units).items() if len(own) == 1}
+        found: dict[str, list[tuple[Pass, Option, float]]] = defaultdict(list)
         refused = []
-        weights = [(unit, own[0]) for unit, own in stored_weights(model, self.units).items() if len(own) == 1]
-        for place, (unit, weight) in enumerate(weights):
-            context.progress(place, len(weights), f"measuring what {technique.name} loses")
-            small = [option for option in by_part[weight.part] if option.bytes < weight.bytes * (1 - _SAVES)]
-            if not small:
-                continue
-            costs = np.array([[option.bytes] for option in small])
-            useful = [small[number] for number in undominated(np.array([option.error for option in small]), costs)]
+        for technique in techniques:
+            by_part: dict[str, list[Option]] = defaultdict(list)
+            context.progress(0, 0, f"looking for what {technique.name} can store")
             try:
-                with technique.answering():
-                    rows += self._stored(technique, model, answers, unit, weight, useful)
+                for option in technique.offered(model, few):
+                    by_part[option.part].append(option)
             except OnnxcompError as failure:
-                refused.append((f"{technique.name} on {weight.part}", failure.fact))
-        return rows, refused
+                refused.append((technique.name, failure.fact))
+            for place, (unit, weight) in enumerate(weights.items()):
+                context.progress(place, len(weights), f"measuring what {technique.name} loses")
+                small = [option for option in by_part[weight.part] if option.bytes < weight.bytes * (1 - _SAVES)]
+                if small:
+                    probe = _telling(small)
+                    try:
+                        outcome = technique.drafted().taken([probe])(model, few)
+                    except OnnxcompError as failure:
+                        refused.append((f"{technique.name} on {weight.part}", failure.fact))
+                        continue
+                    if outcome.modified:
+                        errors = _in_proportion(answers.error(outcome.model), probe, small)
+                        found[unit] += [(technique, *pair) for pair in zip(small, errors, strict=True)]
+        floats = {unit: own[0].bytes for unit, own in stored_weights(self.model, self.units).items() if len(own) == 1}
+        return [self._stored(unit, weights[unit], floats.get(unit), ways) for unit, ways in found.items()], refused
 
     def _stored(
-        self,
-        technique: Pass,
-        model: ir.Model,
-        answers: Answers,
-        unit: str,
-        weight: Stored,
-        options: Sequence[Option],
-    ) -> Iterator[Row]:
-        """What outputs lose beside the model's, by one option and in proportion; nothing where that changes nothing."""
-        probe = options[len(options) // 2]
-        few = replace(self._context, data=self._data.at_most(_FITTED_SAMPLES, self._context.seed + 1))
-        outcome = technique.drafted().taking([probe])(model, few)
-        if not outcome.modified:
-            return
-        lost = answers.error(outcome.model)
+        self, unit: str, weight: Stored, in_floats: int | None, ways: Sequence[tuple[Pass, Option, float]]
+    ) -> Row:
+        """The ways to store a weight to which none is better in error and bytes."""
+        errors, sizes = (np.array(own) for own in zip(*((error, own.bytes) for _, own, error in ways), strict=True))
+        useful = [ways[number] for number in undominated(errors, sizes[:, None])]
         left = {}
         for name, form in self.forms.items():
             whole = max(form.bytes.get(unit, 0), 1)
-            others = whole - whole // weight.elements * weight.elements  # of biases and scales
-            left[name] = np.array([1.0, *((others + option.bytes) / whole for option in options)])
-        yield Row(
+            others = max(whole - ((in_floats or whole) if name == FLOAT else weight.bytes), 0)  # biases and scales
+            left[name] = np.array([1.0, *((others + option.bytes) / whole for _, option, _ in useful)])
+        return Row(
             unit,
-            (0, *(option.setting for option in options)),
-            np.array([0.0, *(lost * option.error / probe.error for option in options)]),
-            dict.fromkeys(self.forms, np.ones(len(options) + 1)),
+            (0, *(option.setting for _, option, _ in useful)),
+            np.array([0.0, *(error for _, _, error in useful)]),
+            dict.fromkeys(self.forms, np.ones(len(useful) + 1)),
             left,
             {unit},
-            technique,
+            stored=tuple(technique for technique, _, _ in useful),
         )
+
+
+def _telling(options: Sequence[Option]) -> Option:
+    """One in the middle of those whose error is more than rounding."""
+    largest = max(option.error for option in options)
+    telling = [option for option in options if option.error >= _NOTHING * largest]
+    return telling[len(telling) // 2]
+
+
+def _in_proportion(lost: float, probe: Option, options: Sequence[Option]) -> list[float]:
+    """What the outputs lose by options, in proportion to their errors, where it is known for one of them."""
+    return [lost * (option.error / probe.error if probe.error else 1.0) for option in options]
 
 
 def _saving(shares: NDArray[np.float64]) -> NDArray[np.bool_]:

@@ -17,7 +17,7 @@ from onnxcomp.constants import Weight, decode_weights, stored_bytes, weights_of
 from onnxcomp.core import NOT_NAMED, Change, Context, Option, Outcome, Setting, Skip, name_nodes
 from onnxcomp.encodings import Encoded
 from onnxcomp.graph import Builder, prepared, remove_unused
-from onnxcomp.layers import Layer, layers
+from onnxcomp.layers import FLOATS, Layer, layers
 from onnxcomp.model import file_bytes
 from onnxcomp.numerics.feedback import grouped_error
 from onnxcomp.numerics.sparse import refit_on
@@ -241,14 +241,16 @@ def _in_floats(original: ir.Model, weights: Sequence[Weight]) -> tuple[ir.Model,
         if reader is None or multiplied is None:  # in a body
             continue
         data, attributes = multiplied.inputs[0], {name: own.value for name, own in multiplied.attributes.items()}
-        operator = multiplied.op_type
+        operator, dtype = multiplied.op_type, ir.DataType.FLOAT
+        if reader.op_type == "DequantizeLinear":  # of what its scale is
+            dtype = (reader.inputs[1] and reader.inputs[1].dtype) or dtype
         if operator == "MatMulInteger":
             maker = None if data is None else data.producer()
             if maker is None or maker.op_type != "DynamicQuantizeLinear":
                 continue
             operator, data = "MatMul", maker.inputs[0]
-        if weight.product[1] == 1 and operator in {"Conv", "ConvTranspose", "Gemm", "MatMul"}:
-            floats = builder.constant(weight.array.astype(np.float32), f"{weight.value.name}_floats")
+        if weight.product[1] == 1 and operator in {"Conv", "ConvTranspose", "Gemm", "MatMul"} and dtype in FLOATS:
+            floats = builder.constant(weight.array.astype(dtype.numpy()), f"{weight.value.name}_floats")
             beside = builder.node(operator, [data, floats], f"{reader.name}_floats", before=multiplied, **attributes)
             names[weight] = beside.producer().name or ""  # type: ignore[union-attr]
     return model, names

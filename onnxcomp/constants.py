@@ -62,7 +62,8 @@ class Weight:
     def product(self) -> tuple[ir.Node, int]:
         """What first multiplies by it, or by the floats that its integers are for it alone; and as which input."""
         reader, index = self.uses[0]
-        if reader.op_type == "DequantizeLinear" and len(uses := list(reader.outputs[0].uses())) == 1:
+        uses = list(reader.outputs[0].uses()) if reader.op_type == "DequantizeLinear" else []
+        if len(uses) == 1 and uses[0].idx in _WEIGHT_INPUTS.get(uses[0].node.op_type, ()):
             return uses[0].node, uses[0].idx
         return reader, index
 

@@ -96,8 +96,8 @@ def inspect(
         store = None if cache is None else Store(cache)
         context = Context(None, target, batch, seed, progress=progress, store=store)
         if weights or techniques:
-            context = replace(context, data=None if calib is None else noted(data, lambda: Session(model, target)))
             try:
+                context = replace(context, data=None if calib is None else noted(data, lambda: Session(model, target)))
                 borne = tuple(weight_rows(model, context)) if weights else ()
                 offered = tuple(_offered(model, context, techniques, notes))
             except OnnxcompError as error:

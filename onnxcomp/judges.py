@@ -112,7 +112,7 @@ class Judges:
             if parts.shared:
                 notes.append("Errors are measured on the samples that techniques learn from, and flattered: give more.")
             elif learn is None:
-                part = "Most" if isinstance(chosen, metrics.UserMetric) else "Half"
+                part = "Most" if tune.samples > judge.samples + final.samples else "Half"
                 notes.append(f"{part} of the evaluation data is used to calibrate, as there is no --calib.")
         for batch in islice(final.batches(SCORING_ROWS), None if tune is None else 1):
             if not must_run(original, batch.feeds, invented=tune is None):

@@ -200,11 +200,8 @@ def evaluate(
         for place, path in enumerate(paths):
             session = Session(path, target)
             measured = [chosen] if baseline is None else [chosen, *fidelity]
-            scores: dict[metrics.Metric, metrics.Score] = {}
-            for part, samples in _apart(measured, data):
-                counted = _Counted(samples, progress, f"scoring {place + 1} of {len(paths)}")
-                scores |= zip(part, metrics.evaluate_all(part, session.run, counted, reference.run, batch), strict=True)
-            score, *faith = (scores[each] for each in measured)
+            counted = _Counted(data, progress, f"scoring {place + 1} of {len(paths)}")
+            score, *faith = metrics.evaluate_all(measured, session.run, counted, reference.run, batch)
             baseline = baseline or score
             drop = None if score is baseline else metrics.compare(baseline, score)
             error, agreement = (*(item.value for item in faith), None, None)[:2]
@@ -220,15 +217,6 @@ def evaluate(
                 )
             )
     return Evaluation(tuple(qualities), about, chosen.name, f"{reason}; {data.samples} samples of {data.origin}")
-
-
-def _apart(wanted: list[metrics.Metric], data: Dataset) -> list[tuple[list[metrics.Metric], Dataset]]:
-    """The metrics that are measured in one pass, and the data: outputs are compared without padding."""
-    if data.padding is None:
-        return [(wanted, data)]
-    compared = [metric for metric in wanted if metric.needs == "reference"]
-    others = [metric for metric in wanted if metric.needs != "reference"]
-    return [(part, own) for part, own in ((others, data), (compared, data.unpadded)) if part]
 
 
 def _fidelity(reference: Session, data: Dataset) -> list[metrics.Metric]:
@@ -349,13 +337,10 @@ def evaluated(
 ) -> metrics.Score:
     """Measure a metric as `metrics.evaluate` does, on shards of the data where the context has an executor.
 
-    What is compared with the reference is so without padding.
-
     Raises:
         DataError, OptionError: as for `metrics.evaluate_all`.
         OnnxcompError: the model fails on the data.
     """
-    data = data.unpadded if metric.needs == "reference" else data
     if context.executor is None or not isinstance(metric, metrics.StreamedMetric):
         return metrics.evaluate(metric, session.run, data, reference.run, SCORING_ROWS)
     return metrics.scored(metric, rows_of([metric], session, data, reference, context)[0])

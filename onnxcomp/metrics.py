@@ -48,6 +48,16 @@ class Batch(Protocol):
     def valid(self) -> int: ...  # noqa: D102
     @property
     def padding(self) -> int: ...  # noqa: D102
+    @property
+    def void(self) -> "Void | None": ...  # noqa: D102
+
+
+class Void(Protocol):
+    """Positions of samples that nothing depends on."""
+
+    @property
+    def outputs(self) -> Sequence[tuple[str, int]]: ...  # noqa: D102
+    def row(self, outputs: Arrays, row: int) -> Arrays: ...  # noqa: D102
 
 
 class Dataset(Protocol):
@@ -303,11 +313,20 @@ def rows_of(
             chosen = _select(outputs, metric.output)
             against = batch.targets if metric.needs == "labels" else _select(expected, metric.output)
             with np.errstate(all="ignore"):  # infinities are dealt with where the score is formed
-                rows = metric.rows(chosen, against)
+                rows = _rows(metric, chosen, against, batch)
             part.append(np.broadcast_to(rows, (batch.valid, *rows.shape[1:])))
     if not parts[0]:
         raise DataError("there are no samples to evaluate on", "the data are empty", "give --eval with samples")
     return [np.concatenate(part) for part in parts]
+
+
+def _rows(metric: StreamedMetric, outputs: Arrays, against: Arrays, batch: Batch) -> FloatArray:
+    """The rows of a run. Outputs are compared where their positions count, which are as many as each sample has."""
+    void = batch.void
+    if void is None or metric.needs != "reference" or outputs.keys().isdisjoint(name for name, _ in void.outputs):
+        return metric.rows(outputs, against)
+    pairs = ((void.row(outputs, row), void.row(against, row)) for row in range(batch.valid))
+    return np.concatenate([metric.rows(*pair) for pair in pairs])
 
 
 def _valid(outputs: Arrays, batch: Batch) -> Arrays:

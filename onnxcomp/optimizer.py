@@ -96,8 +96,9 @@ def optimize(
             else relative error.
         budget: limits. Without `max_drop`: 0.5 points with labels, a relative output error of 0.2 without.
         passes: names of the passes to use, or groups; by default clean-up and quantization, and where the metric tells
-            accuracy and there are enough samples, fewer branches and channels; at `--effort extensive` also what other
-            passes offer for parts of a model, such as low ranks.
+            accuracy and there are enough samples, fewer branches and channels, under a limit on size also weights that
+            are stored in few bytes; at `--effort extensive` also what other passes offer for parts of a model, such as
+            low ranks.
         exclude: regular expression of node names to leave alone.
         target: execution provider and threads, or the provider's name.
         batch: samples per run that latency is measured at.

@@ -35,19 +35,20 @@ def noted(data: Dataset, original: Callable[[], Session]) -> Dataset:
     for spec in data.specs:
         axes = _along(data.specs, spec)
         spans = _spans(data, spec.name, axes) if axes else None
-        if spans and _gives_the_same(data, original, padding := Padding(spec.name, axes, spans)):
+        if spans and (padding := _tried(data, original, Padding(spec.name, axes, (), spans))):
             return replace(data, padding=padding)
     return data
 
 
-def notes_on(*given: Dataset | None) -> list[str]:
-    """What a user should know of the padding in some data."""
+def notes_on(*given: Dataset | None, learns: bool = True) -> list[str]:
+    """What a user should know of the padding in some data, of which something is left out."""
     known = (data.padding for data in given if data is not None and data.padding is not None)
-    return [
-        f"Padding is left out of what is learnt and compared: {padding.share:.0%} of the positions, which "
-        f"'{padding.mask}' masks, and without which the model gives the same."
-        for padding in list(known)[:1]
-    ]
+    padding = next(known, None)
+    what = " and ".join(["learnt"] * learns + ["compared"] * bool(padding and padding.outputs))
+    if padding is None or not what:
+        return []
+    share = f"{padding.share:.0%} of the positions, which '{padding.mask}' masks"
+    return [f"Padding is left out of what is {what}: {share}, and without which the model gives the same."]
 
 
 def _along(specs: Sequence[TensorSpec], mask: TensorSpec) -> tuple[tuple[str, int], ...]:
@@ -76,31 +77,36 @@ def _spans(data: Dataset, mask: str, axes: Sequence[tuple[str, int]]) -> tuple[t
     return tuple(found) if padded else None
 
 
-def _gives_the_same(data: Dataset, original: Callable[[], Session], padding: Padding) -> bool:
-    """Whether the model gives the same without it, by the shortest entries."""
+def _tried(data: Dataset, original: Callable[[], Session], padding: Padding) -> Padding | None:
+    """The same with the axes of outputs, if by the shortest entries the model gives the same without it."""
     order = np.argsort([stop - start for start, stop, _ in padding.spans], kind="stable")[:_TRIED]
+    outputs: set[tuple[str, int]] = set()
     try:
         session = original()
         for entry in order.tolist():
             feeds = data.read(entry).feeds
             whole, cut = session.run(feeds), session.run(padding.cut(feeds, entry))
-            if not all(_alike(array, cut[name], *padding.spans[entry]) for name, array in whole.items()):
-                return False
+            for name, array in whole.items():
+                axes = _shorter(array, cut[name], *padding.spans[entry])
+                if axes is None:
+                    return None
+                outputs |= {(name, axis) for axis in axes}
     except OnnxcompError:  # it wants that length, or more than is left
-        return False
-    return True
+        return None
+    return replace(padding, outputs=tuple(sorted(outputs)))
 
 
-def _alike(whole: Any, cut: Any, start: int, stop: int, length: int) -> bool:
-    """Whether an output is the same, or the part of it that belongs to some of its positions."""
+def _shorter(whole: Any, cut: Any, start: int, stop: int, length: int) -> list[int] | None:
+    """The axes along which an output is shorter for some of its positions alone; None where that is not the same."""
     if not isinstance(whole, np.ndarray) or not isinstance(cut, np.ndarray) or whole.ndim != cut.ndim:
-        return False
-    for axis, sizes in enumerate(zip(whole.shape, cut.shape, strict=True)):
-        if sizes == (length, stop - start):
-            whole = whole.take(range(start, stop), axis)
+        return None
+    sizes = [*zip(whole.shape, cut.shape, strict=True)]
+    axes = [axis for axis, both in enumerate(sizes) if axis and both[0] != both[1] and both == (length, stop - start)]
+    for axis in axes:
+        whole = whole.take(range(start, stop), axis)
     if whole.shape != cut.shape or whole.dtype.kind != "f":
-        return bool(np.array_equal(whole, cut))
-    return _error(whole, cut) <= _SAME
+        return axes if np.array_equal(whole, cut) else None
+    return axes if _error(whole, cut) <= _SAME else None
 
 
 def _error(whole: NDArray[Any], cut: NDArray[Any]) -> float:

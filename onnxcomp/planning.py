@@ -31,6 +31,8 @@ from onnxcomp.table import FLOAT, best_form
 _LAYOUT = 2.0
 """What a conversion costs, layouts that kernels before and after it want included, over what it takes by itself, or
 more where that was measured."""
+_SAYING = 256.0
+"""Bytes in which a file says how a weight is stored, until that is known."""
 SOURCES = ("branches", "widths", "other passes", "precision")
 """Of errors."""
 _USUAL = np.array([0.5, 0.4, 0.4, 1.0])
@@ -125,7 +127,7 @@ class Planner:
         self._timed: list[tuple[float, float]] = []
         self._seen: list[tuple[tuple[float, ...], float]] = []
         self._weights = _USUAL
-        self._more = 0
+        self._saying = _SAYING
 
     # -- the program ------------------------------------------------------------------------------------------------
 
@@ -169,12 +171,12 @@ class Planner:
         idle |= {place for unit, place in program.units.items() if unit in lost}
         chosen = [(row, found[place]) for place, row in rows.items() if found[place] and place not in idle]
         forms = {unit: program.options[unit][found[place]] for unit, place in program.units.items() if unit not in lost}
-        narrow = tuple((row.part, int(row.settings[number])) for row, number in chosen if row.technique is None)
+        narrow = tuple((row.part, int(row.settings[number])) for row, number in chosen if row.narrows)
         others: dict[Pass, list[Option]] = defaultdict(list)
         stored: dict[Pass, list[tuple[str, Setting]]] = defaultdict(list)
         for row, number in chosen:
-            if row.technique is not None and row.stores:
-                stored[row.technique].append((row.part, row.settings[number]))
+            if row.stored:
+                stored[row.stored[number - 1]].append((row.part, row.settings[number]))
             elif row.technique is not None:
                 others[row.technique].append(row.option(number))
         errors = enumerate(zip(program.errors, found, strict=True))
@@ -216,10 +218,9 @@ class Planner:
         """What one of a plan's passes could have treated as well, and what the outputs lose by that alone."""
         if not isinstance(technique, Prune | PruneDepth):
             treated = {part for part, _ in getattr(technique, "parts", ())}
-            treated |= {part for own, parts in plan.stored for part, _ in parts if own.name == technique.name}
             rows = [row for row in self._rows if row.technique is not None and row.technique.name == technique.name]
             return [
-                Skip(row.part, _too_much(f"with '{row.settings[1]}'", row.errors[1], "bytes" if row.stores else "time"))
+                Skip(row.part, _too_much(f"with '{row.settings[1]}'", row.errors[1]))
                 for row in rows
                 if row.part not in treated
             ]
@@ -228,7 +229,7 @@ class Planner:
         found = spared(self._model, self.branches, gone, lambda branch: _too_much("without it", errors[branch]))
         narrow = {maker for part, _ in plan.widths for maker in self._makers[part]}
         treated = narrow.union(*(branch.nodes for branch in gone))
-        for row in (row for row in self._rows if row.technique is None):
+        for row in (row for row in self._rows if row.narrows):
             how = f"with {row.settings[1]} of {row.settings[0]} channels of '{row.part}'"
             makers = [maker for maker in self._makers[row.part] if maker not in treated]
             found += [Skip(maker, _too_much(how, row.errors[1])) for maker in makers]
@@ -256,7 +257,7 @@ class Planner:
         ]
         apart += [pair for pair in combinations(rows, 2) if rows[pair[0]].excludes(rows[pair[1]])]
         terms = [
-            Term((part,), np.column_stack([np.zeros(len(own)), own, np.zeros(len(own))]))
+            Term((part,), np.column_stack([np.zeros(len(own)), own, self._said(rows.get(part), len(own))]))
             for part, own in enumerate(errors[: len(self.branches) + len(rows)])
         ]
         terms += [
@@ -266,8 +267,12 @@ class Planner:
             )
             for unit, place in units.items()
         ]
-        storing = [place for place, row in rows.items() if row.stores]
+        storing = [place for place, row in rows.items() if row.stored]
         return Program(errors, sources, units, options, terms, self._clashes(units, options), apart, storing)
+
+    def _said(self, row: Row | None, options: int) -> NDArray[np.float64]:
+        """(options,) bytes in which a file says how a weight is stored."""
+        return np.where(np.arange(options) > 0, self._saying if row is not None and row.stored else 0.0, 0.0)
 
     def _gone_with(self) -> dict[str, list[int]]:
         """Numbers of the branches that take a unit with them."""
@@ -294,7 +299,7 @@ class Planner:
     def _rest(self) -> int:
         """Bytes of the file that no unit's constants take."""
         form = self.forms[best_form(self.forms)]
-        return form.size - sum(form.bytes.values()) + self._more
+        return form.size - sum(form.bytes.values())
 
     def _clashes(self, units: Mapping[str, int], options: Mapping[str, list[str]]) -> list[Clash]:
         """Conversions between static INT8 and the rest; other precisions convert within their nodes."""
@@ -375,8 +380,8 @@ class Planner:
 
     def learn_size(self, plan: Plan, size: int) -> None:
         """Learn what it takes to say in a file how weights are stored, by the bytes of one."""
-        if plan.stored:
-            self._more += max(size - self.again(plan).bytes, 0)
+        if count := sum(len(parts) for _, parts in plan.stored):
+            self._saying = max(self._saying + (size - self.again(plan).bytes) / count, 0.0)
 
     def learn_form(self, form: str, taken: float) -> None:
         """Rescale times by what the model takes in one precision, as a share of the float model's, and nothing else."""
@@ -435,6 +440,16 @@ class Planner:
         self._weights = np.exp(least_squares(residuals, start, bounds=(start - _FARTHEST, start + _FARTHEST)).x)
         return measured
 
+    def left_as_stored(self, plan: Plan, made: ir.Model) -> list[Skip]:
+        """Which weights could be stored in fewer bytes, of what a plan made of the model, and what that alone loses."""
+        treated = {unit for _, parts in plan.stored for unit, _ in parts}
+        names = self.stored_in(made)
+        return [
+            Skip(names[row.part], _too_much(f"by '{row.settings[1]}'", row.errors[1], "few bytes"))
+            for row in self._rows
+            if row.stored and row.part in names and row.part not in treated
+        ]
+
     def stored_in(self, made: ir.Model) -> Mapping[str, str]:
         """By unit, the names by which passes know its weight in what became of the model."""
         return {unit: own[0].part for unit, own in stored_weights(made, self._units).items() if len(own) == 1}
@@ -446,10 +461,9 @@ class Planner:
 
 def _source(row: Row) -> int:
     """The number of its source of errors: weights in few bytes lose as precision does."""
-    return SOURCES.index("widths" if row.technique is None else "precision" if row.stores else "other passes")
+    return SOURCES.index("widths" if row.narrows else "precision" if row.stored else "other passes")
 
 
-def _too_much(how: str, error: float, what: str = "time") -> str:
+def _too_much(how: str, error: float, what: str = "little time") -> str:
     """Why something stays that could go."""
-    few = "few" if what == "bytes" else "little"
-    return f"{how} the outputs have a relative squared error of {error:.2g}, too much or for too {few} {what}"
+    return f"{how} the outputs have a relative squared error of {error:.2g}, too much or for too {what}"

@@ -38,8 +38,9 @@ _LEAST_NOISE = 0.1
 """The same at least: that two models gave the same answers on some samples does not make their loss certain."""
 _AIM = 0.85
 """Share of the loss that is allowed that a plan is to lose."""
-_AIM_COUNTED = 0.6
-"""The same where labels are counted: on other samples that loss is a third of a point more or less."""
+_AIM_CAREFUL = 0.6
+"""The same where labels are counted, which on other samples lose a third of a point more or less, and where some other
+samples have shown that a plan lost more."""
 _RETREAT = 0.9
 """Share of what a plan that lost too much could have lost, for the next one to lose: the same samples judge it."""
 _LEAST_LOSS = 1e-12
@@ -151,7 +152,7 @@ class Plans:
         """
         allowed = self._linear(share * self._loss)
         base = min(float(self._slopes()[0] @ self._errors[self._base]), allowed)
-        return base + (_AIM_COUNTED if self._has_labels else _AIM) * (allowed - base)
+        return base + (_AIM if share == 1 and not self._has_labels else _AIM_CAREFUL) * (allowed - base)
 
     def expected(self, trial: Candidate) -> float:
         """The loss that the error of a candidate's outputs suggests, with less noise than what judges has.
@@ -295,12 +296,19 @@ class Plans:
 
     def explained(self, made: Candidate) -> tuple[Step, ...]:
         """What each pass did to a candidate, and why its plan left the rest, where passes only say that it did."""
-        plans = (plan for trial, plan in self._plans.items() if made.passes[: len(trial.passes)] == trial.passes)
-        if self._planner is None or (plan := next(plans, None)) is None:
+        found = (
+            (trial, plan) for trial, plan in self._plans.items() if made.passes[: len(trial.passes)] == trial.passes
+        )
+        trial, plan = next(found, (made, None))
+        if self._planner is None or plan is None:
             return made.steps
         steps = list(made.steps)
-        for place, technique in enumerate(made.passes, len(steps) - len(made.passes)):
-            left = self._planner.left(plan, technique)
+        first = len(steps) - len(made.passes)
+        for place, technique in enumerate(trial.passes, first):
+            if technique.stores:
+                left = self._planner.left_as_stored(plan, self._bench.applied(trial.passes[: place - first])[0])
+            else:
+                left = self._planner.left(plan, technique)
             known = {(skip.node, STAYS in skip.reason) for skip in left}
             unnamed = [skip for skip in steps[place].skips if skip.reason.endswith(NOT_NAMED)]
             told = {skip for skip in unnamed if (skip.node, STAYS in skip.reason) in known}
@@ -335,7 +343,7 @@ class Plans:
         passes = plan.passes(jointly=self._effort is not Effort.QUICK)
         behind = self._quantized(plan, passes)
         self._count += 1
-        stored = self._stored(plan, (*passes, *behind))
+        stored = tuple(self._stored(plan, (*passes, *behind)))
         trial = self._bench.make(f"plan {self._count}: {_in_words(plan)}", (*passes, *behind, *stored))
         trial.predicted = self._predicted(plan)
         self._plans[trial] = plan
@@ -384,7 +392,8 @@ class Plans:
             names = self._planner.stored_in(self._bench.applied(passes)[0]) if plan.stored else {}
             for technique, parts in plan.stored:
                 options = [Option(names[unit], setting, 0.0, 0) for unit, setting in parts if unit in names]
-                yield technique.taken(options)
+                if options:  # of none all would be stored
+                    yield technique.taken(options)
 
     def _measured(self, best: Candidate, allowed: Set[str]) -> Planner | None:
         """What can be planned with, if there is anything to choose."""

@@ -83,7 +83,8 @@ class Row:
         shares: by precision (options,) of the time of the units that it touches.
         left: by precision (options,) of their bytes; not measured where those do not count.
         touched: these.
-        technique: the pass; None for channels, which go together with branches.
+        technique: the pass; None for channels, which go together with branches, and for how a weight is stored.
+        stored: (options - 1,) the pass of each option but the first that is about how a weight is stored.
     """
 
     part: str
@@ -93,21 +94,19 @@ class Row:
     left: Mapping[str, NDArray[np.float64]]
     touched: set[str]
     technique: Pass | None = None
+    stored: tuple[Pass, ...] = ()
 
     @property
-    def stores(self) -> bool:
-        """Whether it is only about how weights are stored, whatever becomes of the layer."""
-        return self.technique is not None and self.technique.stores
+    def narrows(self) -> bool:
+        """Whether it is about channels."""
+        return self.technique is None and not self.stored
 
     def excludes(self, other: "Row") -> bool:
         """Whether only one of both may be: what an option is worth holds for layers that nothing else has changed.
 
-        But for fewer channels, upon which weights are stored as on all.
+        But for fewer channels, upon which weights are stored as upon all.
         """
-        plain = [row.technique is None for row in (self, other)]
-        stored = [row.stores for row in (self, other)]
-        apart = not all(plain) and not (any(plain) and any(stored))
-        return apart and bool(self.touched & other.touched)
+        return not (self.technique is None and other.technique is None) and bool(self.touched & other.touched)
 
     def option(self, number: int) -> Option:
         """As the pass takes it, which goes by part and setting; its latency is the same in all precisions."""

@@ -29,12 +29,14 @@ class Batch:
         targets: what belongs to the real rows (labels, reference outputs), without padding.
         valid: rows that are real; 1 where the feeds have no common first axis.
         padding: rows after them that repeat the last one to fill a fixed batch.
+        void: which positions of the real rows are padding, if that is known.
     """
 
     feeds: Feeds
     targets: Feeds
     valid: int
     padding: int = 0
+    void: "Padding | None" = None
 
     def trim(self, outputs: Mapping[str, NDArray[Any]]) -> Feeds:
         """The model's outputs without the rows that belong to padding."""
@@ -52,27 +54,40 @@ class Padding:
     Attributes:
         mask: the input that says so.
         axes: of inputs, by name and number, that run along the positions.
-        spans: of each entry, its first position that counts, the one behind the last, and how many there are.
+        outputs: the same of outputs, the axis of samples aside.
+        spans: of each entry, or row of a run, its first position that counts, the one behind the last, and how many
+            there are.
     """
 
     mask: str
     axes: tuple[tuple[str, int], ...]
+    outputs: tuple[tuple[str, int], ...]
     spans: tuple[tuple[int, int, int], ...]
 
     @property
     def share(self) -> float:
         """Of all positions."""
-        return 1 - sum(stop - start for start, stop, _ in self.spans) / sum(length for _, _, length in self.spans)
+        whole = sum(length for _, _, length in self.spans)
+        return 1 - sum(stop - start for start, stop, _ in self.spans) / max(whole, 1)
 
     def select(self, entries: Iterable[int]) -> "Padding":
         """That of some entries."""
         return replace(self, spans=tuple(self.spans[entry] for entry in entries))
 
     def cut(self, feeds: Feeds, entry: int) -> Feeds:
-        """An entry without it."""
-        found = dict(feeds)
-        for name, axis in self.axes:
-            found[name] = found[name][(slice(None),) * axis + (slice(*self.spans[entry][:2]),)]
+        """The inputs of an entry without it."""
+        return self._sliced(feeds, self.axes, entry)
+
+    def row(self, outputs: Mapping[str, NDArray[Any]], row: int) -> Feeds:
+        """Of the outputs of a run those of one row, without it; what does not run along the rows is all of theirs."""
+        count = len(self.spans)
+        found = {name: array[row : row + 1] if len(array) == count else array for name, array in outputs.items()}
+        return self._sliced(found, [axis for axis in self.outputs if axis[0] in found], row)
+
+    def _sliced(self, arrays: Feeds, axes: Iterable[tuple[str, int]], number: int) -> Feeds:
+        found = dict(arrays)
+        for name, axis in axes:
+            found[name] = found[name][(slice(None),) * axis + (slice(*self.spans[number][:2]),)]
         return found
 
 
@@ -129,7 +144,9 @@ class Dataset:
         fixed = _fixed_batch(self.specs)
         limit = fixed or size or 1
         group: list[Batch] = []
-        for sample in self:
+        for number, entry in enumerate(self):
+            void = self.padding and self.padding.select([number] * entry.valid)
+            sample = entry if void is None else replace(entry, void=void)
             if group and not (self.stackable and len(group) < limit and _alike(group[-1], sample)):
                 yield _join(group, fixed)
                 group = []
@@ -152,10 +169,10 @@ class Dataset:
     def unpadded(self) -> "Dataset":
         """The same entries without padding, or these data where none is known.
 
-        What is learnt and compared is read so: what nothing depends on says nothing. Those of one length follow each
-        other, to share runs; lengths come in random order. Targets stay as they are.
+        What is learnt is read so: what nothing depends on says nothing. Those of one length follow each other, to share
+        runs; lengths come in random order. Targets stay as they are.
         """
-        if self.padding is None:
+        if self.padding is None or not self.size:
             return self
         lengths = np.array([stop - start for start, stop, _ in self.padding.spans])
         ranks = np.random.default_rng(0).permutation(int(lengths.max()) + 1)[lengths]
@@ -252,15 +269,17 @@ def _alike(left: Batch, right: Batch) -> bool:
 
 def _join(samples: list[Batch], fixed: int | None) -> Batch:
     """One run of several samples of one row each, padded to the model's fixed batch."""
-    feeds, targets, valid = samples[0].feeds, samples[0].targets, samples[0].valid
+    feeds, targets, valid, void = samples[0].feeds, samples[0].targets, samples[0].valid, samples[0].void
     if len(samples) > 1:
+        spans = [span for sample in samples if sample.void is not None for span in sample.void.spans]
+        void = void and replace(void, spans=tuple(spans))
         feeds = {name: np.concatenate([sample.feeds[name] for sample in samples]) for name in feeds}
         targets = {name: np.concatenate([sample.targets[name] for sample in samples]) for name in targets}
         valid = len(samples)
     padding = max((fixed or 0) - valid, 0) if common_rows(feeds) == valid else 0
     if padding:
         feeds = {name: np.concatenate([array, *[array[-1:]] * padding]) for name, array in feeds.items()}
-    return Batch(feeds, targets, valid, padding)
+    return Batch(feeds, targets, valid, padding, void)
 
 
 def _digest(update: Callable[[bytes], None], role: str, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -10,7 +10,7 @@
    too.
 5. What is still float is stored as integers where that costs neither time nor budget; where a limit on size needs
    four bits and these lose too much, the most sensitive nodes have eight. Then weights are shared, made sparse or
-   binary, where the user asked for it.
+   binary, where the user asked for it; under a limit on size plans did so already, as far as it needs.
 6. What shows no clear gain is timed at length, and gives way to what it was made of if it is slower than the original.
    Nothing larger than the original is kept unless a limit on size allows for that; at last there is the original.
 """

@@ -99,8 +99,8 @@ class Unpacker:
         sizes: dict[int, int] = {}
         for number, stream in enumerate(streams):
             base = stream.base if _digits(stream.base) else 1 << _bits(stream.base)
-            size = sizes.get(base, _POOL) + len(stream.integers)
-            if size > _POOL:
+            size = sizes.get(base, 0) + len(stream.integers)
+            if base not in sizes or size > _POOL:
                 pools.setdefault(base, []).append([])
                 size = len(stream.integers)
             pools[base][-1].append(number)

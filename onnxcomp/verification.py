@@ -113,7 +113,7 @@ def verify(
     gate = gate_of(wanted)
     if gate is not wanted:
         notes.append(f"The limit is on the {gate.name}: {wanted.name} of the original is infinite.")
-    notes += notes_on(data) if gate.needs == "reference" else []
+    notes += notes_on(data, learns=False) if gate.needs == "reference" else []
     rows = run.valid + run.padding
     if rows != batch:
         notes.append(f"Runs have {rows} rows: the model or its data fix that.")

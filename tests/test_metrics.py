@@ -24,6 +24,7 @@ class FakeBatch:
     targets: Arrays
     valid: int
     padding: int
+    void: None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from onnxcomp.layers import layers
 from onnxcomp.measure import evaluate
 from onnxcomp.padding import noted, notes_on
 from onnxcomp.passes.prune import Prune
+from onnxcomp.passes.quantize_dynamic import QuantizeDynamic
 from onnxcomp.runtime import Session, Target
 from onnxcomp.samples import Dataset
 from onnxcomp.verification import verify
@@ -139,7 +140,22 @@ def test_outputs_are_compared_without_it() -> None:
     assert evaluate([original, other], columns(), target=CPU).models[1].score == 0
     beside = evaluate([original, other], columns(), metric=lambda predict: 0.5, target=CPU).models[1]
     assert (beside.score, beside.relative_error) == (0.5, 0)
-    assert verify(other, against=original, evaluation=columns(), budget=Budget(max_drop=0.01), target=CPU).passed
+    told = verify(other, against=original, evaluation=columns(), budget=Budget(max_drop=0.01), target=CPU)
+    assert told.passed
+    assert told.notes[0].startswith("Padding is left out of what is compared: ")
+
+
+def test_a_model_that_depends_on_it_is_compared_with_it() -> None:
+    """Dynamic INT8 scales by what there is in a run, padding included."""
+    original, given = models.load(model(SUMS)), columns()
+    made = QuantizeDynamic()(original, Context(None, CPU)).model
+    wanted, found = (np.concatenate([Session(m, CPU).run({k: v[i : i + 16] for k, v in given.items()})["y"]
+                                     for i in range(0, COUNT, 16)]) for m in (original, made))  # fmt: skip
+    error = float(np.sqrt(np.square(wanted - found).sum() / np.square(wanted).sum()))
+    told = verify(made, against=original, evaluation=given, budget=Budget(max_drop=1.0), target=CPU)
+    assert told.result.score == pytest.approx(error, rel=1e-4)
+    assert error > 2 * np.sqrt(Answers(original, opened(original, given), Context(None, CPU)).error(made))
+    assert told.notes == ()
 
 
 def test_a_conversion_learns_without_it_and_says_so() -> None:
