@@ -126,7 +126,7 @@ def passes_of_every_kind() -> st.SearchStrategy[Pass]:
     st.integers(0, 2**40),
     st.none() | st.sampled_from(["on", "12", "^a|b$", "", "null"]),
 )
-@effort(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@effort(max_examples=60, suppress_health_check=list(HealthCheck))
 @example([QuantizeStatic(keep=tuple(NAMES))], 0, "on")
 @example([Everything(bits=tuple((name, 3) for name in NAMES), number=1e-300)], 1, None)
 def test_a_recipe_comes_back_as_it_was(passes: list[Pass], seed: int, exclude: str | None) -> None:
@@ -159,7 +159,7 @@ def _another(usual: Any, name: str, hint: Any) -> Any:
         except OptionError:
             return False
 
-    most = effort(max_examples=2000, deadline=None, database=None)
+    most = effort(max_examples=2000, database=None)
     return dataclasses.replace(usual, **{name: find(values(hint), fits, settings=most)})
 
 
@@ -344,7 +344,7 @@ def refused(text: str, *parts: str) -> None:
 
 
 @given(st.text(max_size=300))
-@effort(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@effort(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example("onnxcomp: 1\npasses:\n- share: {bits: 0x10}")
 @example("%TAG ! x\n---\nonnxcomp: 1")
 @example("--- a\n--- b")
