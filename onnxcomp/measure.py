@@ -199,8 +199,8 @@ def evaluate(
         qualities, baseline = [], None
         for place, path in enumerate(paths):
             session = Session(path, target)
-            measured = [chosen] if baseline is None else [chosen, *fidelity]
             counted = _Counted(data, progress, f"scoring {place + 1} of {len(paths)}")
+            measured = [chosen] if baseline is None else [chosen, *fidelity]
             score, *faith = metrics.evaluate_all(measured, session.run, counted, reference.run, batch)
             baseline = baseline or score
             drop = None if score is baseline else metrics.compare(baseline, score)

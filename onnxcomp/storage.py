@@ -1,4 +1,4 @@
-"""Weights as they are stored in a model: which layer each belongs to, and how many elements it has."""
+"""Weights as they are stored in a model: which layer each belongs to, and the bytes that it takes."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,10 @@ class Stored:
 
     Attributes:
         part: name of the node that reads it, by which a pass that stores weights knows it.
-        elements: how many.
         bytes: that they take.
     """
 
     part: str
-    elements: int
     bytes: int
 
 
@@ -38,7 +36,7 @@ def stored_weights(model: ir.Model, units: Units) -> Mapping[str, Sequence[Store
     for weight in weights_of(model, integers=True):
         readers = {_unit(use.node, units) for use in weight.value.uses()}
         if len(readers) == 1 and (unit := readers.pop()):
-            found[unit].append(Stored(weight.nodes[0].name or "", weight.array.size, weight.array.nbytes))
+            found[unit].append(Stored(weight.nodes[0].name or "", weight.array.nbytes))
     return found
 
 
