@@ -130,6 +130,29 @@ def test_integers_share_what_their_inputs_need(quantize: Pass) -> None:
     assert aware < 10 * answers.error(quantized) + 0.05
 
 
+HALVES = """<ir_version: 10, opset_import: ["" : 19]> g (float16[n, 64] x) => (float16[n, 64] y)
+    { f = DequantizeLinear(w, s) y = MatMul(x, f) }"""
+IMAGE = """<ir_version: 10, opset_import: ["" : 17]> g (float[n, 64, 1, 1] x) => (float[n, 64, h, v] y)
+    { f = DequantizeLinear(w, s) u = ConvTranspose <group = 64, strides = [2, 2]> (f, k) y = Mul(u, x) }"""
+
+
+@pytest.mark.parametrize(("text", "shape"), [(HALVES, (64, 64)), (IMAGE, (1, 64, 8, 8))], ids=["float16", "an image"])
+def test_integers_of_any_use_can_be_shared(text: str, shape: tuple[int, ...]) -> None:
+    """Halves are multiplied by halves; a constant image is no weight of the layer that it goes through."""
+    proto, random = onnx.parser.parse_model(text), np.random.default_rng(0)
+    dtype = np.float16 if text == HALVES else np.float32
+    arrays = {"w": random.integers(-127, 128, shape).astype(np.int8), "s": np.array(0.01, dtype)}
+    arrays |= {"k": random.normal(size=(64, 1, 2, 2)).astype(np.float32)} if text == IMAGE else {}
+    proto.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    model = models.load(proto)
+    x = random.normal(size=(20, 64, 1, 1) if text == IMAGE else (20, 64)).astype(dtype)
+    known = Context(open_dataset({"x": x}, models.input_specs(model)), Target(threads=1))
+    outcome = Share(4)(model, known)
+    assert any("16 shared values" in change.what for change in outcome.changes)
+    assert known.data is not None
+    assert Answers(model, known.data, known).error(outcome.model) < 0.05
+
+
 def test_what_gains_nothing_is_left() -> None:
     once = Share(2)(network(), Context()).model
     again = Share(8)(once, Context())
